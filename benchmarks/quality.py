@@ -1,0 +1,89 @@
+"""Reward of the winner versus N: 30 film reviews begun by us, continued by the policy, the best of N kept.
+
+Every prompt is answered at best_of 1, 4 and 16 through the pipeline that serves, real engine and real reward model,
+and each winner is also judged by the VADER lexicon, which the reward model was not trained on. Candidates are drawn
+anew for every N (seeds of their own), so the three means are independent of each other.
+
+    python -m benchmarks.quality [--seed 0]
+"""
+
+import argparse
+import asyncio
+import statistics
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from benchmarks.birth import birth_certificate
+from benchmarks.film_reviews import OPENINGS
+from benchmarks.stats import hand_in, mean_with_interval
+from reranker.candidate import Prompt
+from server import assembly
+from server.config import Settings
+from server.generation.base import Sampling
+from server.pipeline import BestOfN, BestOfNRequest, BestOfNResult
+
+BEST_OF = (1, 4, 16)
+MAX_TOKENS = 40
+SEEDS_APART = 1000
+"""Between the seeds of two requests: candidate i of a request uses its seed + i."""
+
+
+async def answer(pipeline: BestOfN, opening: str, best_of: int, seed: int) -> BestOfNResult:
+    return await pipeline.run(BestOfNRequest(Prompt(text=opening), Sampling(max_tokens=MAX_TOKENS, seed=seed), best_of))
+
+
+async def measure(first_seed: int) -> dict[str, Any]:
+    settings = Settings(max_model_len=2048)
+    judge = SentimentIntensityAnalyzer()
+    winners: dict[int, list[dict[str, Any]]] = {best_of: [] for best_of in BEST_OF}
+    single_rewards: list[list[float]] = []
+    async with assembly.start(settings) as pipeline:
+        jobs = [(best_of, place) for best_of in BEST_OF for place in range(len(OPENINGS))]
+        for job, (best_of, place) in enumerate(track(jobs, "Answering", console=Console(stderr=True))):
+            seed = first_seed + SEEDS_APART * job
+            result = await answer(pipeline, OPENINGS[place], best_of, seed)
+            winner = result.selection.winner
+            text = OPENINGS[place] + winner.candidate.text
+            winners[best_of].append(
+                {
+                    "text": text,
+                    "seed": seed + winner.candidate.index,
+                    "reward": winner.reward,
+                    "vader": judge.polarity_scores(text)["compound"],
+                    "finish_reason": winner.candidate.finish_reason,
+                    "total_s": result.timings.total,
+                }
+            )
+            if best_of == max(BEST_OF):
+                single_rewards.append([one.reward for one in result.selection.ranking])
+        reward_model = next(iter(pipeline.scorers))
+    pooled = [reward for rewards in single_rewards for reward in rewards]
+    single_sd = statistics.stdev(pooled)
+    means = {best_of: statistics.fmean(one["reward"] for one in winners[best_of]) for best_of in BEST_OF}
+    return {
+        "birth": birth_certificate(flags=settings.model_dump(exclude={"api_key"}, mode="json")),
+        "policy": settings.model,
+        "reward_model": reward_model,
+        "prompts": len(OPENINGS),
+        "max_tokens": MAX_TOKENS,
+        "first_seed": first_seed,
+        "winner_reward": {str(n): mean_with_interval([one["reward"] for one in winners[n]]) for n in BEST_OF},
+        "winner_vader": {str(n): mean_with_interval([one["vader"] for one in winners[n]]) for n in BEST_OF},
+        "single_sample_reward": {"mean": statistics.fmean(pooled), "sd": single_sd, "n": len(pooled)},
+        "gain_of_16_over_1_in_single_sample_sd": (means[16] - means[1]) / single_sd,
+        "samples": {str(n): winners[n] for n in BEST_OF},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first request")
+    arguments = parser.parse_args()
+    hand_in("quality", asyncio.run(measure(arguments.seed)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""SPEC -> scorer: the one table. What needs tensors is imported when it is asked for, and not before."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from reranker.device import Device
+from reranker.scorers.base import Scorer
+from reranker.scorers.ensemble import EnsembleScorer
+from reranker.scorers.judge import Ask, Judge, JudgeScorer
+from reranker.scorers.likelihood import LogprobScorer, SelfCertaintyScorer
+from reranker.scorers.pairwise import PairwiseScorer
+from reranker.scorers.spec import (
+    EndpointSpec,
+    EnsembleSpec,
+    FunctionSpec,
+    JudgeSpec,
+    LikelihoodSpec,
+    RewardModelSpec,
+    ScorerSpec,
+    parse_all,
+)
+from reranker.scorers.verifier import VerifierScorer
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What scorers are made with. `ask_model` gives the way to ask the MODEL of a judge.
+
+    `on_batch` hears the number of sequences and of padded tokens of every batch of a reward model.
+    """
+
+    ask_model: Callable[[str], Ask]
+    device: Device = "auto"
+    trust_remote_code: bool = False
+    max_batch_tokens: int = 4096
+    max_wait_ms: float = 5.0
+    verifier_timeout_s: float = 10.0
+    on_batch: Callable[[int, int], None] | None = None
+
+
+async def make_scorers(
+    specs: Mapping[str, str], surroundings: Surroundings, stack: AsyncExitStack
+) -> dict[str, Scorer]:
+    """The scorers by name, in order; `stack` closes them.
+
+    Raises:
+        reranker.scorers.spec.ScorerSpecError: a SPEC is wrong, or what it names is not there.
+        reranker.reward_model.RewardModelError: a reward model cannot be loaded.
+    """
+    parsed = parse_all(specs)
+    made: dict[str, Scorer] = {}
+    for name in sorted(parsed, key=lambda name: isinstance(parsed[name], EnsembleSpec)):  # their members come first
+        made[name] = await _make(name, parsed[name], made, surroundings)
+        stack.push_async_callback(made[name].close)
+    return {name: made[name] for name in parsed}
+
+
+async def _make(name: str, spec: ScorerSpec, made: Mapping[str, Scorer], surroundings: Surroundings) -> Scorer:
+    match spec:
+        case RewardModelSpec(source):
+            from reranker.scorers.reward_model import RewardModelScorer
+
+            return await RewardModelScorer.create(
+                name,
+                source,
+                device=surroundings.device,
+                trust_remote_code=surroundings.trust_remote_code,
+                max_batch_tokens=surroundings.max_batch_tokens,
+                max_wait_ms=surroundings.max_wait_ms,
+                on_batch=surroundings.on_batch,
+            )
+        case EndpointSpec():
+            from reranker.scorers.pooling_endpoint import PoolingEndpointScorer
+
+            return await PoolingEndpointScorer.connect(name, spec, trust_remote_code=surroundings.trust_remote_code)
+        case JudgeSpec(model, pairwise):
+            judge = Judge(surroundings.ask_model(model))
+            return PairwiseScorer(name, judge.compare) if pairwise else JudgeScorer(name, judge)
+        case FunctionSpec():
+            return await VerifierScorer.create(name, spec, timeout_s=surroundings.verifier_timeout_s)
+        case LikelihoodSpec(measure):
+            return LogprobScorer(name) if measure == "logprob" else SelfCertaintyScorer(name)
+        case EnsembleSpec(combination, members, k):
+            return EnsembleScorer(name, [made[member] for member in members], combination, k)

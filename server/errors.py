@@ -1,0 +1,106 @@
+"""Every error a client can meet.
+
+    NbestError
+    ├── BadRequestError             400  the request cannot be honoured; `param` names the field
+    │   └── ContextLengthError      400  code context_length_exceeded
+    ├── NotFoundError               404  no such model or path
+    ├── TooLargeError               413  the body is over the limit
+    ├── OverloadedError             429  shed; Retry-After says when to come back
+    ├── NotReadyError               503  starting, draining, or the engine died; worth a retry
+    │   ├── GenerationError         503  no candidate survived
+    │   └── RewardError             503  the reward model failed and the request asked for no fallback
+    └── DeadlineError               504  the deadline passed with nothing finished
+
+The message is a sentence that says what to do. `STATUS` below is the one table from error to HTTP status.
+"""
+
+
+class NbestError(Exception):
+    """An error with a message meant for the client."""
+
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class BadRequestError(NbestError):
+    """The request cannot be honoured as it stands."""
+
+    type = "invalid_request_error"
+
+
+class ContextLengthError(BadRequestError):
+    """The prompt leaves no room in the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class NotFoundError(NbestError):
+    """The model or path does not exist here."""
+
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class TooLargeError(NbestError):
+    """The body is over the size limit."""
+
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class OverloadedError(NbestError):
+    """Shed because too much is in flight."""
+
+    type = "rate_limit_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotReadyError(NbestError):
+    """Starting, draining, or broken; worth a retry."""
+
+    type = "service_unavailable"
+    code = "not_ready"
+
+
+class GenerationError(NotReadyError):
+    """No candidate survived."""
+
+    code = "generation_failed"
+
+
+class RewardError(NotReadyError):
+    """The reward model failed and the request asked for no fallback."""
+
+    code = "reward_failed"
+
+
+class DeadlineError(NbestError):
+    """The deadline passed with nothing finished."""
+
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+
+STATUS: dict[type[NbestError], int] = {
+    BadRequestError: 400,
+    NotFoundError: 404,
+    TooLargeError: 413,
+    OverloadedError: 429,
+    NotReadyError: 503,
+    DeadlineError: 504,
+    NbestError: 500,
+}
+
+
+def http_status(error: NbestError) -> int:
+    """The status of the nearest ancestor in the table."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)

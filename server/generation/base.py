@@ -1,0 +1,86 @@
+"""The generator protocol: a prompt in, N candidates out, each handed on when it finishes.
+
+async with generator.generate(prompt, sampling, n=16) as generation:
+    async for finished in generation:      # a list: all that finished since the last look
+        ...
+        await generation.cancel(index)     # a loser: its work stops
+                                           # leaving the block cancels whatever still runs
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from reranker.candidate import Candidate, FailedCandidate, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one candidate is drawn; the names and defaults are OpenAI's. `max_tokens` None: to the end of the context.
+
+    Candidate i of a seeded request uses `seed + i`. `json_schema` constrains the output to a schema ({} is any JSON
+    object). `logprobs` asks for that many most likely tokens beside each generated one; None for none at all.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    json_schema: dict[str, Any] | None = None
+
+
+Outcome = Candidate | FailedCandidate
+
+
+class Generation(Protocol):
+    """N candidates under way. Iterate inside `async with`; leaving it cancels what still runs."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; known when the iteration has ended, and with the embedded engine from the start."""
+
+    async def __aenter__(self) -> Self:
+        """Starts generating.
+
+        Raises:
+            server.errors.BadRequestError: the prompt does not fit the context, or the sampling is refused.
+            server.errors.NotReadyError: the engine is not there to answer.
+        """
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Cancels what still runs; returns when the engine has been told."""
+
+    def __aiter__(self) -> AsyncIterator[list[Outcome]]:
+        """Lists of candidates as they finish or fail (with `snapshots`, also as they grow), until all have."""
+
+    async def cancel(self, index: int) -> None:
+        """Stops the work on one candidate; it will not be yielded any more. Does nothing once it has finished."""
+
+
+class Generator(Protocol):
+    """A policy that can be sampled."""
+
+    @property
+    def model(self) -> str:
+        """The name under which the policy is served."""
+
+    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> Generation:
+        """N candidates for one prompt; with `snapshots`, growing candidates are handed on too (finish_reason None)."""
+
+    async def check_ready(self) -> None:
+        """Returns if a request could be answered now.
+
+        Raises:
+            server.errors.NotReadyError: with the reason.
+        """
+
+    async def close(self) -> None:
+        """Frees the engine."""

@@ -1,0 +1,231 @@
+"""Any OpenAI-compatible server as the generator.
+
+One streamed request asks for all N choices, so the upstream computes the prompt once. Servers that cap or ignore `n`
+answer with fewer: what is missing is asked for again, in parallel requests of the size that server does give.
+
+A single choice of a running request cannot be stopped from outside; `cancel` drops it, and leaving the block closes
+the connections, which stops whatever still runs.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
+
+import openai
+
+from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
+from server.errors import BadRequestError, GenerationError, NbestError, NotReadyError, OverloadedError
+from server.generation.base import Outcome, Sampling
+from server.generation.outcomes import Outcomes
+
+FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "content_filter": "content_filter"}
+
+
+class OpenAIGenerator:
+    """Samples a policy that another server runs.
+
+    Numbers of tokens and cumulative log-probabilities are exact where the upstream returns `logprobs`; without them a
+    streamed piece is counted as one token and the log-probability is unknown.
+    """
+
+    def __init__(self, model: str, client: openai.AsyncOpenAI, *, upstream_model: str) -> None:
+        self.model = model
+        self._client = client
+        self._upstream_model = upstream_model
+
+    @classmethod
+    def connect(cls, base_url: str, api_key: str | None, *, model: str, upstream_model: str) -> Self:
+        """A generator that talks to `base_url` (with its /v1)."""
+        # The deadline of a request is the pipeline's business, and so is whether it is worth a second try.
+        client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key or "none", timeout=None, max_retries=0)
+        return cls(model, client, upstream_model=upstream_model)
+
+    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> "OpenAIGeneration":
+        return OpenAIGeneration(self, prompt, sampling, n, snapshots)
+
+    async def check_ready(self) -> None:
+        try:
+            await self._client.models.list(timeout=5)
+        except openai.APIError as error:
+            raise NotReadyError(f"The upstream server does not answer: {error.message}") from error
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def stream(self, prompt: Prompt, sampling: Sampling, n: int) -> Any:
+        """The upstream's stream of chunks for `n` choices.
+
+        Raises:
+            NbestError: the upstream's refusal, with its own words.
+        """
+        shared: dict[str, Any] = {
+            "model": self._upstream_model,
+            "n": n,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            **({"max_tokens": sampling.max_tokens} if sampling.max_tokens is not None else {}),
+            **({"stop": list(sampling.stop)} if sampling.stop else {}),
+            **({"seed": sampling.seed} if sampling.seed is not None else {}),
+            **({"presence_penalty": sampling.presence_penalty} if sampling.presence_penalty else {}),
+            **({"frequency_penalty": sampling.frequency_penalty} if sampling.frequency_penalty else {}),
+            **(
+                {"logit_bias": {str(token): bias for token, bias in sampling.logit_bias}} if sampling.logit_bias else {}
+            ),
+        }
+        try:
+            if prompt.text is not None:
+                if sampling.json_schema is not None:
+                    raise BadRequestError("A JSON schema needs the chat endpoint.", param="response_format")
+                return await self._client.completions.create(
+                    prompt=prompt.text, logprobs=sampling.logprobs or 0, **shared
+                )
+            if sampling.logprobs:
+                shared["top_logprobs"] = sampling.logprobs
+            if sampling.json_schema is not None:
+                shared["response_format"] = _response_format(sampling.json_schema)
+            messages: Any = [{"role": message.role, "content": message.content} for message in prompt.messages]
+            return await self._client.chat.completions.create(messages=messages, logprobs=True, **shared)
+        except openai.APIError as error:
+            raise _translated(error) from error
+
+
+class OpenAIGeneration:
+    """One streamed upstream request for all candidates, and more where it gave too few."""
+
+    def __init__(self, generator: OpenAIGenerator, prompt: Prompt, sampling: Sampling, n: int, snapshots: bool) -> None:
+        self.prompt_tokens = 0
+        self._generator = generator
+        self._prompt = prompt
+        self._sampling = sampling
+        self._n = n
+        self._snapshots = snapshots
+        self._outcomes = Outcomes(n)
+        self._filling: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        stream = await self._generator.stream(self._prompt, self._sampling, self._n)
+        self._filling = asyncio.create_task(self._fill(stream))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._filling is not None:
+            self._filling.cancel()
+            await asyncio.gather(self._filling, return_exceptions=True)
+
+    def __aiter__(self) -> AsyncIterator[list[Outcome]]:
+        return aiter(self._outcomes)
+
+    async def cancel(self, index: int) -> None:
+        self._outcomes.drop(index)
+
+    async def _fill(self, stream: Any) -> None:
+        """Reads the first stream, then tops up; in the end every candidate has finished or failed."""
+        reason = "the upstream returned fewer choices than asked for"
+        try:
+            given = await self._read(stream, first=0)
+            if 0 < given < self._n:
+                starts = range(given, self._n, given)
+                await asyncio.gather(*(self._draw(start, min(given, self._n - start)) for start in starts))
+        except NbestError as error:
+            reason = error.message
+        for index in sorted(self._outcomes.expected):
+            self._outcomes.put(FailedCandidate(index, reason))
+
+    async def _draw(self, first: int, count: int) -> None:
+        """Candidates first … first + count − 1 from a request of their own, with a seed of their own."""
+        seed = self._sampling.seed
+        sampling = replace(self._sampling, seed=None if seed is None else seed + first)
+        await self._read(await self._generator.stream(self._prompt, sampling, count), first)
+
+    async def _read(self, stream: Any, first: int) -> int:
+        """Hands on the choices of one stream as candidates `first` + choice index; returns how many it held."""
+        growing: dict[int, _Growing] = {}
+        try:
+            async with stream:
+                async for chunk in stream:
+                    if chunk.usage is not None:
+                        self.prompt_tokens = chunk.usage.prompt_tokens
+                    for choice in chunk.choices:
+                        one = growing.setdefault(
+                            choice.index, _Growing(first + choice.index, self._sampling.logprobs is not None)
+                        )
+                        one.extend(choice)
+                        if (choice.finish_reason or self._snapshots) and one.index < self._n:
+                            self._outcomes.put(one.candidate(choice.finish_reason))
+        except openai.APIError as error:
+            raise _translated(error) from error
+        return len(growing)
+
+
+@dataclass(slots=True)
+class _Growing:
+    """Adds up the deltas of one choice; its log-probabilities are always asked for, and told if the client asked."""
+
+    index: int
+    tells_logprobs: bool
+    text: str = ""
+    pieces: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def extend(self, choice: Any) -> None:
+        """Adds a chunk's choice, of either endpoint."""
+        chat = hasattr(choice, "delta")
+        piece = (choice.delta.content if chat else choice.text) or ""
+        self.text += piece
+        self.pieces += bool(piece)
+        if choice.logprobs is None:
+            return
+        if chat:
+            self.logprobs += [
+                TokenLogprob(one.token, one.logprob, tuple((top.token, top.logprob) for top in one.top_logprobs))
+                for one in choice.logprobs.content or ()
+            ]
+        else:
+            tokens, values = choice.logprobs.tokens or (), choice.logprobs.token_logprobs or ()
+            tops = choice.logprobs.top_logprobs or [{}] * len(tokens)
+            self.logprobs += [
+                TokenLogprob(token, value, tuple((top or {}).items()))
+                for token, value, top in zip(tokens, values, tops, strict=True)
+            ]
+
+    def candidate(self, finish_reason: str | None) -> Candidate:
+        return Candidate(
+            index=self.index,
+            text=self.text,
+            num_tokens=len(self.logprobs) or self.pieces,
+            cumulative_logprob=math.fsum(one.logprob for one in self.logprobs) if self.logprobs else None,
+            finish_reason=FINISH_REASONS.get(finish_reason, "stop") if finish_reason else None,
+            logprobs=tuple(self.logprobs) if self.tells_logprobs and self.logprobs else None,
+        )
+
+
+def _response_format(json_schema: dict[str, Any]) -> dict[str, Any]:
+    if not json_schema:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": json_schema}}
+
+
+def _translated(error: openai.APIError) -> NbestError:
+    """The upstream's error as one of ours: its refusals are the client's to mend, its failures worth a retry."""
+    said = f"The upstream server says: {error.message}"
+    if isinstance(error, openai.RateLimitError):
+        return OverloadedError(said, retry_after_s=_retry_after_s(error))
+    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        return NotReadyError(f"{said} Check the server's api_key setting.")
+    if isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
+        return BadRequestError(said)
+    return GenerationError(said)
+
+
+def _retry_after_s(error: openai.RateLimitError) -> float:
+    try:
+        return float(error.response.headers["retry-after"])
+    except (KeyError, ValueError):
+        return 1.0

@@ -1,0 +1,323 @@
+"""The embedded vLLM engine: the policy inside the server's own process tree.
+
+A request for N candidates becomes N engine requests of one sample each, all with the same prompt token ids:
+
+- each ends on its own, so a finished candidate is handed on while the others are still being written (vLLM's own
+  `n=N` hands on either every token of every child, or everything at the end);
+- each can be aborted on its own, which is how losers and disconnected clients stop costing anything;
+- they share the prompt through the engine's prefix cache, block by block. The tail after the last full block cannot
+  be shared and is computed N times, so small blocks are the cheap ones: see `Settings.block_size`.
+
+Candidate i has seed `seed + i`, as vLLM's own children have.
+
+This is the only module that imports vllm, and it is imported only when the engine is wanted.
+"""
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import AutoTokenizer
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import TokensInput, tokens_input
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
+from server.errors import BadRequestError, ContextLengthError, NotReadyError
+from server.generation.base import Outcome, Sampling
+from server.generation.outcomes import Outcomes
+
+GIB = 1 << 30
+FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
+
+
+def pick_dtype(device: str) -> str:
+    """The precision this device computes fastest.
+
+    Every CUDA device vLLM supports has half precision units. A CPU without AVX512-BF16 or AMX emulates bfloat16:
+    float32 then gives three times the tokens a second at N=32.
+    """
+    if device == "cuda":
+        return "auto"
+    native_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native_bfloat16 else "float32"
+
+
+class EngineLoad(StatLoggerBase):
+    """The engine's own count of its requests, as of its last step."""
+
+    def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+        self.running = 0
+        self.waiting = 0
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
+class VllmGenerator:
+    """Samples a policy with vLLM's `AsyncLLM`; made by `create`."""
+
+    def __init__(self, model: str, engine: AsyncLLM, tokenizer: Any, load: EngineLoad) -> None:
+        self.model = model
+        self.load = load
+        self.cancelled_total = 0
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._max_model_len: int = engine.model_config.max_model_len
+        # A tokenizer must not be used from two threads at once, so encoding has exactly one.
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
+
+    @classmethod
+    async def create(
+        cls,
+        path: str,
+        *,
+        name: str,
+        device: str,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        kv_cache_gib: float = 2.0,
+        block_size: int | None = None,
+        max_num_seqs: int = 128,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Loads the model at `path` (a directory or hub id) and starts the engine; 20 to 35 s on a CPU."""
+        on_cpu = device == "cpu"
+        # The engine's own log is some hundred lines a start; VLLM_LOGGING_LEVEL=INFO brings them back.
+        logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        # A worker of one that is closing has nothing to save; by default each is waited for 5 s, one after the other.
+        os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads: it must not fork
+        if on_cpu:
+            # Counting the ranks of log-probabilities is all that would be compiled here: 20 s of g++ in the first
+            # request, or an engine that fails where there is no compiler, for an operation of half a millisecond.
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+            # By default vLLM leaves a core to the front end; with few cores that is a large share of all there is.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+        load = EngineLoad()
+        arguments = AsyncEngineArgs(
+            model=path,
+            dtype=pick_dtype(device) if dtype == "auto" else dtype,
+            max_model_len=max_model_len,
+            block_size=block_size if on_cpu else None,
+            kv_cache_memory_bytes=int(kv_cache_gib * GIB) if on_cpu else None,
+            max_num_seqs=max_num_seqs,
+            enable_prefix_caching=True,
+            enforce_eager=on_cpu,
+            trust_remote_code=trust_remote_code,
+            disable_log_stats=True,
+        )
+        engine, tokenizer = await asyncio.gather(
+            asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=[lambda config, index: load]),
+            asyncio.to_thread(AutoTokenizer.from_pretrained, path, trust_remote_code=trust_remote_code),
+        )
+        generator = cls(name, engine, tokenizer, load)
+        try:
+            await generator._warm_up()
+        except BaseException:
+            await generator.close()  # nobody else has it yet
+            raise
+        return generator
+
+    async def _warm_up(self) -> None:
+        """Draws two tokens twice: the first of all requests sets up threads and buffers, for up to seconds."""
+        async with self.generate(Prompt(text="Hello"), Sampling(max_tokens=2), 2) as generation:
+            async for _ in generation:
+                pass
+
+    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> "VllmGeneration":
+        return VllmGeneration(self, prompt, sampling, n, snapshots)
+
+    async def check_ready(self) -> None:
+        try:
+            await self._engine.check_health()
+        except EngineDeadError as error:
+            raise NotReadyError("The engine has stopped; restart the server.") from error
+
+    @property
+    def unfinished(self) -> int:
+        """Candidates the engine has not finished."""
+        return self._engine.get_num_unfinished_requests()
+
+    async def close(self) -> None:
+        self._engine.shutdown()
+        self._encoding.shutdown(wait=False, cancel_futures=True)
+
+    async def encode(self, prompt: Prompt) -> list[int]:
+        """The prompt's token ids, through the model's own chat template for a conversation.
+
+        Raises:
+            BadRequestError: there is no chat template, it refuses the conversation, or nothing is left to continue.
+            ContextLengthError: no room is left for a single new token.
+        """
+        token_ids = await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, prompt)
+        if not token_ids:
+            raise BadRequestError("The prompt is empty; say at least one word.", param="prompt")
+        if len(token_ids) >= self._max_model_len:
+            raise ContextLengthError(
+                f"The prompt has {len(token_ids)} tokens and the model's context is {self._max_model_len}; "
+                "shorten the prompt.",
+                param="messages" if prompt.messages else "prompt",
+            )
+        return token_ids
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if prompt.text is not None:
+            return list(self._tokenizer(prompt.text)["input_ids"])
+        conversation = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        try:
+            encoded = self._tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise BadRequestError(f"The chat template refuses this conversation: {error}", param="messages") from error
+        return list(encoded["input_ids"])
+
+    def params(self, sampling: Sampling, index: int, prompt_tokens: int, kind: RequestOutputKind) -> SamplingParams:
+        """vLLM's parameters for candidate `index`; the chosen tokens' log-probabilities are always asked for."""
+        room = self._max_model_len - prompt_tokens
+        structured = None
+        if sampling.json_schema is not None:
+            structured = (
+                StructuredOutputsParams(json=sampling.json_schema)
+                if sampling.json_schema
+                else StructuredOutputsParams(json_object=True)
+            )
+        return SamplingParams(
+            max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop=list(sampling.stop),
+            seed=None if sampling.seed is None else sampling.seed + index,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias) or None,
+            logprobs=sampling.logprobs or 0,
+            structured_outputs=structured,
+            output_kind=kind,
+        )
+
+    def request(self, prompt: TokensInput, params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        return self._engine.generate(prompt, params, request_id=uuid.uuid4().hex)
+
+
+class VllmGeneration:
+    """N engine requests for one prompt; each has a task that reads its outputs."""
+
+    def __init__(self, generator: VllmGenerator, prompt: Prompt, sampling: Sampling, n: int, snapshots: bool) -> None:
+        self.prompt_tokens = 0
+        self._generator = generator
+        self._prompt = prompt
+        self._sampling = sampling
+        self._kind = RequestOutputKind.DELTA if snapshots else RequestOutputKind.FINAL_ONLY
+        self._n = n
+        self._outcomes = Outcomes(n)
+        self._readers: dict[int, asyncio.Task[None]] = {}
+
+    async def __aenter__(self) -> Self:
+        await self._generator.check_ready()
+        token_ids = await self._generator.encode(self._prompt)
+        self.prompt_tokens = len(token_ids)
+        prompt = tokens_input(token_ids)
+        for index in range(self._n):
+            try:
+                params = self._generator.params(self._sampling, index, self.prompt_tokens, self._kind)
+            except (VLLMClientError, ValueError) as error:
+                raise BadRequestError(f"The engine refuses these parameters: {error}") from error
+            self._readers[index] = asyncio.create_task(self._read(index, prompt, params))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*(self.cancel(index) for index in range(self._n)))
+
+    def __aiter__(self) -> AsyncIterator[list[Outcome]]:
+        return aiter(self._outcomes)
+
+    async def cancel(self, index: int) -> None:
+        if self._outcomes.drop(index):
+            self._generator.cancelled_total += 1
+        reader = self._readers.pop(index, None)
+        if reader is not None and not reader.done():
+            reader.cancel()  # AsyncLLM.generate aborts its engine request when it is cancelled
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self, index: int, prompt: TokensInput, params: SamplingParams) -> None:
+        growing = _Growing(index, self._sampling.logprobs)
+        try:
+            async for output in self._generator.request(prompt, params):
+                candidate = growing.extend(output.outputs[0])
+                if output.finished and candidate.finish_reason is None:
+                    self._outcomes.put(
+                        FailedCandidate(index, f"the engine ended it: {output.outputs[0].finish_reason}")
+                    )
+                else:
+                    self._outcomes.put(candidate)
+        except EngineDeadError:
+            self._outcomes.fail(NotReadyError("The engine stopped while it was answering; try again."))
+        except (VLLMClientError, ValueError) as error:
+            self._outcomes.fail(BadRequestError(f"The engine refuses this request: {error}"))
+        except Exception as error:  # noqa: BLE001 (one candidate's failure is the reply's to count, not the request's end)
+            self._outcomes.put(FailedCandidate(index, str(error) or type(error).__name__))
+
+
+class _Growing:
+    """Adds up one candidate's outputs, which hold what is new; with FINAL_ONLY there is just one.
+
+    `num_top` is how many of the most likely tokens to tell beside each token; None for none, and only their sum.
+    """
+
+    def __init__(self, index: int, num_top: int | None) -> None:
+        self._index = index
+        self._num_top = num_top
+        self._text = ""
+        self._token_ids: tuple[int, ...] = ()
+        self._cumulative_logprob = 0.0
+        self._logprobs: tuple[TokenLogprob, ...] = ()
+
+    def extend(self, output: CompletionOutput) -> Candidate:
+        chosen_and_rivals = list(zip(output.token_ids, output.logprobs or (), strict=True))
+        self._text += output.text
+        self._token_ids += tuple(output.token_ids)
+        self._cumulative_logprob += sum(ranked[token_id].logprob for token_id, ranked in chosen_and_rivals)
+        if self._num_top is not None:
+            self._logprobs += tuple(_token_logprob(*one, self._num_top) for one in chosen_and_rivals)
+        return Candidate(
+            index=self._index,
+            text=self._text,
+            num_tokens=len(self._token_ids),
+            token_ids=self._token_ids,
+            cumulative_logprob=self._cumulative_logprob,
+            finish_reason=FINISH_REASONS.get(output.finish_reason),
+            logprobs=None if self._num_top is None else self._logprobs,
+        )
+
+
+def _token_logprob(token_id: int, ranked: Mapping[int, Any], num_top: int) -> TokenLogprob:
+    """Of the chosen token and the most likely ones (token id -> vLLM's Logprob; the chosen may be one more)."""
+    most_likely = sorted(ranked.values(), key=lambda one: -one.logprob)[:num_top]
+    chosen = ranked[token_id]
+    return TokenLogprob(
+        token=chosen.decoded_token or "",
+        logprob=chosen.logprob,
+        top=tuple((one.decoded_token or "", one.logprob) for one in most_likely),
+    )

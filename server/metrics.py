@@ -1,0 +1,168 @@
+"""What the server tells Prometheus. Every collector is here, its formula and unit in its help text.
+
+Stages hand on durations, never timestamps, so all of this stays true when the stages run in different processes.
+Candidates are counted as they end, not when their request does: `CandidateTally` follows those of one request, so that
+a client that hangs up, a deadline and an answer are all counted by the same few lines.
+"""
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from reranker.candidate import FailedCandidate
+from server.errors import BadRequestError, NotReadyError
+from server.generation.base import Outcome
+from server.pipeline import BestOfNResult
+
+SECONDS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+REWARDS = (-10, -5, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 5, 10)
+"""Reward models are trained to about unit spread, and some answer in tens."""
+REWARD_GAINS = (0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)
+BATCH_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128)
+BATCH_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Metrics:
+    """The collectors of one server, in a registry of their own."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = self._counter(
+            "nbest_requests",
+            "HTTP requests answered, by route and status; 499 where the client hung up before the status line. Count.",
+            "endpoint",
+            "status",
+        )
+        candidates = self._counter(
+            "nbest_candidates",
+            "Candidates that ended: completed, failed in the engine, or cancelled (deadline, hang-up, error). "
+            "Those of a request that was refused before it started are not counted. Count.",
+            "outcome",
+        )
+        self._ends = {outcome: candidates.labels(outcome) for outcome in ("completed", "failed", "cancelled")}
+        self._in_flight = Gauge(
+            "nbest_candidates_in_flight",
+            "Candidates asked of the engine that have not ended: started - nbest_candidates_total. Count.",
+            registry=self.registry,
+        )
+        self._generated_tokens = self._counter(
+            "nbest_generated_tokens", "Tokens of completed candidates, winners and losers alike. Tokens."
+        )
+        self._scored_tokens = self._counter(
+            "nbest_scored_tokens",
+            "Tokens the scorers read, prompt and candidate, a shared prompt once; of requests that were answered. "
+            "Tokens.",
+        )
+        self._queue_s = self._histogram(
+            "nbest_queue_seconds",
+            "Arrival at the pipeline to the first candidate under way, a request. Seconds.",
+            SECONDS,
+        )
+        self._generate_s = self._histogram(
+            "nbest_generate_seconds", "First candidate under way to the last one ended, a request. Seconds.", SECONDS
+        )
+        self._score_s = self._histogram(
+            "nbest_score_seconds",
+            "Time in which at least one scorer call was out, a request; overlaps with generating. Seconds.",
+            SECONDS,
+        )
+        self._request_s = self._histogram(
+            "nbest_request_seconds", "Arrival at the pipeline to the selection, an answered request. Seconds.", SECONDS
+        )
+        self._batch_sequences = self._histogram(
+            "nbest_score_batch_sequences", "Sequences computed together in one scoring batch. Count.", BATCH_SEQUENCES
+        )
+        self._batch_tokens = self._histogram(
+            "nbest_score_batch_tokens", "Tokens of one scoring batch, padding included. Tokens.", BATCH_TOKENS
+        )
+        self._winner_reward = self._histogram(
+            "nbest_winner_reward",
+            "Reward of the winner, an answered request; no sum, as rewards may be negative. Units of the reward model.",
+            REWARDS,
+            "reward_model",
+        )
+        self._reward_gain = self._histogram(
+            "nbest_reward_gain",
+            "Reward of the winner - mean reward of its request's candidates: what best-of-N adds to a single sample. "
+            "Units of the reward model.",
+            REWARD_GAINS,
+            "reward_model",
+        )
+
+    def candidates(self, best_of: int) -> "CandidateTally":
+        """Follows the candidates of one request; `with metrics.candidates(n) as heard: pipeline.run(..., heard)`."""
+        return CandidateTally(best_of, self._in_flight, self._ends, self._generated_tokens)
+
+    def observe_answer(self, result: BestOfNResult) -> None:
+        """Takes the durations, scored tokens and rewards of a request that was answered."""
+        self._queue_s.observe(result.timings.queue)
+        self._generate_s.observe(result.timings.generate)
+        self._score_s.observe(result.timings.score)
+        self._request_s.observe(result.timings.total)
+        self.observe_scored_tokens(result.scored_tokens)
+        winner = result.selection.winner
+        rewards = [one.reward for one in result.selection.ranking if math.isfinite(one.reward)]
+        if math.isfinite(winner.reward):
+            self._winner_reward.labels(result.reward_model).observe(winner.reward)
+            self._reward_gain.labels(result.reward_model).observe(winner.reward - sum(rewards) / len(rewards))
+
+    def observe_scored_tokens(self, num_tokens: int) -> None:
+        self._scored_tokens.inc(num_tokens)
+
+    def observe_batch(self, num_sequences: int, num_tokens: int) -> None:
+        """One scoring batch was computed; `num_tokens` includes the padding."""
+        self._batch_sequences.observe(num_sequences)
+        self._batch_tokens.observe(num_tokens)
+
+    def observe_request(self, endpoint: str, status: int) -> None:
+        """One HTTP request ended; `endpoint` is a route, never a raw path, so that clients cannot add series."""
+        self._requests.labels(endpoint, str(status)).inc()
+
+    def render(self) -> bytes:
+        """The exposition that `GET /metrics` serves, of type `content_type`."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return Counter(name, documentation, labels, registry=self.registry)
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, documentation, labels, buckets=buckets, registry=self.registry)
+
+
+class CandidateTally:
+    """Counts the candidates of one request as they end; on leaving, those that have not ended were cancelled."""
+
+    def __init__(self, best_of: int, in_flight: Gauge, ends: Mapping[str, Counter], generated_tokens: Counter) -> None:
+        self._remaining = best_of
+        self._in_flight = in_flight
+        self._ends = ends
+        self._generated_tokens = generated_tokens
+
+    def __enter__(self) -> Self:
+        self._in_flight.inc(self._remaining)
+        return self
+
+    def __call__(self, outcome: Outcome) -> None:
+        if isinstance(outcome, FailedCandidate):
+            self._ended("failed", 1)
+        elif outcome.finish_reason is not None:
+            self._ended("completed", 1)
+            self._generated_tokens.inc(outcome.num_tokens)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, BadRequestError | NotReadyError):  # refused: what did not end never started
+            self._in_flight.dec(self._remaining)
+        elif self._remaining:
+            self._ended("cancelled", self._remaining)
+
+    def _ended(self, outcome: str, count: int) -> None:
+        self._remaining -= count
+        self._in_flight.dec(count)
+        self._ends[outcome].inc(count)

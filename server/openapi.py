@@ -1,0 +1,62 @@
+"""The parts of the OpenAPI document that routes cannot declare, since they read bodies and write streams themselves."""
+
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from server.reply_schemas import ChatCompletionChunk, ErrorReply, TextCompletionChunk
+from server.schemas import ChatCompletionRequest, CompletionRequest, ScoreRequest
+from server.wire import Wire
+
+REFERENCE = "#/components/schemas/{model}"
+
+
+def hand_read_schemas() -> dict[str, Any]:
+    """The JSON schemas that `takes` and `replies` refer to, by name."""
+    _, document = models_json_schema(
+        [
+            (ChatCompletionRequest, "validation"),
+            (CompletionRequest, "validation"),
+            (ScoreRequest, "validation"),
+            (ChatCompletionChunk, "serialization"),
+            (TextCompletionChunk, "serialization"),
+        ],
+        ref_template=REFERENCE,
+    )
+    schemas: dict[str, Any] = document["$defs"]
+    return schemas
+
+
+def takes(model: type[Wire]) -> dict[str, Any]:
+    """A JSON body of this model."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _reference(model)}}}}
+
+
+def replies(
+    model: type[BaseModel], *errors: int, chunk: type[BaseModel] | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """A reply of this model, with `stream` events that each hold a chunk, and these errors in OpenAI's envelope."""
+    answer: dict[str, Any] = {"model": model, "description": "The answer"}
+    if chunk is not None:
+        answer["description"] = "The answer; with stream: true, events that each hold a chunk, then [DONE]"
+        answer["content"] = {"text/event-stream": {"schema": _event_of(chunk)}}
+    documented: dict[int | str, dict[str, Any]] = {200: answer}
+    for status in errors:
+        documented[status] = {"model": ErrorReply, "description": HTTPStatus(status).phrase}
+    return documented
+
+
+def _event_of(chunk: type[BaseModel]) -> dict[str, Any]:
+    """One server-sent event, as OpenAPI describes those whose data is JSON."""
+    written = [
+        {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(model)}
+        for model in (chunk, ErrorReply)  # an error is the last event of a stream that broke off
+    ]
+    done = {"type": "string", "const": "[DONE]"}
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [*written, done]}}}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": REFERENCE.format(model=model.__name__)}

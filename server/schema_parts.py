@@ -1,0 +1,171 @@
+"""The objects inside a request; `schemas` explains the marks."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, JsonValue
+
+from reranker.candidate import Message
+from server.errors import BadRequestError
+from server.pipeline import RewardFailurePolicy
+from server.selecting import WITHOUT_REWARDS, SelectionOptions, Strategy
+from server.wire import Advice, EmptyList, NoEffect, OnlyFalse, Wire
+
+MAX_DEADLINE_S = 86_400.0
+"""A day. Timers overflow on far larger numbers, and nobody waits that long."""
+MAX_PATTERN_CHARS = 1000
+
+
+def _text_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class TextPart(Wire):
+    """A piece of a message."""
+
+    type: Annotated[
+        Literal["text"],
+        Advice("only text parts are read here, not image_url, input_audio, file or refusal parts; send text."),
+    ]
+    text: str
+    prompt_cache_breakpoint: Annotated[None, NoEffect("prefixes are shared without breakpoints; leave it out.")] = None
+
+
+class ChatMessage(Wire):
+    """One turn. `developer` is OpenAI's newer name for `system` and is rendered as such."""
+
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        Advice("roles here are system, developer, user and assistant; tool and function need a tool parser."),
+    ]
+    content: Annotated[list[TextPart], BeforeValidator(_text_parts, json_schema_input_type=str | list[TextPart])]
+    name: Annotated[None, NoEffect("chat templates have no place for names; write it into the content.")] = None
+    refusal: Annotated[None, NoEffect("refusals are not rendered; send the text as content.")] = None
+    audio: Annotated[None, NoEffect("audio is not read here; send text.")] = None
+    annotations: Annotated[EmptyList | None, NoEffect("annotations are not rendered; leave them out.")] = None
+    tool_calls: Annotated[EmptyList | None, NoEffect("tool calls are not rendered here; send text only.")] = None
+    function_call: Annotated[None, NoEffect("function calls are not rendered here; send text only.")] = None
+    tool_call_id: Annotated[None, NoEffect("there is no tool parser here; send text only.")] = None
+
+    def internal(self) -> Message:
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, "\n".join(part.text for part in self.content))
+
+
+class JsonSchemaFormat(Wire):
+    """A schema that every candidate is held to while it is generated."""
+
+    name: str
+    schema_: Annotated[
+        dict[str, JsonValue], Field(alias="schema"), Advice("give the JSON schema as an object of finite values.")
+    ]
+    strict: bool | None = Field(default=None, description="The schema is enforced either way.")
+    description: Annotated[None, NoEffect("the model does not see it; describe the output in a message.")] = None
+
+
+class ResponseFormat(Wire):
+    """What the text of a candidate must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def internal(self) -> dict[str, Any] | None:
+        """The JSON schema of `Sampling`: None for free text, {} for any JSON object."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise BadRequestError(
+                "response_format.json_schema goes with type json_schema and with no other; send both or neither.",
+                param="response_format.json_schema",
+            )
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {} if self.type == "json_object" else None
+
+
+class StreamOptions(Wire):
+    """OpenAI's options of a stream."""
+
+    include_usage: bool | None = Field(default=None, description="Send a last chunk with the usage.")
+    include_obfuscation: Annotated[
+        OnlyFalse | None, NoEffect("chunks are not padded against traffic analysis; leave it out.")
+    ] = None
+
+
+class Stopping(Wire):
+    """When to stop before all candidates are complete."""
+
+    policy: Annotated[Literal["none"], Advice("only the policy none is served; leave stopping out.")]
+
+
+class SelectionFields(Wire):
+    """Options of the strategies; each goes with some of them and is refused beside the others."""
+
+    answer_regex: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARS)] | None = Field(
+        default=None,
+        description="majority, weighted_majority: the answer is what the one group of this RE2 pattern holds where it "
+        "first matches; default: the whole text.",
+    )
+    answer_json_pointer: Annotated[str, Field(max_length=MAX_PATTERN_CHARS)] | None = Field(
+        default=None,
+        description="majority, weighted_majority: the answer is what this JSON pointer (RFC 6901) leads to.",
+    )
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
+        default=None, description="soft, weighted_majority: in units of the reward; small is argmax. Default: 1."
+    )
+    beta: Annotated[float, Field(ge=0, le=1e3)] | None = Field(
+        default=None, description="mbr: weight of the mean similarity to the other candidates; 0 is argmax. Default: 1."
+    )
+
+
+OPTIONS_OF: dict[Strategy, set[str]] = {
+    "argmax": set(),
+    "majority": {"answer_regex", "answer_json_pointer"},
+    "weighted_majority": {"answer_regex", "answer_json_pointer", "temperature"},
+    "soft": {"temperature"},
+    "mbr": {"beta"},
+}
+"""What each strategy reads of `SelectionFields`."""
+
+
+class NBestOptions(Wire):
+    """Our extension of OpenAI's requests."""
+
+    reward_model: str | None = Field(default=None, description="One of the served scorers; default: the first.")
+    strategy: Annotated[
+        Strategy | None,
+        Advice("how the winner is chosen: argmax (default), majority, weighted_majority, soft or mbr."),
+    ] = None
+    selection: SelectionFields | None = None
+    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = Field(
+        default=None, description="Answer after this many seconds with the best finished so far; the reply says so."
+    )
+    stopping: Stopping | None = None
+    on_reward_failure: RewardFailurePolicy | None = Field(
+        default=None,
+        description="What orders the candidates if the reward model fails; default: error, which answers 503.",
+    )
+    return_candidates: bool | None = Field(default=None, description="Also return every candidate with its reward.")
+
+    def selection_options(self) -> SelectionOptions:
+        """The options of the strategy.
+
+        Raises:
+            BadRequestError: a field that the strategy would not look at, or an answer that cannot be extracted so.
+        """
+        strategy = self.strategy or "argmax"
+        if strategy in WITHOUT_REWARDS and self.reward_model is not None:
+            raise BadRequestError(
+                f"The strategy {strategy} asks no reward model; leave reward_model out, or choose weighted_majority.",
+                param="nbest.reward_model",
+            )
+        given = self.selection.model_dump(exclude_none=True) if self.selection else {}
+        for name in sorted(given.keys() - OPTIONS_OF[strategy]):
+            strategies = " and ".join(one for one, options in OPTIONS_OF.items() if name in options)
+            param = f"nbest.selection.{name}"
+            raise BadRequestError(f"{param} goes with {strategies}, and the strategy is {strategy}.", param=param)
+        if given.keys() >= {"answer_regex", "answer_json_pointer"}:
+            raise BadRequestError(
+                "Give one of nbest.selection.answer_regex and answer_json_pointer.",
+                param="nbest.selection.answer_json_pointer",
+            )
+        options = SelectionOptions(**given)
+        options.extract()
+        return options

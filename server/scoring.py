@@ -1,0 +1,107 @@
+"""The scoring of one request: groups of candidates go to the scorer as they finish, several groups at a time.
+
+A scorer may need more (`Needs`). One that compares candidates with each other gets all of them in one call, when the
+last has finished. One that reads the most likely tokens gets them asked for (`sampling_for`), and what the client did
+not ask for itself is taken off again before anyone else sees it (`as_asked`).
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import overload
+
+from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate
+from reranker.scorers.base import Scorer, ScoringError
+from server.generation.base import Outcome, Sampling
+
+
+class Scoring:
+    """Collects the rewards of one prompt's candidates while others are still being generated; without a scorer, none.
+
+    `failure` is the last error of the scorer, if any: the candidates of that group have no reward.
+    `busy_s` is the time in which at least one scorer call was out.
+    """
+
+    def __init__(self, scorer: Scorer | None, prompt: Prompt) -> None:
+        self._scorer = scorer
+        self._prompt = prompt
+        self._held: list[Candidate] = []
+        self._calls: set[asyncio.Task[None]] = set()
+        self._rewards: dict[int, float] = {}
+        self._busy_since_s = 0.0
+        self.scored_tokens = 0
+        self.prompt_tokens_cut = 0
+        self.busy_s = 0.0
+        self.failure: ScoringError | None = None
+
+    def start(self, candidates: Sequence[Candidate]) -> None:
+        """Sends these candidates to the scorer, or holds them back for one that needs all; returns at once."""
+        if self._scorer is None:
+            return
+        if self._scorer.needs.all_candidates:
+            self._held += candidates
+        else:
+            self._send(self._scorer, candidates)
+
+    async def finish(self) -> None:
+        """All have been started: waits for all calls; an error that is not a `ScoringError` is a bug and is raised."""
+        if self._scorer is not None:
+            self._send(self._scorer, sorted(self._held, key=lambda one: one.index))
+        await asyncio.gather(*self._calls)
+
+    def _send(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
+        if not candidates:
+            return
+        if not self._calls:
+            self._busy_since_s = time.perf_counter()
+        call = asyncio.create_task(self._score(scorer, candidates))
+        self._calls.add(call)
+        call.add_done_callback(self._ended)
+
+    async def cancel(self) -> None:
+        """Gives up the calls still out."""
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    def rewarded(self, candidates: Sequence[Candidate]) -> list[ScoredCandidate]:
+        """These candidates with their rewards so far, NaN where there is none."""
+        return [ScoredCandidate(one, self._rewards.get(one.index, math.nan)) for one in candidates]
+
+    async def _score(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
+        try:
+            scores = await scorer.score(self._prompt, candidates)
+        except ScoringError as error:
+            self.failure = error
+            return
+        self.scored_tokens += scores.scored_tokens
+        self.prompt_tokens_cut = max(self.prompt_tokens_cut, scores.prompt_tokens_cut)
+        self._rewards.update(zip((one.index for one in candidates), scores.rewards_N, strict=True))
+
+    def _ended(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        if not self._calls:
+            self.busy_s += time.perf_counter() - self._busy_since_s
+
+
+def sampling_for(scorer: Scorer | None, asked: Sampling) -> Sampling:
+    """The sampling to generate with: what was asked, and what the scorer needs beside it."""
+    if scorer is None or scorer.needs.top_logprobs <= (asked.logprobs or 0):
+        return asked
+    return replace(asked, logprobs=scorer.needs.top_logprobs)
+
+
+@overload
+def as_asked(outcome: Candidate, asked: Sampling) -> Candidate: ...
+@overload
+def as_asked(outcome: Outcome, asked: Sampling) -> Outcome: ...
+def as_asked(outcome: Outcome, asked: Sampling) -> Outcome:
+    """The outcome with the log-probabilities that were asked for, and no more."""
+    if isinstance(outcome, FailedCandidate) or outcome.logprobs is None:
+        return outcome
+    if asked.logprobs is None:
+        return replace(outcome, logprobs=None)
+    return replace(outcome, logprobs=tuple(replace(one, top=one.top[: asked.logprobs]) for one in outcome.logprobs))

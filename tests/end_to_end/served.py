@@ -1,0 +1,92 @@
+"""The whole server, real engine and real reward model, on a port of this process, and what the tests look into."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httpx
+import uvicorn
+
+from server import assembly
+from server.app import create_app
+from server.config import Settings
+from server.generation.vllm_engine import VllmGenerator
+from server.launch import address_of, listen
+from server.metrics import Metrics
+from server.pipeline import BestOfN
+
+START_TIMEOUT_S = 240
+
+
+@dataclass
+class Served:
+    """A running server: its address, and the parts a client does not see."""
+
+    url: str
+    settings: Settings
+    pipelines: list[BestOfN] = field(default_factory=list)
+
+    @property
+    def generator(self) -> VllmGenerator:
+        return cast(VllmGenerator, self.pipelines[0].generator)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one series of /metrics; 0 while it has none."""
+        pairs = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
+        wanted = f"{name}{{{pairs}}}" if pairs else name
+        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+            if line.startswith(f"{wanted} "):
+                return float(line.split()[-1])
+        return 0.0
+
+
+def eventually(holds: Any, timeout_s: float = 10) -> bool:
+    """Whether a condition becomes true; looks until it does or the time is up."""
+    until_s = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > until_s:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@contextmanager
+def serve(settings: Settings) -> Iterator[Served]:
+    """Serves in a thread of its own until the block is left."""
+    metrics, failures = Metrics(), list[BaseException]()
+    listener = listen(settings.host, 0)
+    served = Served(f"http://{address_of(listener)}", settings)
+
+    def start() -> AbstractAsyncContextManager[BestOfN]:
+        return _remembered(assembly.start(settings, metrics.observe_batch), served)
+
+    app = create_app(start, settings, metrics, on_start_failure=failures.append)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    thread.start()
+    try:
+        ready = eventually(lambda: failures or is_ready(served.url), START_TIMEOUT_S)
+        assert not failures, failures
+        assert ready, "the server did not become ready"
+        yield served
+    finally:
+        server.should_exit = True
+        thread.join(60)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@asynccontextmanager
+async def _remembered(started: AbstractAsyncContextManager[BestOfN], served: Served) -> AsyncIterator[BestOfN]:
+    async with started as pipeline:
+        served.pipelines.append(pipeline)
+        yield pipeline

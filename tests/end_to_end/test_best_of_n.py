@@ -1,0 +1,190 @@
+"""Best-of-N through the official client, on the real engine and the real reward model."""
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.end_to_end.served import Served, eventually
+
+pytestmark = pytest.mark.engine
+
+MODEL = "smollm2-135m-instruct"
+OPENING = "This film is"
+FILM: list[Any] = [{"role": "user", "content": "Write one sentence about a film you saw."}]
+
+
+def complete(client: openai.OpenAI, **fields: Any) -> Any:
+    """One completion of the opening, with every candidate in the reply."""
+    extension = {"best_of": fields.pop("best_of", 8), "nbest": {"return_candidates": True, **fields.pop("nbest", {})}}
+    fields = {"max_tokens": 12, **fields}
+    return client.completions.create(model=MODEL, prompt=OPENING, extra_body=extension, **fields)
+
+
+def test_the_winner_has_the_largest_reward(client: openai.OpenAI) -> None:
+    reply = complete(client, n=3)
+    candidates = reply.nbest["candidates"]
+    rewards = sorted((one["reward"] for one in candidates), reverse=True)
+    assert len(candidates) == 8
+    assert len(set(rewards)) > 1, "sampling gave eight equal candidates"
+    assert [choice.reward for choice in reply.choices] == rewards[:3]
+    best = max(candidates, key=lambda one: one["reward"])
+    assert reply.choices[0].text == best["text"]
+    assert reply.choices[0].index == 0
+
+
+def test_usage_is_the_sum_over_all_candidates(client: openai.OpenAI) -> None:
+    reply = complete(client)
+    generated = sum(one["num_tokens"] for one in reply.nbest["candidates"])
+    assert reply.usage.completion_tokens == generated == reply.nbest["generated_tokens"]
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + generated
+    assert (reply.nbest["completed"], reply.nbest["failed"], reply.nbest["cancelled"]) == (8, 0, 0)
+
+
+def test_the_same_seed_gives_the_same_candidates(client: openai.OpenAI) -> None:
+    first, again, other = (complete(client, seed=seed).nbest["candidates"] for seed in (7, 7, 1007))
+    texts = [one["text"] for one in sorted(first, key=lambda one: one["index"])]
+    assert texts == [one["text"] for one in sorted(again, key=lambda one: one["index"])]
+    assert texts != [one["text"] for one in sorted(other, key=lambda one: one["index"])]
+
+
+def test_candidate_i_has_seed_plus_i(client: openai.OpenAI) -> None:
+    group = {one["index"]: one["text"] for one in complete(client, seed=50, best_of=4).nbest["candidates"]}
+    alone = complete(client, seed=52, best_of=1).choices[0].text
+    assert group[2] == alone
+
+
+def test_the_score_endpoint_gives_the_same_rewards(client: openai.OpenAI, served: Served) -> None:
+    candidates = complete(client).nbest["candidates"]
+    body = {"prompt": OPENING, "candidates": [one["text"] for one in candidates]}
+    scores = httpx.post(f"{served.url}/v1/score", json=body, timeout=60).json()["data"]
+    assert [one["score"] for one in scores] == pytest.approx([one["reward"] for one in candidates], abs=1e-4)
+
+
+def test_the_reward_model_prefers_praise(served: Served) -> None:
+    praise, blame = "a wonderful, moving film with superb acting.", "a dull, badly acted film and a waste of time."
+    body = {"prompt": "It was", "candidates": [f" {blame}", f" {praise}"]}
+    scores = [one["score"] for one in httpx.post(f"{served.url}/v1/score", json=body, timeout=60).json()["data"]]
+    assert scores[1] > scores[0] + 1
+
+
+def test_chat_goes_through_the_chat_template(client: openai.OpenAI) -> None:
+    question: list[Any] = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    reply = client.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=10)
+    assert "Paris" in (reply.choices[0].message.content or "")
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_one_candidate_is_streamed_token_by_token(client: openai.OpenAI) -> None:
+    extension = {"best_of": 1}
+    plain = client.chat.completions.create(model=MODEL, messages=FILM, seed=3, max_tokens=12, extra_body=extension)
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=FILM, seed=3, max_tokens=12, stream=True, extra_body=extension
+        )
+    )
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert len(pieces) > 3
+    assert "".join(pieces) == plain.choices[0].message.content
+    last: Any = next(chunk for chunk in reversed(chunks) if chunk.choices)
+    assert last.choices[0].finish_reason == plain.choices[0].finish_reason
+    assert last.nbest["completed"] == 1
+
+
+def test_the_winner_of_many_is_streamed_once_chosen(client: openai.OpenAI) -> None:
+    chunks: list[Any] = list(
+        client.completions.create(
+            model=MODEL,
+            prompt=OPENING,
+            max_tokens=12,
+            seed=11,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"best_of": 8},
+        )
+    )
+    text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    reply = complete(client, seed=11)
+    assert text == reply.choices[0].text
+    assert chunks[-1].usage.completion_tokens == reply.usage.completion_tokens
+
+
+def test_structured_output_is_what_the_schema_says(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"verdict": {"enum": ["good", "bad"]}},
+        "required": ["verdict"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model=MODEL,
+        messages=FILM,
+        max_tokens=30,
+        response_format={"type": "json_schema", "json_schema": {"name": "review", "schema": schema}},
+        extra_body={"best_of": 4},
+    )
+    assert json.loads(reply.choices[0].message.content or "")["verdict"] in {"good", "bad"}
+
+
+def test_stop_and_logprobs_are_honoured(client: openai.OpenAI) -> None:
+    reply = complete(client, best_of=2, max_tokens=40, stop=["."], logprobs=2)
+    assert all("." not in one["text"] for one in reply.nbest["candidates"])
+    logprobs = reply.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) > 0
+    assert all(value <= 0 for value in logprobs.token_logprobs)
+
+
+def test_a_disconnect_cancels_in_the_engine(served: Served) -> None:
+    before = served.generator.cancelled_total
+    body = {"model": MODEL, "prompt": OPENING, "best_of": 8, "max_tokens": 900, "logit_bias": {"2": -100, "0": -100}}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/completions", json=body, timeout=2)
+    # 900 tokens take the engine most of a minute; it is idle at once because the candidates were aborted in it.
+    assert eventually(lambda: served.generator.cancelled_total == before + 8, 5)
+    assert eventually(lambda: served.generator.unfinished == 0, 5)
+    assert eventually(lambda: served.generator.load.running == 0, 5)
+    assert served.metric("nbest_candidates_in_flight") == 0
+
+
+def test_a_stream_hung_up_on_cancels_too(served: Served) -> None:
+    before = served.generator.cancelled_total
+    body = {"model": MODEL, "prompt": OPENING, "best_of": 1, "max_tokens": 900, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as stream:
+        next(stream.iter_lines())
+    assert eventually(lambda: served.generator.cancelled_total == before + 1, 5)
+
+
+def test_a_deadline_answers_with_what_has_finished(client: openai.OpenAI, served: Served) -> None:
+    """Nothing finishes 900 tokens in half a second, and the engine is idle afterwards."""
+    with pytest.raises(openai.APIStatusError) as caught:
+        complete(client, best_of=4, max_tokens=900, logit_bias={"2": -100, "0": -100}, nbest={"deadline_s": 0.5})
+    assert caught.value.status_code == 504
+    assert eventually(lambda: served.generator.unfinished == 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        pytest.param('{"model": ', 400, "JSON", id="malformed JSON"),
+        pytest.param({"prompt": 5}, 400, "prompt", id="wrong type"),
+        pytest.param({"best_of": 0}, 400, "best_of", id="best_of 0"),
+        pytest.param({"best_of": 33}, 400, "32", id="best_of above the limit"),
+        pytest.param({"n": 3, "best_of": 2}, 400, "n", id="n above best_of"),
+        pytest.param({"prompt": "word " * 2000}, 400, "1024", id="longer than the context"),
+        pytest.param({"nbest": {"reward_model": "taste"}}, 400, "movie-sentiment", id="unknown reward model"),
+        pytest.param({"colour": "red"}, 400, "colour", id="unknown field"),
+        pytest.param(f'{{"model": "{MODEL}", "prompt": "a", "temperature": NaN}}', 400, "JSON", id="NaN temperature"),
+        pytest.param({"model": "gpt-9"}, 404, MODEL, id="unknown model"),
+        pytest.param({"prompt": "x" * 10_000_000}, 413, "", id="a body of 10 MB"),
+    ],
+)
+def test_bad_input_is_refused_and_the_next_request_works(
+    served: Served, client: openai.OpenAI, body: Any, status: int, said: str
+) -> None:
+    content = body if isinstance(body, str) else json.dumps({"model": MODEL, "prompt": OPENING, **body})
+    refused = httpx.post(f"{served.url}/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert refused.status_code == status
+    assert said in refused.json()["error"]["message"]
+    assert complete(client, best_of=1, max_tokens=1).choices[0].finish_reason == "length"

@@ -1,0 +1,67 @@
+"""README's commands, run as a newcomer runs them: `nbest serve`, the curl, the Python snippets, Ctrl-C."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.launch import address_of, listen
+from tests.end_to_end.served import START_TIMEOUT_S, eventually, is_ready
+
+pytestmark = pytest.mark.engine
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+DEFAULT_ADDRESS = "127.0.0.1:8000"
+
+
+def snippets(language: str, containing: str) -> list[str]:
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [block for block in blocks if containing in block]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Where `nbest serve` answers; on leaving, Ctrl-C must end it and its children."""
+    with listen("127.0.0.1", 0) as probe:
+        address = address_of(probe)
+    nbest = Path(sys.executable).with_name("nbest")
+    server = subprocess.Popen([nbest, "serve", "--port", address.split(":")[1]], stderr=subprocess.PIPE, text=True)
+    try:
+        assert eventually(lambda: is_ready(f"http://{address}") or server.poll() is not None, START_TIMEOUT_S)
+        assert server.poll() is None, server.stderr and server.stderr.read()
+        yield address
+        children = psutil.Process(server.pid).children(recursive=True)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) in {0, 130}
+        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@pytest.mark.parametrize("snippet", snippets("bash", "curl"))
+def test_curl(snippet: str, address: str) -> None:
+    ran = subprocess.run(
+        ["bash", "-ec", snippet.replace(DEFAULT_ADDRESS, address)], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert '"reward":' in ran.stdout.replace(" ", ""), ran.stdout
+
+
+@pytest.mark.parametrize("snippet", snippets("python", "openai"))
+def test_python(snippet: str, address: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", snippet.replace(DEFAULT_ADDRESS, address)], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+
+
+def test_readme_has_both_kinds_of_snippet() -> None:
+    assert snippets("bash", "curl")
+    assert any("stream=True" in snippet for snippet in snippets("python", "openai"))

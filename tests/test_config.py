@@ -1,0 +1,152 @@
+"""Where settings come from, which source wins, and what a user is told about a bad one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from server.config import ConfigError, flag_of, load_settings, unknown_variables
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("NBEST_")]:
+        monkeypatch.delenv(name)
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "nbest.toml"
+    file.write_text(text)
+    return file
+
+
+def test_defaults_serve_the_embedded_models_on_localhost() -> None:
+    settings = load_settings({})
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.model == "smollm2-135m-instruct"
+    assert settings.reward_models == {"movie-sentiment": "movie-sentiment"}
+
+
+def test_file_beats_default_environment_beats_file_flag_beats_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = toml(tmp_path, "port = 1001\nmax_best_of = 11\nblock_size = 64\n")
+    monkeypatch.setenv("NBEST_PORT", "1002")
+    monkeypatch.setenv("NBEST_MAX_BEST_OF", "12")
+    settings = load_settings({"port": 1003}, file)
+    assert (settings.block_size, settings.max_best_of, settings.port) == (64, 12, 1003)
+
+
+def test_the_environment_may_name_the_file_and_the_flag_overrules_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NBEST_CONFIG", str(toml(tmp_path, "port = 1001")))
+    assert load_settings({}).port == 1001
+    other = tmp_path / "other.toml"
+    other.write_text("port = 1002")
+    assert load_settings({}, other).port == 1002
+
+
+def test_reward_models_keep_their_order_in_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = toml(tmp_path, '[reward_models]\nz = "dir/z"\na = "a=b"\n')
+    assert list(load_settings({}, file).reward_models.items()) == [("z", "dir/z"), ("a", "a=b")]
+    monkeypatch.setenv("NBEST_REWARD_MODELS", "y=1 b=2")
+    assert list(load_settings({}, file).reward_models.items()) == [("y", "1"), ("b", "2")]
+    assert load_settings({"reward_models": ["x=3"]}, file).reward_models == {"x": "3"}
+
+
+def test_an_empty_variable_is_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NBEST_BASE_URL", "")
+    assert load_settings({}).base_url is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "text", "told"),
+    [
+        ({"port": 70000}, {}, "", "--port is 70000, but: input should be less than or equal to 65535; change it or"),
+        ({}, {"NBEST_PORT": "http"}, "", "NBEST_PORT is 'http', but: input should be a valid integer"),
+        ({}, {}, "port = 'x'", "port in {file} is 'x', but: input should be a valid integer"),
+        ({}, {}, "prot = 1", "prot in {file} is not a setting; did you mean port?"),
+        ({}, {}, "port = ", "The settings file {file} cannot be read as TOML: Invalid value"),
+        ({"device": "tpu"}, {}, "", "--device is 'tpu', but: input should be 'auto', 'cpu' or 'cuda'"),
+        ({"reward_models": ["movie"]}, {}, "", "--reward-model is ['movie'], but: 'movie' should read NAME=SPEC"),
+        ({"reward_models": ["a=1", "a=2"]}, {}, "", "the name 'a' is given twice"),
+        ({"max_best_of": 2}, {}, "", "default_best_of (4) is above max_best_of (2); lower the first or raise"),
+        ({"generator": "openai"}, {}, "", "generator openai needs the server's address; give --base-url"),
+        ({"base_url": "http://x/v1"}, {}, "", "base_url is only used by --generator openai"),
+        ({"kv_cache_gib": float("nan")}, {}, "", "--kv-cache-gib is nan, but: input should be"),
+    ],
+)
+def test_a_bad_value_is_told_with_its_setting_its_source_and_the_way_out(
+    flags: dict[str, object],
+    variables: dict[str, str],
+    text: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = toml(tmp_path, text)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(flags, file)
+    assert told.format(file=file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_bad_value_has_its_own_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings({"port": -1, "block_size": 0})
+    assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == ["--port", "--block-size"]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.toml does not exist; correct --config or NBEST_CONFIG"):
+        load_settings({}, tmp_path / "nowhere.toml")
+
+
+def test_the_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NBEST_API_KEY", "sk-secret")
+    settings = load_settings({})
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "sk-secret"
+    assert "sk-secret" not in f"{settings} {settings!r} {settings.model_dump_json()}"
+
+    monkeypatch.delenv("NBEST_API_KEY")
+    with pytest.raises(ConfigError) as caught:
+        load_settings({}, toml(tmp_path, "api_key = 271828"))
+    assert "api_key" in str(caught.value)
+    assert "271828" not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
+def test_a_flag_repeated_for_each_item_is_singular() -> None:
+    assert [flag_of(name) for name in ("reward_models", "max_num_seqs", "port")] == [
+        "--reward-model",
+        "--max-num-seqs",
+        "--port",
+    ]
+
+
+def test_variables_that_set_nothing_are_reported_with_the_nearest_that_does() -> None:
+    environment = {"NBEST_MAX_BESTOF": "9", "NBEST_PORT": "1", "NBEST_CONFIG": "x", "HOME": "/root"}
+    assert unknown_variables(environment) == {"NBEST_MAX_BESTOF": "NBEST_MAX_BEST_OF"}
+
+
+@pytest.mark.parametrize(
+    ("specs", "told"),
+    [
+        (["a=judge:large"], "the judge a needs its server's address; give --judge-base-url https://HOST/v1"),
+        (["a=ensemble:min:b,c"], "no scorer 'b' is served"),
+        (["a=vllm:gpu"], "a=vllm:gpu needs an address"),
+    ],
+)
+def test_scorers_that_cannot_be_are_refused(specs: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings({"reward_models": specs})
+    assert told in str(caught.value)
+
+
+def test_a_judge_needs_an_address_unless_it_is_the_policy_itself() -> None:
+    flags = {"reward_models": ["a=judge:large"], "judge_base_url": "https://judge/v1"}
+    assert load_settings(flags).reward_models == {"a": "judge:large"}
+    assert load_settings({"reward_models": ["a=pairwise:judge:self"]}).judge_base_url is None

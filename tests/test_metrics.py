@@ -1,0 +1,140 @@
+"""Each collector after a few scripted requests, with numbers worked by hand."""
+
+import math
+
+import pytest
+
+from reranker.candidate import Candidate, FailedCandidate, ScoredCandidate, Selection
+from server.errors import BadRequestError
+from server.metrics import Metrics
+from server.pipeline import BestOfNResult, Timings
+
+
+def candidate(index: int, num_tokens: int = 1, *, finished: bool = True) -> Candidate:
+    return Candidate(index, "word", num_tokens, finish_reason="stop" if finished else None)
+
+
+def result(*rewards: float) -> BestOfNResult:
+    """An answer whose candidates, best first, have these rewards."""
+    ranking = tuple(ScoredCandidate(candidate(index), reward) for index, reward in enumerate(rewards))
+    return BestOfNResult(
+        selection=Selection(ranking),
+        best_of=len(rewards),
+        completed=len(rewards),
+        failed=0,
+        cancelled=0,
+        strategy="argmax",
+        reward_model="taste",
+        ranked_by="reward",
+        stopped_by="all",
+        prompt_tokens=3,
+        generated_tokens=len(rewards),
+        scored_tokens=11,
+        prompt_tokens_cut=0,
+        timings=Timings(queue=0.5, generate=2.0, score=0.75, select=0.25, total=4.0),
+    )
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+def value(metrics: Metrics, sample: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(sample, labels)
+
+
+def test_candidates_are_counted_as_they_end(metrics: Metrics) -> None:
+    with metrics.candidates(4) as heard:
+        assert value(metrics, "nbest_candidates_in_flight") == 4
+        heard(candidate(0, num_tokens=5, finished=False))  # still growing
+        assert value(metrics, "nbest_candidates_in_flight") == 4
+        heard(candidate(0, num_tokens=6))
+        heard(candidate(1, num_tokens=2))
+        heard(FailedCandidate(2, "scripted"))
+        assert value(metrics, "nbest_candidates_in_flight") == 1
+    assert value(metrics, "nbest_candidates_in_flight") == 0
+    assert value(metrics, "nbest_candidates_total", outcome="completed") == 2
+    assert value(metrics, "nbest_candidates_total", outcome="failed") == 1
+    assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 1
+    assert value(metrics, "nbest_generated_tokens_total") == 8
+
+
+def test_candidates_of_a_client_that_hangs_up_are_cancelled(metrics: Metrics) -> None:
+    def hang_up_after_one() -> None:
+        with metrics.candidates(3) as heard:
+            heard(candidate(0))
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        hang_up_after_one()
+    assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 2
+    assert value(metrics, "nbest_candidates_in_flight") == 0
+
+
+def test_a_refused_request_started_no_candidates(metrics: Metrics) -> None:
+    with pytest.raises(BadRequestError), metrics.candidates(3):
+        raise BadRequestError("the prompt is too long")
+    assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 0
+    assert value(metrics, "nbest_candidates_in_flight") == 0
+
+
+def test_an_answer_adds_its_durations_and_scored_tokens(metrics: Metrics) -> None:
+    metrics.observe_answer(result(1.0))
+    metrics.observe_answer(result(1.0))
+    for stage, seconds in {"queue": 0.5, "generate": 2.0, "score": 0.75, "request": 4.0}.items():
+        assert value(metrics, f"nbest_{stage}_seconds_count") == 2
+        assert value(metrics, f"nbest_{stage}_seconds_sum") == 2 * seconds
+    assert value(metrics, "nbest_scored_tokens_total") == 22
+
+
+def test_reward_gain_is_the_winner_minus_the_mean(metrics: Metrics) -> None:
+    metrics.observe_answer(result(4.0, 1.0, -2.0))  # mean 1, gain 3
+    assert value(metrics, "nbest_winner_reward_count", reward_model="taste") == 1
+    assert value(metrics, "nbest_winner_reward_bucket", reward_model="taste", le="3.0") == 0
+    assert value(metrics, "nbest_winner_reward_bucket", reward_model="taste", le="5.0") == 1
+    assert value(metrics, "nbest_reward_gain_sum", reward_model="taste") == 3
+
+
+def test_missing_rewards_take_no_part_in_the_mean(metrics: Metrics) -> None:
+    metrics.observe_answer(result(2.0, 1.0, math.nan))  # mean of 2 and 1 is 1.5
+    assert value(metrics, "nbest_reward_gain_sum", reward_model="taste") == 0.5
+
+
+def test_an_answer_without_any_reward_adds_no_reward(metrics: Metrics) -> None:
+    metrics.observe_answer(result(math.nan, math.nan))
+    assert value(metrics, "nbest_winner_reward_count", reward_model="taste") is None
+
+
+def test_batches(metrics: Metrics) -> None:
+    metrics.observe_batch(4, 400)
+    metrics.observe_batch(2, 100)
+    assert value(metrics, "nbest_score_batch_sequences_sum") == 6
+    assert value(metrics, "nbest_score_batch_tokens_sum") == 500
+    assert value(metrics, "nbest_score_batch_tokens_bucket", le="128.0") == 1
+
+
+def test_requests_by_endpoint_and_status(metrics: Metrics) -> None:
+    for status in (200, 200, 400):
+        metrics.observe_request("/v1/score", status)
+    assert value(metrics, "nbest_requests_total", endpoint="/v1/score", status="200") == 2
+    assert value(metrics, "nbest_requests_total", endpoint="/v1/score", status="400") == 1
+
+
+def test_every_collector_is_named_for_nbest_and_says_its_unit(metrics: Metrics) -> None:
+    units = ("Seconds.", "Tokens.", "Count.", "Units of the reward model.")
+    for family in metrics.registry.collect():
+        assert family.name.startswith("nbest_")
+        assert family.documentation.endswith(units), family.name
+
+
+def test_two_servers_in_one_process_do_not_share_collectors(metrics: Metrics) -> None:
+    other = Metrics()
+    other.observe_request("/v1/score", 200)
+    assert value(metrics, "nbest_requests_total", endpoint="/v1/score", status="200") is None
+
+
+def test_render_is_the_text_exposition(metrics: Metrics) -> None:
+    metrics.observe_batch(4, 400)
+    assert b"nbest_score_batch_tokens_sum 400.0" in metrics.render()
+    assert metrics.content_type.startswith("text/plain")

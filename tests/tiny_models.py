@@ -1,0 +1,135 @@
+"""Models and tokenizers of a few kilobytes, made from scratch: real code paths, no download, milliseconds to run.
+
+Weights are random but wide, so that every token moves the score: a test that two scores are equal can then fail.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders as token_decoders
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+Architecture = Literal["llama", "qwen2", "bert"]
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "The film was a delight from start to finish and the cast was great.",
+    "The film was dull, far too long, and the ending made no sense at all.",
+    "What is the capital of France? The capital of France is Paris.",
+]
+CONTEXT_LENGTH = 128
+
+
+def tiny_tokenizer(
+    *, adds_bos: bool = False, chat_template: str | None = CHATML, corpus: list[str] = CORPUS
+) -> PreTrainedTokenizerBase:
+    """Byte-level BPE with pad equal to EOS, as most chat models have it; another corpus gives other tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = token_decoders.ByteLevel()
+    special = ["<|im_end|>", "<|im_start|>", "<s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=chat_template,
+        model_max_length=CONTEXT_LENGTH,
+    )
+
+
+def tiny_bert_tokenizer() -> PreTrainedTokenizerBase:
+    """Words of the corpus, dressed as [CLS] … [SEP]; no chat template."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    dressing = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=dressing
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=CONTEXT_LENGTH,
+    )
+
+
+def tiny_config(
+    architecture: Architecture, tokenizer: PreTrainedTokenizerBase, *, num_layers: int = 2, **more: Any
+) -> PretrainedConfig:
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "bert": BertConfig}[architecture]
+    heads = {} if architecture == "bert" else {"num_key_value_heads": 2}
+    return kind(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT_LENGTH,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **heads,
+        **more,
+    )
+
+
+def save_tiny_policy(
+    directory: Path, *, tokenizer: PreTrainedTokenizerBase | None = None, num_layers: int = 2, seed: int = 0
+) -> Path:
+    """A tiny Llama language model with its tokenizer, as save_pretrained writes it."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config("llama", tokenizer, num_layers=num_layers, tie_word_embeddings=True)
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def save_tiny_reward_model(
+    directory: Path,
+    architecture: Architecture = "llama",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_labels: int = 1,
+    seed: int = 0,
+) -> Path:
+    """A tiny sequence classifier with its tokenizer, as save_pretrained writes it."""
+    tokenizer = tokenizer or (tiny_bert_tokenizer() if architecture == "bert" else tiny_tokenizer())
+    torch.manual_seed(seed)
+    config = tiny_config(architecture, tokenizer, num_labels=num_labels)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

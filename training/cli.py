@@ -1,0 +1,188 @@
+"""`nbest train` and `nbest evaluate`, mounted by the main command.
+
+torch and transformers take seconds to import, so each command imports its work when it runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reranker.device import Device
+
+if TYPE_CHECKING:
+    from training.pair_accuracy import PairAccuracy
+
+train_app = typer.Typer(help="Train models on preferences.", no_args_is_help=True)
+evaluate_app = typer.Typer(help="Measure models on held-out data.", no_args_is_help=True)
+
+DATA_HELP = (
+    "Preferences: a JSONL or Parquet file, or a Hugging Face data set as DIRECTORY or ORG/NAME, with :SPLIT if it has "
+    "several. Columns: prompt (optional), chosen, rejected, margin (optional); or text, rating."
+)
+
+
+class MethodOption(StrEnum):
+    """What learns: low-rank adapters and the head, the head alone, or everything."""
+
+    LORA = "lora"
+    HEAD = "head"
+    FULL = "full"
+
+
+class StyleOption(StrEnum):
+    """How a prompt and an answer become one text; see docs/reward-models.md."""
+
+    CHAT = "chat"
+    DOCUMENT = "document"
+
+
+class DtypeOption(StrEnum):
+    """What the frozen trunk computes in while training."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@train_app.callback()
+def _train() -> None:
+    """Train models on preferences."""
+
+
+@evaluate_app.callback()
+def _evaluate() -> None:
+    """Measure models on held-out data."""
+
+
+@train_app.command("reward")
+def train_reward_command(
+    data: Annotated[
+        Path,
+        typer.Option(help="JSONL lines of prompt (optional), chosen, rejected, margin (optional); or text, rating."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for the reward model, its metrics and checkpoints.")],
+    model: Annotated[str, typer.Option(help="Trunk: prepared name, directory or hub id.")] = "smollm2-135m-instruct",
+    method: Annotated[
+        MethodOption, typer.Option(help="lora: adapters and head; head: the head alone; full: all weights.")
+    ] = MethodOption.LORA,
+    style: Annotated[StyleOption, typer.Option(help="How an answer is written for the model.")] = StyleOption.CHAT,
+    layers: Annotated[int | None, typer.Option(min=1, help="Lowest layers of the trunk to read; default: all.")] = None,
+    lora_layers: Annotated[int | None, typer.Option(min=1, help="Top layers read that adapt; default: all.")] = None,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step: pairs, or rated texts.")] = 32,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Highest learning rate, which decays to 0; default: 3e-4, with full 1e-5."),
+    ] = None,
+    min_gap: Annotated[float, typer.Option(help="Least difference of two ratings that makes a comparison.")] = 1.0,
+    center: Annotated[
+        float, typer.Option(min=0.0, help="Weight of a penalty that keeps rewards around zero, such as 0.01.")
+    ] = 0.0,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer; default: the model's.")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="Held-out data; default: a share of the data.")] = None,
+    holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="That share, chosen by hash of the prompt.")] = 0.1,
+    dtype: Annotated[DtypeOption, typer.Option(help="What the trunk computes in.")] = DtypeOption.AUTO,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps after which all is saved to go on from.")] = 500,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT, or start if there is none.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Decides the head's start and the order of the data.")] = 0,
+) -> None:
+    """Train a reward model: a scalar head, and adapters in the trunk, by the Bradley-Terry loss on preferences."""
+    with _errors_in_a_sentence():
+        from training.reward import RewardTraining, train_reward
+
+        settings = RewardTraining(
+            base_model=model,
+            method=method.value,
+            style=style.value,
+            num_layers=layers,
+            lora_layers=lora_layers,
+            lora_rank=lora_rank,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate if learning_rate is not None else 1e-5 if method is MethodOption.FULL else 3e-4,
+            min_gap=min_gap,
+            center=center,
+            max_length=max_length,
+            dtype=dtype.value,
+            seed=seed,
+        )
+        held_out = train_reward(
+            data,
+            out,
+            settings,
+            validation_data=validation,
+            holdout=holdout,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+        )
+    if held_out:
+        typer.echo(f"Held out: {_sentence(held_out)}")
+    typer.echo(f"Serve it with: nbest serve --reward-model NAME={out / settings.weights_name}")
+
+
+@evaluate_app.command("reward")
+def evaluate_reward_command(
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    reward_model: Annotated[str, typer.Option(help="Prepared name, directory or hub id.")] = "movie-sentiment",
+    min_gap: Annotated[float, typer.Option(help="Least difference of two ratings that makes a comparison.")] = 1.0,
+    device: Annotated[Device, typer.Option(help="Where the model runs; auto takes CUDA if present.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory for evaluation.json and evaluation.png.")] = None,
+) -> None:
+    """How often a reward model prefers what people preferred, and whether its differences are the odds they claim."""
+    with _errors_in_a_sentence():
+        from reranker.reward_model import RewardModel
+        from training.evaluate_reward import evaluate_reward
+
+        evaluation = evaluate_reward(RewardModel.load(reward_model, device=device), data, min_gap=min_gap)
+        if out is not None:
+            from training.evaluation_report import write_report
+
+            write_report(evaluation, out, reward_model=reward_model, data=data, min_gap=min_gap)
+    typer.echo(f"{reward_model}: {_sentence(evaluation.overall)}")
+    if len(evaluation.by_gap) > 1:
+        for name, accuracy in evaluation.by_gap.items():
+            typer.echo(f"  ratings {name} apart: {_sentence(accuracy)}")
+    typer.echo(f"The longer text: {_sentence(evaluation.length_alone)}")
+    typer.echo(
+        f"Log loss {evaluation.log_loss:.3f} nats (a coin: 0.693), calibration error {evaluation.calibration_error:.3f}"
+    )
+    for name, best in evaluation.best_of_n.items():
+        typer.echo(
+            f"Best of n, {name}: {best.accuracy:.1%} of {best.rows:,} rows "
+            f"(95% interval {best.low:.1%} to {best.high:.1%}; chance {best.chance:.1%})"
+        )
+
+
+def _sentence(accuracy: "PairAccuracy") -> str:
+    return (
+        f"{accuracy.accuracy:.1%} of {accuracy.comparisons:,} comparisons in the right order "
+        f"(95% interval {accuracy.low:.1%} to {accuracy.high:.1%}; {accuracy.rows:,} rows)"
+    )
+
+
+@contextmanager
+def _errors_in_a_sentence() -> Iterator[None]:
+    """What a user can mend is told without a traceback."""
+    from reranker.prepared import PreparationError
+    from reranker.reward_model import RewardModelError
+    from training.checkpoints import CheckpointError
+    from training.data_source import DataSourceError
+    from training.preference_data import DataError
+
+    try:
+        yield
+    except (CheckpointError, DataError, DataSourceError, RewardModelError, PreparationError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except ModuleNotFoundError as error:
+        typer.echo(f"Error: {error.name} is not installed; it comes with: pip install 'nbest[train]'", err=True)
+        raise typer.Exit(1) from error
