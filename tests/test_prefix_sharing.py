@@ -19,7 +19,7 @@ from transformers import (
 from reranker.prefix_sharing import SharingTrunk
 from reranker.rendering import Rendered, Renderer, pad
 from reranker.reward_model import RewardModel, forward_rewards
-from tests.tiny_models import CONTEXT_LENGTH, tiny_config, tiny_tokenizer
+from tests.tiny_models import CONTEXT_LENGTH, draw_weights, tiny_config, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 EOS = int(TOKENIZER.eos_token_id or 0)
@@ -43,7 +43,6 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 def classifier(family: str, **more: Any) -> Any:
     kind, options = FAMILIES[family]
-    torch.manual_seed(0)
     config = kind(
         vocab_size=len(TOKENIZER),
         hidden_size=32,
@@ -52,12 +51,11 @@ def classifier(family: str, **more: Any) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT_LENGTH,
-        initializer_range=0.3,
         pad_token_id=EOS,
         num_labels=1,
         **(options | more),
     )
-    return AutoModelForSequenceClassification.from_config(config).eval()
+    return draw_weights(AutoModelForSequenceClassification.from_config(config), seed=0).eval()
 
 
 def reward_model(model: Any) -> RewardModel:
@@ -162,14 +160,13 @@ class RunningSum(torch.nn.Module):
 
 
 def encoder() -> Any:
-    return AutoModelForSequenceClassification.from_config(tiny_config("bert", TOKENIZER, num_labels=1))
+    config = tiny_config("bert", TOKENIZER, num_labels=1)
+    return draw_weights(AutoModelForSequenceClassification.from_config(config), seed=0)
 
 
 def attention_of_its_own() -> Any:
-    torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(
-        BloomConfig(vocab_size=len(TOKENIZER), hidden_size=32, n_layer=2, n_head=4, pad_token_id=EOS, num_labels=1)
-    )
+    config = BloomConfig(vocab_size=len(TOKENIZER), hidden_size=32, n_layer=2, n_head=4, pad_token_id=EOS, num_labels=1)
+    return draw_weights(AutoModelForSequenceClassification.from_config(config), seed=0)
 
 
 def eager_attention() -> Any:

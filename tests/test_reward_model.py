@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from reranker.candidate import Message, Prompt
 from reranker.prepared import PRETRAINED_REWARDS
 from reranker.reward_model import ADAPTER_FILE, RewardConfig, RewardModel, RewardModelError, load_classifier
-from tests.tiny_models import Architecture, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
+from tests.tiny_models import Architecture, draw_weights, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
 
 TEXT = Prompt(text="The film was")
 CHAT = Prompt(messages=(Message("user", "What is the capital of France?"),))
@@ -26,9 +27,9 @@ def save_adapter(directory: Path, base: Path, *, num_layers: int | None = None, 
     """An adapter whose every weight is random, as if it had been trained."""
     model = get_peft_model(
         load_classifier(str(base), new_head=True, num_layers=num_layers),
-        LoraConfig(task_type=task_type, target_modules="all-linear", r=2, init_lora_weights=False),
+        LoraConfig(task_type=task_type, target_modules="all-linear", r=2),
     )
-    model.save_pretrained(directory)
+    draw_weights(model, seed=1).save_pretrained(directory)
     RewardConfig(str(base), "document", num_layers).save(directory)
     return directory
 
@@ -41,7 +42,7 @@ def test_a_candidate_scored_alone_and_in_a_padded_batch_gets_the_same_score(
     texts = [" great", " a delight from start to finish and the cast was great", "", " dull <|im_end|> dull", " a"]
     rendered = [model.render(TEXT, text) for text in texts]
     alone = [model.score([one])[0] for one in rendered]
-    assert len({round(score, 3) for score in alone}) == len(texts)
+    assert min(abs(one - other) for one, other in itertools.combinations(alone, 2)) > 0.01  # else all would be equal
     assert model.score(rendered) == pytest.approx(alone, abs=1e-4)
 
 

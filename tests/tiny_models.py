@@ -1,11 +1,13 @@
 """Models and tokenizers of a few kilobytes, made from scratch: real code paths, no download, milliseconds to run.
 
-Weights are random but wide, so that every token moves the score: a test that two scores are equal can then fail.
+Weights are random but wide, so that every token moves the score: a test that two scores are equal can then fail. They
+are drawn by numpy: torch's generator gives other numbers on a CPU with other vector instructions.
 """
 
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as token_decoders
@@ -32,6 +34,7 @@ CORPUS = [
     "What is the capital of France? The capital of France is Paris.",
 ]
 CONTEXT_LENGTH = 128
+WEIGHT_STD = 0.3
 
 
 def tiny_tokenizer(
@@ -95,7 +98,6 @@ def tiny_config(
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT_LENGTH,
-        initializer_range=0.3,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -109,11 +111,8 @@ def save_tiny_policy(
 ) -> Path:
     """A tiny Llama language model with its tokenizer, as save_pretrained writes it."""
     tokenizer = tokenizer or tiny_tokenizer()
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        tiny_config("llama", tokenizer, num_layers=num_layers, tie_word_embeddings=True)
-    )
-    model.save_pretrained(directory)
+    config = tiny_config("llama", tokenizer, num_layers=num_layers, tie_word_embeddings=True)
+    draw_weights(AutoModelForCausalLM.from_config(config), seed).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -128,8 +127,17 @@ def save_tiny_reward_model(
 ) -> Path:
     """A tiny sequence classifier with its tokenizer, as save_pretrained writes it."""
     tokenizer = tokenizer or (tiny_bert_tokenizer() if architecture == "bert" else tiny_tokenizer())
-    torch.manual_seed(seed)
     config = tiny_config(architecture, tokenizer, num_labels=num_labels)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(directory)
+    draw_weights(AutoModelForSequenceClassification.from_config(config), seed).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@torch.no_grad()
+def draw_weights(model: Any, seed: int) -> Any:
+    """The model with every weight and bias that can learn drawn anew; norms stay as transformers made them."""
+    numbers = np.random.default_rng(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "norm" not in name.lower():
+            parameter.copy_(torch.from_numpy(numbers.normal(0, WEIGHT_STD, parameter.shape)))
+    return model
