@@ -33,6 +33,9 @@ from training.data_source import Source, read_records
 RATED_GROUP = -1
 """The group of all rated texts; a pair's group is the number of its line."""
 
+GAP_ROUNDING = 1e-6
+"""Two ratings that differ by a gap in decimals may differ by a hair less in binary: 2.3 - 1.3 < 1."""
+
 MAX_ERRORS_SHOWN = 10
 
 
@@ -132,7 +135,7 @@ def has_comparison(rows: list[Row], min_gap: float) -> bool:
     for row in rows:
         ratings_by_group.setdefault(row.group, []).extend(row.ratings)
     gaps = (max(ratings) - min(ratings) for ratings in ratings_by_group.values())
-    return any(gap > 0 and gap >= min_gap for gap in gaps)
+    return any(gap > 0 and gap >= min_gap - GAP_ROUNDING for gap in gaps)
 
 
 def ordered_pairs(ratings_N: torch.Tensor, groups_N: torch.Tensor, min_gap: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,7 +151,9 @@ def ordered_pairs(ratings_N: torch.Tensor, groups_N: torch.Tensor, min_gap: floa
     for distance in range(1, largest):
         left_K, right_K = by_group_N[:-distance], by_group_N[distance:]
         gaps_K = ratings_N[left_K] - ratings_N[right_K]
-        comparable_K = (groups_N[:-distance] == groups_N[distance:]) & (gaps_K.abs() >= min_gap) & (gaps_K != 0)
+        comparable_K = (
+            (groups_N[:-distance] == groups_N[distance:]) & (gaps_K.abs() >= min_gap - GAP_ROUNDING) & (gaps_K != 0)
+        )
         pairs_2_K = torch.where(gaps_K > 0, torch.stack([left_K, right_K]), torch.stack([right_K, left_K]))
         found.append(pairs_2_K[:, comparable_K])
     better_K, worse_K = torch.cat(found, dim=1)
