@@ -164,6 +164,7 @@ def ordered_pairs(ratings_N: torch.Tensor, groups_N: torch.Tensor, min_gap: floa
 def _row(line: int, fields: Any) -> Row:
     if not isinstance(fields, dict):
         raise TypeError("not a JSON object")
+    fields = {name: value for name, value in fields.items() if value is not None}
     keys = set(fields)
     if {"chosen", "rejected"} <= keys:
         if _are_texts(fields["chosen"]):
@@ -171,7 +172,7 @@ def _row(line: int, fields: Any) -> Row:
         prompt, chosen, rejected = _pair(fields)
         if chosen == rejected:
             raise ValueError("chosen and rejected are the same")
-        margin = 0.0 if fields.get("margin") is None else _number(fields, "margin")
+        margin = _number(fields, "margin") if "margin" in fields else 0.0
         return Row(line, prompt, (chosen, rejected), (math.inf, 0.0), line, margin)
     if {"text", "rating"} <= keys and "prompt" not in keys:  # a rated text stands for itself; a prompt would be lost
         return Row(line, Prompt(text=""), (_text(fields, "text"),), (_number(fields, "rating"),), RATED_GROUP)
@@ -195,13 +196,13 @@ def _best_of_n_row(line: int, fields: dict[str, Any]) -> Row:
     messages = (Message("user", asked),) if isinstance(asked, str) else _messages({"prompt": asked}, "prompt")
     ratings = (math.inf,) * len(chosen) + (0.0,) * len(rejected)
     return Row(
-        line, Prompt(messages=messages), (*chosen, *rejected), ratings, line, subset=str(fields.get("subset") or "")
+        line, Prompt(messages=messages), (*chosen, *rejected), ratings, line, subset=str(fields.get("subset", ""))
     )
 
 
 def _pair(fields: dict[str, Any]) -> tuple[Prompt, str, str]:
     if isinstance(fields["chosen"], str):
-        prompt = fields.get("prompt") if fields.get("prompt") is not None else ""
+        prompt = fields.get("prompt", "")
         return (
             Prompt(text=prompt) if isinstance(prompt, str) else Prompt(messages=_messages(fields, "prompt")),
             _text(fields, "chosen"),
