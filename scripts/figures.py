@@ -116,6 +116,30 @@ def router() -> str:
     return "| request | CPU ms, mean ± standard deviation | least |\n|---|---|---|\n" + "".join(rows)
 
 
+def arithmetic() -> str:
+    """Right answers by way of choosing and n."""
+    found = result("arithmetic")
+    n = list(next(iter(found["curves"].values())))
+
+    def percent(one: dict[str, float]) -> str:
+        return f"{100 * one['mean']:.0f} ({100 * one['low']:.0f} … {100 * one['high']:.0f})"
+
+    rows = [
+        f"| {name} | {' | '.join(percent(one) for one in curve.values())} |\n"
+        for name, curve in found["curves"].items()
+    ]
+    last = [by_n[n[-1]] for by_n in found["best_of_n_by_training_seed"].values()]
+    problems = found["problems"]
+    return (
+        f"| n | {' | '.join(n)} |\n|---|{'---|' * len(n)}\n"
+        + "".join(rows)
+        + f"\nPercent of {problems['test']} problems answered rightly, with 95 % bootstrap intervals over problems. "
+        f"Greedy: {percent(found['greedy'])}. One pool of {found['pool']} candidates a problem; the reward was trained "
+        f"on {problems['trained on']} other problems, {len(found['training_seeds'])} times with seeds of their own: "
+        f"best of {n[-1]} by it is right in {100 * min(last):.0f} to {100 * max(last):.0f} %.\n"
+    )
+
+
 def births() -> str:
     """Where each figure comes from."""
     lines = ["| result | command | commit | date | machine |\n|---|---|---|---|---|\n"]
@@ -164,6 +188,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "scoring": scoring,
     "router": router,
+    "arithmetic": arithmetic,
     "births": births,
     "tree": tree,
 }
