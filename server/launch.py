@@ -60,7 +60,7 @@ def serve(settings: Settings, console: Console) -> None:
         server.should_exit = True
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        started = assembly.start(settings, metrics.observe_batch)
+        started = assembly.start(settings, metrics.observe_batch, metrics.observe_restart)
         return announced(started, settings, f"http://{address_of(listener)}", console)
 
     server = uvicorn.Server(
