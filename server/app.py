@@ -74,7 +74,8 @@ def create_app(
     """The server over whatever pipeline `start` opens.
 
     HTTP is up before the pipeline is, which is entered in the background and left at shutdown. `on_start_failure`
-    hears of a start that failed, so that whoever runs the process can end it.
+    hears of a start that failed, so that whoever runs the process can end it. After `app.state.drain()` no new work is
+    taken.
     """
     lifecycle = Lifecycle(start, on_start_failure)
     endpoints = Endpoints(lifecycle, settings, metrics)
@@ -99,6 +100,7 @@ def create_app(
             Exception: _on_error,
         },
     )
+    app.state.drain = lifecycle.drain
     app.add_middleware(RequestCounter, metrics=metrics)
     app.add_api_route(
         "/v1/chat/completions",

@@ -5,21 +5,28 @@ import importlib
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from reranker.scorers.registry import Surroundings, make_scorers
 from reranker.scorers.spec import OWN_POLICY, RewardModelSpec, parse_all
 from server.config import Settings
 from server.generation.answering import GeneratorAsk
 from server.generation.base import Generator
+from server.generation.supervised import SupervisedGenerator
 from server.pipeline import BestOfN
 
 
 @asynccontextmanager
-async def start(settings: Settings, on_batch: Callable[[int, int], None] | None = None) -> AsyncIterator[BestOfN]:
+async def start(
+    settings: Settings,
+    on_batch: Callable[[int, int], None] | None = None,
+    on_restart: Callable[[float], None] | None = None,
+) -> AsyncIterator[BestOfN]:
     """Loads every model, yields the running pipeline, and frees everything on the way out.
 
-    `on_batch` hears the number of sequences and of padded tokens of every scoring batch. torch, transformers and vllm
-    are imported here and not before, so that the command line answers at once.
+    `on_batch` hears the number of sequences and of padded tokens of every scoring batch, `on_restart` the seconds
+    without an engine whenever one has died and the next is ready. torch, transformers and vllm are imported here and
+    not before, so that the command line answers at once.
     """
     await asyncio.to_thread(_import_libraries, settings)
     own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
@@ -35,7 +42,7 @@ async def start(settings: Settings, on_batch: Callable[[int, int], None] | None 
         )
         # Before the generator: a misspelt reward model is told in seconds, an engine takes half a minute.
         scorers = await make_scorers(settings.reward_models, surroundings, stack)
-        generator = await _generator(settings)
+        generator = await _generator(settings, on_restart)
         stack.push_async_callback(generator.close)
         own_policy.set_result(generator)
         yield BestOfN(generator, scorers)
@@ -64,13 +71,17 @@ def _judge(
     return GeneratorAsk(upstream)
 
 
-async def _generator(settings: Settings) -> Generator:
+async def _generator(settings: Settings, on_restart: Callable[[float], None] | None) -> Generator:
     name = settings.served_model_name or settings.model
     if settings.generator == "openai":
         from server.generation.openai_upstream import OpenAIGenerator
 
         key = settings.api_key.get_secret_value() if settings.api_key else None
         return OpenAIGenerator.connect(str(settings.base_url), key, model=name, upstream_model=settings.model)
+    return await SupervisedGenerator.create(partial(_engine, settings, name), on_restart=on_restart)
+
+
+async def _engine(settings: Settings, name: str) -> Generator:
     from reranker.device import pick_device
     from reranker.prepared import resolve
     from server.generation.vllm_engine import VllmGenerator

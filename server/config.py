@@ -149,8 +149,8 @@ class Settings(BaseSettings):
         description="Longest wait of a candidate for others to score with.",
     )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a model. Leave it off.")
-    shutdown_grace_s: int = Field(
-        default=10, ge=0, description="Longest wait for requests under way when the server is stopped."
+    drain_s: float = Field(
+        default=10.0, ge=0, description="Longest wait for requests under way when the server is stopped, in seconds."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="warning", description="Least severe message that is logged; info adds a line per HTTP request."

@@ -7,6 +7,7 @@
     ├── TooLargeError               413  the body is over the limit
     ├── OverloadedError             429  shed; Retry-After says when to come back
     ├── NotReadyError               503  starting, draining, or the engine died; worth a retry
+    │   ├── EngineDiedError         503  the engine died under the request
     │   ├── GenerationError         503  no candidate survived
     │   └── RewardError             503  the reward model failed and the request asked for no fallback
     └── DeadlineError               504  the deadline passed with nothing finished
@@ -69,6 +70,10 @@ class NotReadyError(NbestError):
 
     type = "service_unavailable"
     code = "not_ready"
+
+
+class EngineDiedError(NotReadyError):
+    """The engine died while it was answering."""
 
 
 class GenerationError(NotReadyError):

@@ -3,7 +3,7 @@
 The port is taken before any model is loaded: a port in use is told at once, and the HTTP server answers from then on.
 A signal while the models are loading ends everything on the spot: there is no work to finish, and neither an import nor
 the thread that waits for the engine could be interrupted otherwise. Once they are loaded a signal lets the requests
-under way finish, and closes the engine.
+under way finish (server/draining.py), and closes the engine.
 
 Ctrl-C in a terminal goes to every process of ours. The engine's must not act on it, or it would be gone before the
 requests are finished; a process is born with the signals blocked that the thread which starts it has blocked.
@@ -30,6 +30,7 @@ from rich.console import Console
 from server import assembly
 from server.app import create_app
 from server.config import ConfigError, Settings
+from server.draining import DrainingServer
 from server.metrics import Metrics
 from server.pipeline import BestOfN
 
@@ -60,20 +61,22 @@ def serve(settings: Settings, console: Console) -> None:
         server.should_exit = True
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        started = assembly.start(settings, metrics.observe_batch)
+        started = assembly.start(settings, metrics.observe_batch, metrics.observe_restart)
         return announced(started, settings, f"http://{address_of(listener)}", console)
 
-    server = uvicorn.Server(
+    app = create_app(start, settings, metrics, on_start_failure=stop)
+    server = DrainingServer(
         uvicorn.Config(
-            create_app(start, settings, metrics, on_start_failure=stop),
+            app,
             loop="uvloop",
             http="httptools",
             ws="none",
             lifespan="on",
             log_level=settings.log_level,
             server_header=False,
-            timeout_graceful_shutdown=settings.shutdown_grace_s,
-        )
+        ),
+        drain_s=settings.drain_s,
+        refuse=app.state.drain,
     )
     try:
         server.run(sockets=[listener])

@@ -58,6 +58,14 @@ class Metrics:
             "Tokens the scorers read, prompt and candidate, a shared prompt once; of requests that were answered. "
             "Tokens.",
         )
+        self._engine_restarts = self._counter(
+            "nbest_engine_restarts", "Engines that were started in place of one that had died. Count."
+        )
+        self._engine_recovery_s = self._histogram(
+            "nbest_engine_recovery_seconds",
+            "Death of an engine, as noticed, to the next one being ready. Seconds.",
+            SECONDS,
+        )
         self._queue_s = self._histogram(
             "nbest_queue_seconds",
             "Arrival at the pipeline to the first candidate under way, a request. Seconds.",
@@ -118,6 +126,11 @@ class Metrics:
         """One scoring batch was computed; `num_tokens` includes the padding."""
         self._batch_sequences.observe(num_sequences)
         self._batch_tokens.observe(num_tokens)
+
+    def observe_restart(self, recovery_s: float) -> None:
+        """An engine is ready again, `recovery_s` after the last one died."""
+        self._engine_restarts.inc()
+        self._engine_recovery_s.observe(recovery_s)
 
     def observe_request(self, endpoint: str, status: int) -> None:
         """One HTTP request ended; `endpoint` is a route, never a raw path, so that clients cannot add series."""

@@ -131,6 +131,21 @@ async def test_a_deadline_is_labelled_and_what_it_cut_off_was_compared() -> None
     assert generator.cancelled == [2]
 
 
+async def test_a_deadline_with_nothing_finished_is_504() -> None:
+    generator = ScriptedGenerator(FILMS, delays_s=dict.fromkeys(range(4), 60))
+    async with client_over(generator) as client:
+        reply = await client.post("/v1/chat/completions", json=HELLO | {"nbest": {"deadline_s": 0.05}})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
+async def test_a_reward_failure_is_an_error_and_no_answer() -> None:
+    async with client_over(ScriptedGenerator(FILMS), ScriptedScorer(fails=True)) as client:
+        reply = await client.post("/v1/chat/completions", json=HELLO)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "reward_failed")
+    assert list(reply.json()) == ["error"]
+    assert reply.headers["Retry-After"] == "5"
+
+
 async def test_the_request_chooses_its_reward_model() -> None:
     other = ScriptedScorer({"dull": 9.0})
     other.name = "contrary"

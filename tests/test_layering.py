@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("server.metrics",),
     ("server.wire", "server.schema_parts", "server.schemas", "server.reply_schemas", "server.replies"),
     ("server.admission", "server.connection", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
-    ("server.deployments", "server.assembly", "server.launch", "server.doctor"),
+    ("server.deployments", "server.assembly", "server.draining", "server.launch", "server.doctor"),
     ("server.cli",),
 )
 """A module imports from its own layer and those above it in this list."""

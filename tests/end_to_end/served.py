@@ -14,6 +14,7 @@ import uvicorn
 from server import assembly
 from server.app import create_app
 from server.config import Settings
+from server.generation.supervised import SupervisedGenerator
 from server.generation.vllm_engine import VllmGenerator
 from server.launch import address_of, listen
 from server.metrics import Metrics
@@ -32,7 +33,7 @@ class Served:
 
     @property
     def generator(self) -> VllmGenerator:
-        return cast(VllmGenerator, self.pipelines[0].generator)
+        return cast(VllmGenerator, cast(SupervisedGenerator, self.pipelines[0].generator).engine)
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of one series of /metrics; 0 while it has none."""
@@ -62,7 +63,7 @@ def serve(settings: Settings) -> Iterator[Served]:
     served = Served(f"http://{address_of(listener)}", settings)
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        return _remembered(assembly.start(settings, metrics.observe_batch), served)
+        return _remembered(assembly.start(settings, metrics.observe_batch, metrics.observe_restart), served)
 
     app = create_app(start, settings, metrics, on_start_failure=failures.append)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
