@@ -11,6 +11,7 @@ requests are finished; a process is born with the signals blocked that the threa
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -30,11 +31,17 @@ from rich.console import Console
 from server import assembly
 from server.app import create_app
 from server.config import ConfigError, Settings
+from server.http_protocol import bounded_by
 from server.metrics import Metrics
 from server.pipeline import BestOfN
 
 BACKLOG = 2048
 """Connections that may wait to be accepted; uvicorn's own default."""
+
+OPEN_TO_ALL = (
+    "Warning: whoever reaches this address may use the server; make keys with `nbest keys new` and give --keys-file, "
+    "or listen on 127.0.0.1."
+)
 
 log = logging.getLogger("nbest")
 
@@ -52,6 +59,11 @@ def serve(settings: Settings, console: Console) -> None:
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     listener = listen(settings.host, settings.port)
+    listeners = [listener]
+    if settings.metrics_port is not None:
+        listeners.append(listen(settings.metrics_host, settings.metrics_port))
+    if settings.keys_file is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        console.print(OPEN_TO_ALL, style="yellow")
     metrics = Metrics()
     failures: list[BaseException] = []
 
@@ -67,7 +79,7 @@ def serve(settings: Settings, console: Console) -> None:
         uvicorn.Config(
             create_app(start, settings, metrics, on_start_failure=stop),
             loop="uvloop",
-            http="httptools",
+            http=bounded_by(settings),
             ws="none",
             lifespan="on",
             log_level=settings.log_level,
@@ -76,7 +88,7 @@ def serve(settings: Settings, console: Console) -> None:
         )
     )
     try:
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     finally:
         kill_children()
     if failures:
