@@ -30,6 +30,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head = True
+        self._heads_read = 0
         self._head_bytes = 0
         self._refusal: NbestError = BadRequestError("This is not HTTP/1.1; send a request in that form.")
         self._reading_ends: asyncio.TimerHandle | None = None
@@ -45,9 +46,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        was_in_head = self._in_head
+        heads_read, was_in_head = self._heads_read, self._in_head
         super().data_received(data)
-        if was_in_head and self._in_head and not self.transport.is_closing():
+        if was_in_head and heads_read == self._heads_read and not self.transport.is_closing():  # all of it was head
             self._expect_input()
             self._head_bytes += len(data)
             if self._head_bytes > self.max_header_bytes:
@@ -63,6 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._heads_read += 1
         self._expect_no_input()
         super().on_headers_complete()
 
@@ -98,7 +100,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _too_large(self) -> NbestError:
         return HeadersTooLargeError(
-            f"The headers are over {self.max_header_bytes} bytes, or more than {MAX_HEADERS}; send fewer or shorter ones."
+            f"The headers are over {self.max_header_bytes} bytes or {MAX_HEADERS} lines; send fewer or shorter ones."
         )
 
     def _expect_input(self) -> None:

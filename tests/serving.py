@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.config import Settings
+from server.http_protocol import bounded_by
 from server.metrics import Metrics
 from server.pipeline import BestOfN
 from tests.doubles import ScriptedGenerator, ScriptedScorer
@@ -51,13 +52,23 @@ def client_over(
 
 
 @asynccontextmanager
-async def address_of(app: FastAPI, *, shutdown_grace_s: int = 5, key: str | None = None) -> AsyncIterator[str]:
-    """The address of a real server on a free port; replies arrive as they are sent and clients can hang up."""
+async def address_of(
+    app: FastAPI, *, shutdown_grace_s: int = 5, key: str | None = None, **settings: Any
+) -> AsyncIterator[str]:
+    """The address of a real server on a free port; replies arrive as they are sent and clients can hang up.
+
+    The settings are those that bound a connection.
+    """
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # asyncio turns Nagle's wait off where TCP is named
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # so that a client that comes before the server waits for it
         server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, http="httptools", timeout_graceful_shutdown=shutdown_grace_s)
+            uvicorn.Config(
+                app,
+                log_config=None,
+                http=bounded_by(Settings(**settings)),
+                timeout_graceful_shutdown=shutdown_grace_s,
+            )
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
