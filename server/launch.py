@@ -57,7 +57,7 @@ def serve(settings: Settings, console: Console) -> None:
         ConfigError: the address cannot be listened on.
         StartError: a model could not be loaded or the engine did not start.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(settings)
     listener = listen(settings.host, settings.port)
     listeners = [listener]
     if settings.metrics_port is not None:
@@ -94,6 +94,13 @@ def serve(settings: Settings, console: Console) -> None:
     if failures:
         log.info("The server did not start.", exc_info=failures[0])
         raise StartError(f"The server did not start: {failures[0]}") from failures[0]
+
+
+def log_to_stderr(settings: Settings) -> None:
+    """Sets the level for all loggers but the one that would write prompts."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    openai = logging.getLogger("openai")  # at debug it writes whole requests, which hold prompts and completions
+    openai.setLevel(max(logging.INFO, logging.root.level))
 
 
 def listen(host: str, port: int) -> socket.socket:
