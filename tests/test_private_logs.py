@@ -17,7 +17,7 @@ from reranker.candidate import Message, Prompt
 from reranker.scorers.base import ScoringError
 from server import auth, launch
 from server.config import Settings
-from server.errors import ContextLengthError, OverloadedError
+from server.errors import ContextLengthError, NbestError, OverloadedError
 from server.generation.base import Sampling
 from server.generation.openai_upstream import OpenAIGenerator
 from server.pipeline import BestOfN
@@ -161,7 +161,7 @@ async def test_an_upstream_server(status: int) -> None:
     client = openai.AsyncOpenAI(base_url="http://upstream/v1", api_key="key", http_client=http, max_retries=0)
     upstream = OpenAIGenerator("policy", client, upstream_model="theirs")
     prompt = Prompt(messages=(Message("user", PROMPT),))
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(NbestError):
         async with upstream.generate(prompt, Sampling(), 1) as generation:
             assert [one async for outcomes in generation for one in outcomes]
     await upstream.close()
