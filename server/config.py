@@ -115,6 +115,44 @@ class Settings(BaseSettings):
     default_best_of: int = Field(default=4, ge=1, description="Candidates drawn when a request does not say.")
     max_best_of: int = Field(default=64, ge=1, description="Most candidates one request may ask for.")
     max_body_bytes: int = Field(default=2_000_000, ge=1, description="Largest request body.")
+    max_header_bytes: int = Field(default=16_384, ge=256, description="Largest request line and headers together.")
+    max_concurrent_requests: int = Field(
+        default=256,
+        ge=1,
+        description="Requests of /v1 under way at once, those whose body still arrives included; more get 429.",
+    )
+    client_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Longest time a client may take to send its headers, to send its body, or to accept what is sent.",
+    )
+    max_running_candidates: int | None = Field(
+        default=None, ge=1, description="Candidates under way at once; default: max_num_seqs."
+    )
+    max_queued_candidates: int | None = Field(
+        default=None,
+        ge=0,
+        description="Candidates of requests that wait their turn; more get 429. Default: half of those that may run.",
+    )
+    max_queued_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that waiting requests may ask for; default: 2048 for each candidate that may wait.",
+    )
+    keys_file: Path | None = Field(
+        default=None,
+        description="TOML file of API keys and their budgets, from `nbest keys new`; without it no key is asked for.",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address to listen on for metrics, with --metrics-port."
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port of its own for /metrics, which the main one then does not serve, and, without a key, for "
+        "/ready and /health.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="Where models run; auto takes CUDA if present.",
@@ -167,6 +205,8 @@ class Settings(BaseSettings):
             raise ValueError("generator openai needs the server's address; give --base-url https://HOST/v1")
         if self.generator == "vllm" and self.base_url is not None:
             raise ValueError("base_url is only used by --generator openai; add that or leave base_url out")
+        if self.metrics_port == self.port:
+            raise ValueError(f"metrics_port and port are both {self.port}; choose another for one of them")
         elsewhere = [
             name
             for name, spec in self.reward_models.items()

@@ -11,6 +11,7 @@ requests are finished; a process is born with the signals blocked that the threa
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -31,11 +32,17 @@ from server import assembly
 from server.app import create_app
 from server.config import ConfigError, Settings
 from server.draining import DrainingServer
+from server.http_protocol import bounded_by
 from server.metrics import Metrics
 from server.pipeline import BestOfN
 
 BACKLOG = 2048
 """Connections that may wait to be accepted; uvicorn's own default."""
+
+OPEN_TO_ALL = (
+    "Warning: whoever reaches this address may use the server; make keys with `nbest keys new` and give --keys-file, "
+    "or listen on 127.0.0.1."
+)
 
 log = logging.getLogger("nbest")
 
@@ -51,8 +58,13 @@ def serve(settings: Settings, console: Console) -> None:
         ConfigError: the address cannot be listened on.
         StartError: a model could not be loaded or the engine did not start.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(settings)
     listener = listen(settings.host, settings.port)
+    listeners = [listener]
+    if settings.metrics_port is not None:
+        listeners.append(listen(settings.metrics_host, settings.metrics_port))
+    if settings.keys_file is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        console.print(OPEN_TO_ALL, style="yellow")
     metrics = Metrics()
     failures: list[BaseException] = []
 
@@ -69,7 +81,7 @@ def serve(settings: Settings, console: Console) -> None:
         uvicorn.Config(
             app,
             loop="uvloop",
-            http="httptools",
+            http=bounded_by(settings),
             ws="none",
             lifespan="on",
             log_level=settings.log_level,
@@ -79,12 +91,19 @@ def serve(settings: Settings, console: Console) -> None:
         refuse=app.state.drain,
     )
     try:
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     finally:
         kill_children()
     if failures:
         log.info("The server did not start.", exc_info=failures[0])
         raise StartError(f"The server did not start: {failures[0]}") from failures[0]
+
+
+def log_to_stderr(settings: Settings) -> None:
+    """Sets the level for all loggers but the one that would write prompts."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    openai = logging.getLogger("openai")  # at debug it writes whole requests, which hold prompts and completions
+    openai.setLevel(max(logging.INFO, logging.root.level))
 
 
 def listen(host: str, port: int) -> socket.socket:

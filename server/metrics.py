@@ -13,7 +13,7 @@ from typing import Self
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from reranker.candidate import FailedCandidate
-from server.errors import BadRequestError, NotReadyError
+from server.errors import BadRequestError, NotReadyError, ShedReason
 from server.generation.base import Outcome
 from server.pipeline import BestOfNResult
 
@@ -45,10 +45,23 @@ class Metrics:
             "outcome",
         )
         self._ends = {outcome: candidates.labels(outcome) for outcome in ("completed", "failed", "cancelled")}
-        self._in_flight = Gauge(
+        self._in_flight = self._gauge(
             "nbest_candidates_in_flight",
             "Candidates asked of the engine that have not ended: started - nbest_candidates_total. Count.",
-            registry=self.registry,
+        )
+        self._running = self._gauge(
+            "nbest_admitted_candidates", "Candidates of admitted requests, generating or scoring. Count."
+        )
+        self._queued = self._gauge("nbest_queued_candidates", "Candidates of requests that wait their turn. Count.")
+        self._queued_tokens = self._gauge(
+            "nbest_queued_tokens",
+            "Most tokens that waiting requests may cost: prompt + candidates * max_tokens, estimated. Tokens.",
+        )
+        self._shed = self._counter(
+            "nbest_shed",
+            "Requests refused with 429, by reason: queue, connections, requests_budget, tokens_budget, or generator "
+            "where an upstream server refused. Count.",
+            "reason",
         )
         self._generated_tokens = self._counter(
             "nbest_generated_tokens", "Tokens of completed candidates, winners and losers alike. Tokens."
@@ -68,7 +81,7 @@ class Metrics:
         )
         self._queue_s = self._histogram(
             "nbest_queue_seconds",
-            "Arrival at the pipeline to the first candidate under way, a request. Seconds.",
+            "Waiting for admission and until the first candidate is under way, a request. Seconds.",
             SECONDS,
         )
         self._generate_s = self._histogram(
@@ -80,7 +93,7 @@ class Metrics:
             SECONDS,
         )
         self._request_s = self._histogram(
-            "nbest_request_seconds", "Arrival at the pipeline to the selection, an answered request. Seconds.", SECONDS
+            "nbest_request_seconds", "Waiting for admission to the selection, an answered request. Seconds.", SECONDS
         )
         self._batch_sequences = self._histogram(
             "nbest_score_batch_sequences", "Sequences computed together in one scoring batch. Count.", BATCH_SEQUENCES
@@ -132,6 +145,16 @@ class Metrics:
         self._engine_restarts.inc()
         self._engine_recovery_s.observe(recovery_s)
 
+    def observe_admission(self, running_candidates: int, queued_candidates: int, queued_tokens: int) -> None:
+        """The line for admission has moved."""
+        self._running.set(running_candidates)
+        self._queued.set(queued_candidates)
+        self._queued_tokens.set(queued_tokens)
+
+    def observe_shed(self, reason: ShedReason) -> None:
+        """One request was refused with 429."""
+        self._shed.labels(reason).inc()
+
     def observe_request(self, endpoint: str, status: int) -> None:
         """One HTTP request ended; `endpoint` is a route, never a raw path, so that clients cannot add series."""
         self._requests.labels(endpoint, str(status)).inc()
@@ -142,6 +165,9 @@ class Metrics:
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(name, documentation, labels, registry=self.registry)
+
+    def _gauge(self, name: str, documentation: str) -> Gauge:
+        return Gauge(name, documentation, registry=self.registry)
 
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, documentation, labels, buckets=buckets, registry=self.registry)

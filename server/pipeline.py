@@ -41,8 +41,8 @@ class BestOfNRequest:
 class Timings:
     """Seconds of one request; generating and scoring overlap, so the parts do not add up to `total`.
 
-    `queue` ends when the first candidate is under way, `generate` is from then to the last candidate, `score` the time
-    in which at least one scorer call was out, `select` the selection alone.
+    `queue` is the wait for admission and until the first candidate is under way, `generate` is from then to the last
+    candidate, `score` the time in which at least one scorer call was out, `select` the selection alone.
     """
 
     queue: float
@@ -86,18 +86,25 @@ class BestOfN:
         self.scorers = scorers
 
     async def run(
-        self, request: BestOfNRequest, on_candidate: Callable[[Outcome], None] | None = None, *, growth: bool = True
+        self,
+        request: BestOfNRequest,
+        on_candidate: Callable[[Outcome], None] | None = None,
+        *,
+        growth: bool = True,
+        queued_s: float = 0.0,
     ) -> BestOfNResult:
         """Answers one request: each candidate is scored as soon as it has finished, while others are still written.
 
         `on_candidate` hears of every candidate that finishes or fails, and with `growth` for `best_of` 1 also of its
-        growth, which costs the engine a message a token.
+        growth, which costs the engine a message a token. `queued_s` is how long the request has waited for admission
+        before; it counts towards its deadline and its timings.
         Cancelling this coroutine cancels the candidates in the engine.
 
         Raises:
             server.errors.NbestError: see there.
         """
-        started_s = queued_s = generated_s = time.perf_counter()
+        began_s = generated_s = time.perf_counter()
+        arrived_s = began_s - queued_s
         scorer = None if request.strategy in WITHOUT_REWARDS else self.scorer(request.reward_model)
         scoring = Scoring(scorer, request.prompt)
         completed: list[Candidate] = []
@@ -106,10 +113,10 @@ class BestOfN:
         snapshots = growth and on_candidate is not None and request.best_of == 1
         sampling = sampling_for(scorer, request.sampling)
         generation = self.generator.generate(request.prompt, sampling, request.best_of, snapshots=snapshots)
-        deadline = asyncio.timeout(request.deadline_s)
+        deadline = asyncio.timeout(None if request.deadline_s is None else request.deadline_s - queued_s)
         try:
             async with deadline, generation:
-                queued_s = time.perf_counter()
+                began_s = time.perf_counter()
                 async for outcomes in generation:
                     finished = [one for one in outcomes if isinstance(one, Candidate) and one.finish_reason]
                     scoring.start(finished)
@@ -148,11 +155,11 @@ class BestOfN:
             scored_tokens=scoring.scored_tokens,
             prompt_tokens_cut=scoring.prompt_tokens_cut,
             timings=Timings(
-                queue=queued_s - started_s,
-                generate=generated_s - queued_s,
+                queue=began_s - arrived_s,
+                generate=generated_s - began_s,
                 score=scoring.busy_s,
                 select=ended_s - selecting_s,
-                total=ended_s - started_s,
+                total=ended_s - arrived_s,
             ),
         )
 

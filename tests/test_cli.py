@@ -261,3 +261,23 @@ def test_an_engine_that_does_not_start_ends_the_server_with_the_reason(serve: Se
     assert server.process.wait(timeout=30) == 1
     assert "Error: The server did not start: the weights are unreadable" in server.said
     assert "Traceback" not in server.said
+
+
+def test_metrics_have_a_port_of_their_own_and_a_server_without_keys_warns(
+    serve: Serve, environment: dict[str, str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment |= {"NBEST_METRICS_PORT": str(port), "NBEST_HOST": "0.0.0.0"}
+    server = serve()
+    url = server.wait_for(r"at (http://127\.0\.0\.1:\d+)$")
+    assert "Warning: whoever reaches this address may use the server" in server.said
+    assert httpx.get(f"{url}/metrics").status_code == 404
+    assert "nbest_requests_total" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 404
+
+
+def test_a_missing_keys_file_is_told_before_anything_is_loaded(environment: dict[str, str]) -> None:
+    result = nbest("serve", "--port", "0", "--keys-file", "no/such.toml", environment=environment)
+    assert result.returncode == 2
+    assert result.stderr == ("Error: The keys file no/such.toml does not exist; make it with `nbest keys new NAME`.\n")

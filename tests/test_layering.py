@@ -23,8 +23,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("server.scoring", "server.selecting", "server.pipeline", "server.batch"),
     ("server.metrics",),
     ("server.wire", "server.schema_parts", "server.schemas", "server.reply_schemas", "server.replies"),
-    ("server.admission", "server.connection", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
-    ("server.deployments", "server.assembly", "server.draining", "server.launch", "server.doctor"),
+    ("server.admission", "server.budgets", "server.auth"),
+    ("server.connection", "server.gate", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
+    (
+        "server.deployments",
+        "server.assembly",
+        "server.http_protocol",
+        "server.draining",
+        "server.launch",
+        "server.doctor",
+    ),
     ("server.cli",),
 )
 """A module imports from its own layer and those above it in this list."""
