@@ -20,6 +20,8 @@ import argparse
 import asyncio
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict
@@ -44,7 +46,6 @@ from reranker.scorers.verifier import VerifierScorer
 from server import assembly
 from server.config import Settings
 from server.generation.base import Generator, Sampling
-from training.reward import RewardTraining, train_reward
 
 MODEL = "smollm2-135m-instruct"
 PROBLEMS_SEED = 1
@@ -54,7 +55,7 @@ AT_ONCE = 9
 """Problems asked at a time: their candidates fill the engine."""
 N = (1, 2, 4, 8, 16, 32)
 TRAINING_SEEDS = (0, 1, 2)
-RECIPE = RewardTraining(base_model=MODEL, style="chat", lora_rank=8, epochs=3.0, batch_size=8, learning_rate=3e-4)
+RECIPE = ("--model", MODEL, "--style", "chat", "--lora-rank", "8", "--epochs", "3", "--batch-size", "8")
 MAX_TOKENS = 24
 SUBSETS = 200
 """Random subsets of the pool a problem for the one strategy without a closed form."""
@@ -117,13 +118,15 @@ def preferences(pools: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def train(out: Path, seed: int) -> Path:
-    """The reward model of this seed, trained unless it is there."""
+    """The reward model of this seed, trained by `nbest train reward` unless it is there."""
     run = out / f"reward-{seed}"
     if not (run / "adapter").is_dir():
         data = out / "preferences.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in preferences(read_lines(out / "train.jsonl"))))
         console.print(f"Training {run}")
-        train_reward(data, run, RewardTraining(**asdict(RECIPE) | {"seed": seed}), resume=True)
+        nbest = Path(sys.executable).with_name("nbest")
+        options = ["--data", str(data), "--out", str(run), "--seed", str(seed), "--resume"]
+        subprocess.run([nbest, "train", "reward", *RECIPE, *options], check=True)
     return run / "adapter"
 
 
@@ -219,7 +222,7 @@ def evaluate(out: Path) -> dict[str, Any]:
     greedy = [float(is_right(pool["greedy"], pool["answer"])) for pool in pools]
     rows = preferences(read_lines(out / "train.jsonl"))
     return {
-        "birth": birth_certificate(flags={"recipe": asdict(RECIPE)}),
+        "birth": birth_certificate(flags={"nbest train reward": " ".join(RECIPE)}),
         "policy": MODEL,
         "problems": {"seed": PROBLEMS_SEED, "train": NUM_TRAIN, "trained on": len(rows), "test": len(pools)},
         "pool": TEST_POOL,
