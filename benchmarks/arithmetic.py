@@ -39,7 +39,7 @@ from benchmarks.stats import hand_in
 from benchmarks.word_problems import ANSWER_REGEX, WordProblem, word_problems
 from reranker import estimators, selection
 from reranker.answers import by_regex, canonical
-from reranker.candidate import Candidate, Message, Prompt, ScoredCandidate
+from reranker.candidate import Candidate, Prompt, ScoredCandidate
 from reranker.scorers.reward_model import RewardModelScorer
 from reranker.scorers.spec import FunctionSpec
 from reranker.scorers.verifier import VerifierScorer
@@ -55,7 +55,8 @@ AT_ONCE = 9
 """Problems asked at a time: their candidates fill the engine."""
 N = (1, 2, 4, 8, 16, 32)
 TRAINING_SEEDS = (0, 1, 2)
-RECIPE = ("--model", MODEL, "--style", "chat", "--lora-rank", "8", "--epochs", "3", "--batch-size", "8")
+PAIRS_A_PROBLEM = 3
+RECIPE = ("--model", MODEL, "--layers", "20", "--lora-layers", "10", "--epochs", "3", "--batch-size", "16")
 MAX_TOKENS = 24
 SUBSETS = 200
 """Random subsets of the pool a problem for the one strategy without a closed form."""
@@ -105,15 +106,20 @@ def is_right(text: str, answer: int) -> bool:
     return found is not None and int(found) == answer
 
 
+def question(pool: Mapping[str, Any]) -> str:
+    """The problem as verifier and reward read it: as the policy does, without the worked examples."""
+    return f"Question: {pool['question']}\nAnswer:"
+
+
 def preferences(pools: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of every problem that was answered both rightly and wrongly, up to four different answers of each kind."""
+    """Pairs of a right and a wrong answer to the same problem; no answer is in two of them."""
     rows = []
     for pool in pools:
         texts = list(dict.fromkeys(pool["texts"]))
-        chosen = [text for text in texts if is_right(text, pool["answer"])][:4]
-        rejected = [text for text in texts if not is_right(text, pool["answer"])][:4]
-        if chosen and rejected:
-            rows.append({"prompt": pool["question"], "chosen": chosen, "rejected": rejected})
+        chosen = [text for text in texts if is_right(text, pool["answer"])]
+        rejected = [text for text in texts if not is_right(text, pool["answer"])]
+        pairs = zip(chosen[:PAIRS_A_PROBLEM], rejected, strict=False)
+        rows += [{"prompt": question(pool), "chosen": right, "rejected": wrong} for right, wrong in pairs]
     return rows
 
 
@@ -146,10 +152,9 @@ async def score(out: Path, adapters: Mapping[str, Path]) -> None:
         lines = []
         for pool in track(read_lines(out / "test.jsonl"), "Scoring", console=console):
             candidates = [Candidate(index, text, 0) for index, text in enumerate(pool["texts"])]
-            asked = Prompt(messages=(Message("user", pool["question"]),))
-            rewards = {name: (await model.score(asked, candidates)).rewards_N for name, model in models.items()}
-            told = Prompt(text=f"Question: {pool['question']}\nAnswer:")
-            rewards["verifier"] = (await verifier.score(told, candidates)).rewards_N
+            prompt = Prompt(text=question(pool))
+            rewards = {name: (await model.score(prompt, candidates)).rewards_N for name, model in models.items()}
+            rewards["verifier"] = (await verifier.score(prompt, candidates)).rewards_N
             lines.append(pool | {"rewards": {name: [round(r, 4) for r in of] for name, of in rewards.items()}})
     (out / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -224,7 +229,7 @@ def evaluate(out: Path) -> dict[str, Any]:
     return {
         "birth": birth_certificate(flags={"nbest train reward": " ".join(RECIPE)}),
         "policy": MODEL,
-        "problems": {"seed": PROBLEMS_SEED, "train": NUM_TRAIN, "trained on": len(rows), "test": len(pools)},
+        "problems": {"seed": PROBLEMS_SEED, "train": NUM_TRAIN, "pairs": len(rows), "test": len(pools)},
         "pool": TEST_POOL,
         "training_seeds": list(TRAINING_SEEDS),
         "measure": "share of test problems answered rightly, mean over problems with its 95% bootstrap interval over "

@@ -135,8 +135,8 @@ def arithmetic() -> str:
         + "".join(rows)
         + f"\nPercent of {problems['test']} problems answered rightly, with 95 % bootstrap intervals over problems. "
         f"Greedy: {percent(found['greedy'])}. One pool of {found['pool']} candidates a problem; the reward was trained "
-        f"on {problems['trained on']} other problems, {len(found['training_seeds'])} times with seeds of their own: "
-        f"best of {n[-1]} by it is right in {100 * min(last):.0f} to {100 * max(last):.0f} %.\n"
+        f"on {problems['pairs']} pairs of answers to other problems, {len(found['training_seeds'])} times with seeds "
+        f"of their own: best of {n[-1]} by it is right in {100 * min(last):.0f} to {100 * max(last):.0f} %.\n"
     )
 
 

@@ -55,10 +55,12 @@ def test_the_verifier_checks_the_equation_and_its_numbers(completion: str, rewar
     assert check(prompt, [completion]) == [reward]
 
 
-def test_only_problems_with_right_and_wrong_answers_teach() -> None:
+def test_a_right_and_a_wrong_answer_to_the_same_problem_make_a_pair() -> None:
     pools = [
-        {"question": "q1", "answer": 5, "texts": [" 2 + 3 = 5", " 2 + 3 = 6", " 2 + 3 = 5", " no idea"]},
-        {"question": "q2", "answer": 5, "texts": [" 2 + 3 = 5"]},
-        {"question": "q3", "answer": 5, "texts": [" 2 - 3 = 1"]},
+        {"question": "q1?", "answer": 5, "texts": [" 2 + 3 = 5", " 2 + 3 = 6", " 2 + 3 = 5", " no idea"]},
+        {"question": "q2?", "answer": 5, "texts": [" 2 + 3 = 5"]},
+        {"question": "q3?", "answer": 5, "texts": [" 2 - 3 = 1"]},
     ]
-    assert preferences(pools) == [{"prompt": "q1", "chosen": [" 2 + 3 = 5"], "rejected": [" 2 + 3 = 6", " no idea"]}]
+    assert preferences(pools) == [
+        {"prompt": "Question: q1?\nAnswer:", "chosen": " 2 + 3 = 5", "rejected": " 2 + 3 = 6"}
+    ]
