@@ -1,4 +1,4 @@
-"""What README and docs/benchmarks.md say in figures, made from benchmarks/results and from the code alone.
+"""The figures in README, docs/benchmarks.md and docs/reliability.md, made from benchmarks/results and the code alone.
 
 The prose of those pages is written by hand; each `<!-- name -->` … `<!-- /name -->` in it is filled from here.
 """
@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from scripts import reliability
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,6 +29,10 @@ def filled(page: Path) -> str:
 
 def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def result_if_there(name: str) -> Any:
+    return result(name) if (RESULTS / f"{name}.json").exists() else None
 
 
 def with_interval(figure: dict[str, float]) -> str:
@@ -189,10 +195,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "scoring": scoring,
     "router": router,
     "arithmetic": arithmetic,
+    "reliability": lambda: reliability.table(result_if_there),
     "births": births,
     "tree": tree,
 }
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "reliability.md")
 """The pages that have blocks."""

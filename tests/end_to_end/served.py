@@ -36,13 +36,17 @@ class Served:
         return cast(VllmGenerator, cast(SupervisedGenerator, self.pipelines[0].generator).engine)
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series of /metrics; 0 while it has none."""
-        pairs = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
-        wanted = f"{name}{{{pairs}}}" if pairs else name
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
-            if line.startswith(f"{wanted} "):
-                return float(line.split()[-1])
-        return 0.0
+        return metric(self.url, name, **labels)
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """The value of one series of /metrics; 0 while it has none."""
+    pairs = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
+    wanted = f"{name}{{{pairs}}}" if pairs else name
+    for line in httpx.get(f"{url}/metrics", timeout=30).text.splitlines():
+        if line.startswith(f"{wanted} "):
+            return float(line.split()[-1])
+    return 0.0
 
 
 def eventually(holds: Any, timeout_s: float = 10) -> bool:
@@ -81,7 +85,7 @@ def serve(settings: Settings) -> Iterator[Served]:
 
 def is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/ready").status_code == 200
+        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
     except httpx.TransportError:
         return False
 
