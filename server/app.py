@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from reranker.candidate import Candidate, Prompt
@@ -222,6 +223,8 @@ class Endpoints:
             raise ClientTimeoutError(
                 f"The body did not arrive within {self._settings.client_timeout_s:g} s; send it faster, or shorten it."
             ) from None
+        except ClientDisconnect:
+            raise ClientGoneError from None
         return parse(body, model)
 
     async def _score(self, account: Account, scorer: Scorer, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
