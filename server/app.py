@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from reranker.candidate import Candidate, Prompt
@@ -110,37 +111,43 @@ def create_app(
         },
     )
     app.state.drain = lifecycle.drain
+    app.security = openapi.security(required=keys is not None)
     app.add_middleware(Gate, settings=settings, keys=keys, refuse=replies.refusal)
     app.add_middleware(RequestCounter, metrics=metrics)
     app.add_api_route(
         "/v1/chat/completions",
         endpoints.chat_completions,
         methods=["POST"],
-        responses=openapi.replies(ChatCompletion, 400, 404, 413, 429, 500, 503, 504, chunk=ChatCompletionChunk),
+        responses=openapi.replies(ChatCompletion, 400, 404, 408, 413, 429, 500, 503, 504, chunk=ChatCompletionChunk),
         openapi_extra=openapi.takes(ChatCompletionRequest),
     )
     app.add_api_route(
         "/v1/completions",
         endpoints.completions,
         methods=["POST"],
-        responses=openapi.replies(TextCompletion, 400, 404, 413, 429, 500, 503, 504, chunk=TextCompletionChunk),
+        responses=openapi.replies(TextCompletion, 400, 404, 408, 413, 429, 500, 503, 504, chunk=TextCompletionChunk),
         openapi_extra=openapi.takes(CompletionRequest),
     )
     app.add_api_route(
         "/v1/score",
         endpoints.score,
         methods=["POST"],
-        responses=openapi.replies(ScoreReply, 400, 413, 429, 500, 503),
+        responses=openapi.replies(ScoreReply, 400, 408, 413, 429, 500, 503),
         openapi_extra=openapi.takes(ScoreRequest),
     )
-    app.add_api_route("/v1/models", endpoints.models, responses=openapi.replies(ModelList, 503))
-    app.add_api_route("/health", endpoints.health, responses=openapi.replies(Status))
+    app.add_api_route("/v1/models", endpoints.models, responses=openapi.replies(ModelList, 429, 503))
+    app.add_api_route(
+        "/health",
+        endpoints.health,
+        responses=openapi.replies(Status, needs_key=False),
+        openapi_extra={"security": []},
+    )
     app.add_api_route("/ready", endpoints.ready, responses=openapi.replies(Status, 503))
     app.add_api_route(
         "/metrics",
         endpoints.prometheus,
         response_class=Response,
-        responses={200: {"description": "Prometheus text exposition", "content": {"text/plain": {}}}},
+        responses={**openapi.errors(401), 200: openapi.PROMETHEUS_TEXT},
     )
     return app
 
@@ -218,6 +225,8 @@ class Endpoints:
             raise ClientTimeoutError(
                 f"The body did not arrive within {self._settings.client_timeout_s:g} s; send it faster, or shorten it."
             ) from None
+        except ClientDisconnect:
+            raise ClientGoneError from None
         return parse(body, model)
 
     async def _score(self, account: Account, scorer: Scorer, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
@@ -298,11 +307,16 @@ class EventStream(StreamingResponse):
 
 
 class _DocumentedApp(FastAPI):
-    """Adds to the OpenAPI document the models that the routes read and stream by hand."""
+    """Adds to the OpenAPI document the models that the routes read and stream by hand, and the keys."""
+
+    security: list[dict[str, Any]]
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            super().openapi()["components"]["schemas"].update(openapi.hand_read_schemas())
+            document = super().openapi()
+            document["components"]["schemas"].update(openapi.hand_read_schemas())
+            document["components"]["securitySchemes"] = openapi.SECURITY_SCHEMES
+            document["security"] = self.security
         return super().openapi()
 
 

@@ -84,7 +84,7 @@ def read_keys(file: Path) -> dict[str, KeyEntry]:
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{place} in the keys file {file}: {first['msg'].lower()}; correct it.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"The keys file {file} cannot be read as TOML: {error}.") from None
+        raise ConfigError(f"The keys file {file} cannot be read as TOML: {error}; correct it.") from None
 
 
 def new_key(file: Path, name: str, **budgets: int | None) -> str:

@@ -59,8 +59,10 @@ class Gate:
     def _admit(self, scope: Scope, *, is_work: bool) -> Account:
         path, metrics_port = scope["path"], self._settings.metrics_port
         if metrics_port is not None:
-            by_the_metrics_port = (scope.get("server") or ("", None))[1] == metrics_port
-            if path not in ON_THE_METRICS_PORT if by_the_metrics_port else path == METRICS:
+            _, port = scope.get("server") or (None, None)  # where the connection came in, not what the client says
+            by_the_metrics_port = port == metrics_port
+            is_served = path in ON_THE_METRICS_PORT if by_the_metrics_port else path != METRICS
+            if not is_served:
                 raise not_served(scope["method"], path)
             if by_the_metrics_port:
                 return ANYONE

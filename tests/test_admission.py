@@ -1,7 +1,13 @@
 """Who starts, who waits, who is sent away and for how long; the numbers are worked by hand."""
 
 import asyncio
+import heapq
+import itertools
+import math
+import random
+import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -121,6 +127,63 @@ class TestLine:
         with pytest.raises(OverloadedError) as shed:
             entered(one, 1)
         assert shed.value.retry_after_s == told_s
+
+
+@dataclass
+class Rush:
+    """What became of requests at Poisson times, in simulated time."""
+
+    latencies_s: list[float]
+    num_shed: int
+    most_queued: int
+
+    @property
+    def p95_s(self) -> float:
+        return statistics.quantiles(self.latencies_s, n=20)[-1]
+
+
+def rush(limits: Limits, rate_per_s: float, num_requests: int = 5000, best_of: int = 4, service_s: float = 2.0) -> Rush:
+    """Every request runs for `service_s` once it has started, as in an engine that is not overfilled."""
+    clock, line = random.Random(0), Line(limits)
+    arrivals_s: dict[Ticket, float] = {}
+    leaving: list[tuple[float, int, Ticket]] = []
+    outcome = Rush([], 0, 0)
+    now_s, tie = 0.0, itertools.count()
+
+    def leave_until(until_s: float) -> None:
+        while leaving and leaving[0][0] <= until_s:
+            at_s, _, ticket = heapq.heappop(leaving)
+            outcome.latencies_s.append(at_s - arrivals_s.pop(ticket))
+            for started in line.leave(ticket, at_s):
+                heapq.heappush(leaving, (at_s + service_s, next(tie), started))
+
+    for _ in range(num_requests):
+        now_s += clock.expovariate(rate_per_s)
+        leave_until(now_s)
+        ticket = Ticket(best_of, tokens=best_of * 10)
+        try:
+            line.enter(ticket, now_s)
+        except OverloadedError:
+            outcome.num_shed += 1
+            continue
+        arrivals_s[ticket] = now_s
+        outcome.most_queued = max(outcome.most_queued, line.queued_candidates)
+        if ticket.started_s is not None:
+            heapq.heappush(leaving, (now_s + service_s, next(tie), ticket))
+    leave_until(math.inf)
+    assert not arrivals_s
+    assert (line.running_candidates, line.queued_candidates, line.queued_tokens) == (0, 0, 0)
+    return outcome
+
+
+def test_at_ten_times_capacity_the_admitted_wait_no_longer_than_the_queue_takes_to_drain() -> None:
+    """32 candidates at once, 4 a request, 2 s each: 8 requests in 2 s are capacity; 16 candidates drain in 1 s."""
+    limits = Limits.of(Settings(max_num_seqs=32))
+    capacity, tenfold = rush(limits, rate_per_s=4), rush(limits, rate_per_s=40)
+    assert max(tenfold.latencies_s) <= 2 + 2  # none waits longer than a whole service time
+    assert tenfold.p95_s <= 2 * capacity.p95_s
+    assert tenfold.num_shed == pytest.approx(0.9 * 5000, rel=0.05)  # nine tenths are too many
+    assert tenfold.most_queued == 16
 
 
 @pytest.mark.parametrize(
