@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from reranker.scorers.base import ScoringError
 from server import openapi
 from server.config import Settings
-from server.connection import ClientGoneError, RequestCounter, until_disconnect
+from server.connection import ClientGoneError, RequestRecorder, until_disconnect
 from server.errors import (
     BadRequestError,
     NbestError,
@@ -49,6 +49,7 @@ from server.reply_schemas import (
     TextCompletion,
     TextCompletionChunk,
 )
+from server.request_record import TokenCost, note_tokens
 from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
 from server.streaming import error_event, stream
 from server.wire import Request as RequestModel
@@ -99,7 +100,6 @@ def create_app(
             Exception: _on_error,
         },
     )
-    app.add_middleware(RequestCounter, metrics=metrics)
     app.add_api_route(
         "/v1/chat/completions",
         endpoints.chat_completions,
@@ -130,6 +130,8 @@ def create_app(
         response_class=Response,
         responses={200: {"description": "Prometheus text exposition", "content": {"text/plain": {}}}},
     )
+    # Outermost, where the reply to a fault of ours passes too; what is added as middleware stands inside of that.
+    app.middleware_stack = RequestRecorder(app.build_middleware_stack(), metrics)
     return app
 
 
@@ -162,6 +164,7 @@ class Endpoints:
         except ScoringError as error:
             raise RewardError(f"The reward model failed: {error}. Try again.") from error
         self._metrics.observe_scored_tokens(scores.scored_tokens)
+        note_tokens(TokenCost(scored=scores.scored_tokens))
         return _json(
             ScoreReply(
                 model=scorer.name,
@@ -225,6 +228,7 @@ class Endpoints:
 
             result = await pipeline.run(plan, heard, growth=on_candidate is not None)
         self._metrics.observe_answer(result)
+        note_tokens(TokenCost(result.prompt_tokens, result.generated_tokens, result.scored_tokens))
         return result
 
 

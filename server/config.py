@@ -155,6 +155,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="warning", description="Least severe message that is logged; info adds a line per HTTP request."
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, or one JSON object each for machines."
+    )
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

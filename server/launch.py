@@ -27,7 +27,7 @@ import psutil
 import uvicorn
 from rich.console import Console
 
-from server import assembly
+from server import assembly, logs
 from server.app import create_app
 from server.config import ConfigError, Settings
 from server.metrics import Metrics
@@ -50,7 +50,9 @@ def serve(settings: Settings, console: Console) -> None:
         ConfigError: the address cannot be listened on.
         StartError: a model could not be loaded or the engine did not start.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_level, settings.log_format)
+    if settings.log_format == "json":
+        console = Console(quiet=True)  # what is meant for people would be in a machine's way
     listener = listen(settings.host, settings.port)
     metrics = Metrics()
     failures: list[BaseException] = []
@@ -70,7 +72,9 @@ def serve(settings: Settings, console: Console) -> None:
             http="httptools",
             ws="none",
             lifespan="on",
+            log_config=None,
             log_level=settings.log_level,
+            access_log=False,  # the app writes a line of its own
             server_header=False,
             timeout_graceful_shutdown=settings.shutdown_grace_s,
         )
@@ -124,6 +128,7 @@ async def announced(
     async with contextlib.AsyncExitStack() as stack:
         with console.status(loading) as status, ended_by_signals(status.stop):
             best_of_n = await stack.enter_async_context(started)
+        log.info("Serving %s at %s.", settings.model, url)
         console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.\n{invitation(best_of_n, settings, url)}")
         yield best_of_n
 

@@ -18,7 +18,7 @@ PACKAGES = ("reranker", "server", "training", "benchmarks", "scripts")
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("reranker",),
-    ("server.errors", "server.config"),
+    ("server.errors", "server.config", "server.request_record", "server.logs"),
     ("server.generation",),
     ("server.scoring", "server.selecting", "server.pipeline", "server.batch"),
     ("server.metrics",),
