@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from reranker.scorers.base import ScoringError
 from server import openapi
 from server.config import Settings
-from server.connection import ClientGoneError, RequestRecorder, until_disconnect
+from server.connection import App, ClientGoneError, RequestRecorder, until_disconnect
 from server.errors import (
     BadRequestError,
     NbestError,
@@ -71,11 +71,13 @@ def create_app(
     metrics: Metrics,
     *,
     on_start_failure: Callable[[BaseException], None] | None = None,
+    trace_requests: Callable[[App], App] | None = None,
 ) -> FastAPI:
     """The server over whatever pipeline `start` opens.
 
     HTTP is up before the pipeline is, which is entered in the background and left at shutdown. `on_start_failure`
-    hears of a start that failed, so that whoever runs the process can end it.
+    hears of a start that failed, so that whoever runs the process can end it. `trace_requests` wraps the app in a span
+    for every request.
     """
     lifecycle = Lifecycle(start, on_start_failure)
     endpoints = Endpoints(lifecycle, settings, metrics)
@@ -131,7 +133,8 @@ def create_app(
         responses={200: {"description": "Prometheus text exposition", "content": {"text/plain": {}}}},
     )
     # Outermost, where the reply to a fault of ours passes too; what is added as middleware stands inside of that.
-    app.middleware_stack = RequestRecorder(app.build_middleware_stack(), metrics)
+    stack: App = app.build_middleware_stack()
+    app.middleware_stack = RequestRecorder(trace_requests(stack) if trace_requests else stack, metrics)
     return app
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from server.errors import NotReadyError
 from server.logs import log_access
 from server.metrics import Metrics
-from server.request_record import open_record
+from server.request_record import UNKNOWN_ENDPOINT, open_record
 
 T = TypeVar("T")
 Scope = MutableMapping[str, Any]
@@ -78,10 +78,15 @@ class RequestRecorder:
         try:
             await self._app(scope, receive, noted)
         finally:
-            if route := scope.get("route"):
-                record.endpoint = route.path
+            record.endpoint = endpoint_of(scope)
             self._metrics.observe_request(record.endpoint, record.status)
             log_access(record, time.perf_counter() - started_s)
+
+
+def endpoint_of(scope: Scope) -> str:
+    """The route that took the request, never a raw path: clients can neither add series nor have their words logged."""
+    route = scope.get("route")
+    return route.path if route else UNKNOWN_ENDPOINT
 
 
 def header(scope: Scope, name: bytes) -> str | None:

@@ -22,6 +22,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from multiprocessing import resource_tracker
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 import uvicorn
@@ -32,6 +33,9 @@ from server.app import create_app
 from server.config import ConfigError, Settings
 from server.metrics import Metrics
 from server.pipeline import BestOfN
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 BACKLOG = 2048
 """Connections that may wait to be accepted; uvicorn's own default."""
@@ -55,6 +59,7 @@ def serve(settings: Settings, console: Console) -> None:
         console = Console(quiet=True)  # what is meant for people would be in a machine's way
     listener = listen(settings.host, settings.port)
     metrics = Metrics()
+    tracing = _tracing(settings)
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -63,11 +68,19 @@ def serve(settings: Settings, console: Console) -> None:
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
         started = assembly.start(settings, metrics.observe_batch)
+        if tracing is not None:
+            started = tracing.over(started)
         return announced(started, settings, f"http://{address_of(listener)}", console)
 
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(start, settings, metrics, on_start_failure=stop),
+            create_app(
+                start,
+                settings,
+                metrics,
+                on_start_failure=stop,
+                trace_requests=tracing.requests if tracing is not None else None,
+            ),
             loop="uvloop",
             http="httptools",
             ws="none",
@@ -83,9 +96,19 @@ def serve(settings: Settings, console: Console) -> None:
         server.run(sockets=[listener])
     finally:
         kill_children()
+        if tracing is not None:
+            tracing.close()
     if failures:
         log.info("The server did not start.", exc_info=failures[0])
         raise StartError(f"The server did not start: {failures[0]}") from failures[0]
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    if settings.otlp_endpoint is None:
+        return None  # and OpenTelemetry is not even imported
+    from server.tracing import Tracing
+
+    return Tracing.to_collector(settings.otlp_endpoint, settings.trace_sample_ratio)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -16,6 +16,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 PROBES = frozenset({"/health", "/ready", "/metrics"})
 """Asked every few seconds by machines; they are counted, but neither traced nor logged beside the requests of users."""
 
+UNKNOWN_ENDPOINT = "unknown"
+"""Where a request goes that no route takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenCost:
@@ -32,7 +35,7 @@ class RequestRecord:
 
     request_id: str
     method: str
-    endpoint: str = "unknown"
+    endpoint: str = UNKNOWN_ENDPOINT
     status: int = 500
     tokens: TokenCost | None = None
     trace_id: str | None = None
