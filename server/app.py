@@ -165,6 +165,7 @@ class Endpoints:
         try:
             scores = await until_disconnect(request.receive, scorer.score(prompt, candidates))
         except ScoringError as error:
+            self._metrics.observe_reward_failure("error")
             raise RewardError(f"The reward model failed: {error}. Try again.") from error
         self._metrics.observe_scored_tokens(scores.scored_tokens)
         note_tokens(TokenCost(scored=scores.scored_tokens))
@@ -203,6 +204,11 @@ class Endpoints:
 
     async def prometheus(self) -> Response:
         """The metrics, for Prometheus to scrape."""
+        try:
+            await self._lifecycle.pipeline.generator.check_ready()
+            self._metrics.observe_ready(True)
+        except NotReadyError:
+            self._metrics.observe_ready(False)
         return Response(self._metrics.render(), media_type=self._metrics.content_type)
 
     async def _read(self, request: Request, model: type[RequestModel]) -> RequestModel:
@@ -229,7 +235,11 @@ class Endpoints:
                 if on_candidate is not None:
                     on_candidate(outcome)
 
-            result = await pipeline.run(plan, heard, growth=on_candidate is not None)
+            try:
+                result = await pipeline.run(plan, heard, growth=on_candidate is not None)
+            except RewardError:
+                self._metrics.observe_reward_failure("error")
+                raise
         self._metrics.observe_answer(result)
         note_tokens(TokenCost(result.prompt_tokens, result.generated_tokens, result.scored_tokens))
         return result

@@ -315,6 +315,7 @@ def _account(result: BestOfNResult) -> Attributes:
         "gen_ai.usage.input_tokens": result.prompt_tokens,
         "gen_ai.usage.output_tokens": result.generated_tokens,
         "nbest.scored_tokens": result.scored_tokens,
+        "nbest.candidate_s": result.candidate_s,
         "nbest.completed": result.completed,
         "nbest.failed": result.failed,
         "nbest.cancelled_candidates": result.cancelled,
