@@ -27,7 +27,7 @@ from server import openapi
 from server.admission import Admission, Limits, prompt_tokens, requested_tokens, text_tokens
 from server.auth import Account, Keys
 from server.config import Settings
-from server.connection import ClientGoneError, RequestCounter, until_disconnect
+from server.connection import App, ClientGoneError, RequestRecorder, until_disconnect
 from server.errors import (
     AuthenticationError,
     BadRequestError,
@@ -57,6 +57,7 @@ from server.reply_schemas import (
     TextCompletion,
     TextCompletionChunk,
 )
+from server.request_record import TokenCost, note_tokens
 from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
 from server.streaming import error_event, stream
 from server.wire import Request as RequestModel
@@ -78,12 +79,13 @@ def create_app(
     metrics: Metrics,
     *,
     on_start_failure: Callable[[BaseException], None] | None = None,
+    trace_requests: Callable[[App], App] | None = None,
 ) -> FastAPI:
     """The server over whatever pipeline `start` opens.
 
     HTTP is up before the pipeline is, which is entered in the background and left at shutdown. `on_start_failure`
-    hears of a start that failed, so that whoever runs the process can end it. After `app.state.drain()` no new work is
-    taken.
+    hears of a start that failed, so that whoever runs the process can end it. `trace_requests` wraps the app in a span
+    for every request. After `app.state.drain()` no new work is taken.
     """
     lifecycle = Lifecycle(start, on_start_failure)
     endpoints = Endpoints(lifecycle, settings, metrics)
@@ -113,7 +115,6 @@ def create_app(
     app.state.drain = lifecycle.drain
     app.security = openapi.security(required=keys is not None)
     app.add_middleware(Gate, settings=settings, keys=keys, refuse=replies.refusal)
-    app.add_middleware(RequestCounter, metrics=metrics)
     app.add_api_route(
         "/v1/chat/completions",
         endpoints.chat_completions,
@@ -149,6 +150,9 @@ def create_app(
         response_class=Response,
         responses={**openapi.errors(401), 200: openapi.PROMETHEUS_TEXT},
     )
+    # Outermost, where the reply to a fault of ours passes too; what is added as middleware stands inside of that.
+    stack: App = app.build_middleware_stack()
+    app.middleware_stack = RequestRecorder(trace_requests(stack) if trace_requests else stack, metrics)
     return app
 
 
@@ -180,6 +184,7 @@ class Endpoints:
         account: Account = request.scope[ACCOUNT]
         scores = await until_disconnect(request.receive, self._score(account, scorer, prompt, candidates))
         self._metrics.observe_scored_tokens(scores.scored_tokens)
+        note_tokens(TokenCost(scored=scores.scored_tokens))
         return _json(
             ScoreReply(
                 model=scorer.name,
@@ -215,6 +220,11 @@ class Endpoints:
 
     async def prometheus(self) -> Response:
         """The metrics, for Prometheus to scrape."""
+        try:
+            await self._lifecycle.pipeline.generator.check_ready()
+            self._metrics.observe_ready(True)
+        except NotReadyError:
+            self._metrics.observe_ready(False)
         return Response(self._metrics.render(), media_type=self._metrics.content_type)
 
     async def _read(self, request: Request, model: type[RequestModel]) -> RequestModel:
@@ -237,6 +247,7 @@ class Endpoints:
                 try:
                     scores = await scorer.score(prompt, candidates)
                 except ScoringError as error:
+                    self._metrics.observe_reward_failure("error")
                     raise RewardError(f"The reward model failed: {error}. Try again.") from error
             spending.tokens = scores.scored_tokens
         return scores
@@ -272,9 +283,14 @@ class Endpoints:
                         if on_candidate is not None:
                             on_candidate(outcome)
 
-                    result = await pipeline.run(plan, heard, growth=on_candidate is not None, queued_s=queued_s)
+                    try:
+                        result = await pipeline.run(plan, heard, growth=on_candidate is not None, queued_s=queued_s)
+                    except RewardError:
+                        self._metrics.observe_reward_failure("error")
+                        raise
             spending.tokens = result.prompt_tokens + result.generated_tokens
         self._metrics.observe_answer(result)
+        note_tokens(TokenCost(result.prompt_tokens, result.generated_tokens, result.scored_tokens))
         return result
 
 

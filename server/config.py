@@ -193,6 +193,18 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="warning", description="Least severe message that is logged; info adds a line per HTTP request."
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, or one JSON object each for machines."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="OpenTelemetry collector that traces go to, OTLP over HTTP, such as http://127.0.0.1:4318; "
+        "without one nothing is traced.",
+    )
+    trace_sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="Share of the traces begun here that are kept, with --otlp-endpoint."
+    )
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

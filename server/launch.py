@@ -23,18 +23,22 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from multiprocessing import resource_tracker
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 import uvicorn
 from rich.console import Console
 
-from server import assembly
+from server import assembly, logs
 from server.app import create_app
 from server.config import ConfigError, Settings
 from server.draining import DrainingServer
 from server.http_protocol import bounded_by
 from server.metrics import Metrics
 from server.pipeline import BestOfN
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 BACKLOG = 2048
 """Connections that may wait to be accepted; uvicorn's own default."""
@@ -58,7 +62,9 @@ def serve(settings: Settings, console: Console) -> None:
         ConfigError: the address cannot be listened on.
         StartError: a model could not be loaded or the engine did not start.
     """
-    log_to_stderr(settings)
+    logs.configure(settings.log_level, settings.log_format)
+    if settings.log_format == "json":
+        console = Console(quiet=True)  # what is meant for people would be in a machine's way
     listener = listen(settings.host, settings.port)
     listeners = [listener]
     if settings.metrics_port is not None:
@@ -66,6 +72,7 @@ def serve(settings: Settings, console: Console) -> None:
     if settings.keys_file is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         console.print(OPEN_TO_ALL, style="yellow")
     metrics = Metrics()
+    tracing = _tracing(settings)
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -74,9 +81,17 @@ def serve(settings: Settings, console: Console) -> None:
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
         started = assembly.start(settings, metrics.observe_batch, metrics.observe_restart)
+        if tracing is not None:
+            started = tracing.over(started)
         return announced(started, settings, f"http://{address_of(listener)}", console)
 
-    app = create_app(start, settings, metrics, on_start_failure=stop)
+    app = create_app(
+        start,
+        settings,
+        metrics,
+        on_start_failure=stop,
+        trace_requests=tracing.requests if tracing is not None else None,
+    )
     server = DrainingServer(
         uvicorn.Config(
             app,
@@ -84,7 +99,9 @@ def serve(settings: Settings, console: Console) -> None:
             http=bounded_by(settings),
             ws="none",
             lifespan="on",
+            log_config=None,
             log_level=settings.log_level,
+            access_log=False,  # the app writes a line of its own
             server_header=False,
         ),
         drain_s=settings.drain_s,
@@ -94,16 +111,19 @@ def serve(settings: Settings, console: Console) -> None:
         server.run(sockets=listeners)
     finally:
         kill_children()
+        if tracing is not None:
+            tracing.close()
     if failures:
         log.info("The server did not start.", exc_info=failures[0])
         raise StartError(f"The server did not start: {failures[0]}") from failures[0]
 
 
-def log_to_stderr(settings: Settings) -> None:
-    """Sets the level for all loggers but the one that would write prompts."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    openai = logging.getLogger("openai")  # at debug it writes whole requests, which hold prompts and completions
-    openai.setLevel(max(logging.INFO, logging.root.level))
+def _tracing(settings: Settings) -> "Tracing | None":
+    if settings.otlp_endpoint is None:
+        return None  # and OpenTelemetry is not even imported
+    from server.tracing import Tracing
+
+    return Tracing.to_collector(settings.otlp_endpoint, settings.trace_sample_ratio)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -146,6 +166,7 @@ async def announced(
     async with contextlib.AsyncExitStack() as stack:
         with console.status(loading) as status, ended_by_signals(status.stop):
             best_of_n = await stack.enter_async_context(started)
+        log.info("Serving %s at %s.", settings.model, url)
         console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.\n{invitation(best_of_n, settings, url)}")
         yield best_of_n
 

@@ -59,7 +59,8 @@ class BestOfNResult:
     completed + failed + cancelled = best_of. `ranked_by` tells what ordered the candidates: the reward or the votes for
     an answer, as the strategy does it, or what stood in for them: after a reward failure the fallback that the request
     asked for, where there is no answer to vote on the reward, and without one the order of drawing.
-    `reward_model` is None where the strategy asks none.
+    `reward_model` is None where the strategy asks none. `candidate_s` is what the request cost the engine: the seconds
+    that each candidate was under way, added up, whether it completed, failed or was cancelled.
     """
 
     selection: Selection
@@ -75,6 +76,7 @@ class BestOfNResult:
     generated_tokens: int
     scored_tokens: int
     prompt_tokens_cut: int
+    candidate_s: float
     timings: Timings
 
 
@@ -109,6 +111,7 @@ class BestOfN:
         scoring = Scoring(scorer, request.prompt)
         completed: list[Candidate] = []
         failed: list[FailedCandidate] = []
+        candidate_s = 0.0
         stopped_by: StoppedBy = "all"
         snapshots = growth and on_candidate is not None and request.best_of == 1
         sampling = sampling_for(scorer, request.sampling)
@@ -116,8 +119,10 @@ class BestOfN:
         deadline = asyncio.timeout(None if request.deadline_s is None else request.deadline_s - queued_s)
         try:
             async with deadline, generation:
-                began_s = time.perf_counter()
+                began_s = generated_s = time.perf_counter()
                 async for outcomes in generation:
+                    previous_s, generated_s = generated_s, time.perf_counter()
+                    candidate_s += (request.best_of - len(completed) - len(failed)) * (generated_s - previous_s)
                     finished = [one for one in outcomes if isinstance(one, Candidate) and one.finish_reason]
                     scoring.start(finished)
                     completed += [as_asked(one, request.sampling) for one in finished]
@@ -125,7 +130,6 @@ class BestOfN:
                     if on_candidate is not None:
                         for outcome in outcomes:
                             on_candidate(as_asked(outcome, request.sampling))
-                    generated_s = time.perf_counter()
                 await scoring.finish()
         except TimeoutError:
             if not deadline.expired():  # somebody else's time was up
@@ -140,12 +144,13 @@ class BestOfN:
         choose = partial(_select, request, scoring, completed, stopped_by)
         ranking, ranked_by = await asyncio.to_thread(choose) if request.strategy in READ_TEXTS else choose()
         ended_s = time.perf_counter()
+        cancelled = request.best_of - len(completed) - len(failed)
         return BestOfNResult(
             selection=ranking,
             best_of=request.best_of,
             completed=len(completed),
             failed=len(failed),
-            cancelled=request.best_of - len(completed) - len(failed),
+            cancelled=cancelled,
             strategy=request.strategy,
             reward_model=scorer.name if scorer else None,
             ranked_by=ranked_by,
@@ -154,6 +159,7 @@ class BestOfN:
             generated_tokens=sum(one.num_tokens for one in completed),
             scored_tokens=scoring.scored_tokens,
             prompt_tokens_cut=scoring.prompt_tokens_cut,
+            candidate_s=candidate_s + cancelled * (selecting_s - generated_s),
             timings=Timings(
                 queue=began_s - arrived_s,
                 generate=generated_s - began_s,

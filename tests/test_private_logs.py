@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import logging
 from collections.abc import Iterator
@@ -15,8 +16,7 @@ import pytest
 
 from reranker.candidate import Message, Prompt
 from reranker.scorers.base import ScoringError
-from server import auth, launch
-from server.config import Settings
+from server import auth, logs
 from server.errors import ContextLengthError, NbestError, OverloadedError
 from server.generation.base import Sampling
 from server.generation.openai_upstream import OpenAIGenerator
@@ -44,31 +44,19 @@ class Broken(BestOfN):
         raise RuntimeError("a bug")
 
 
-class Lines(logging.Handler):
-    """Every line that is logged, with its traceback."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(self.format(record))
-
-
 @pytest.fixture
-def logged() -> Iterator[list[str]]:
+def logged() -> Iterator[io.StringIO]:
     """What the server writes at its most talkative; looked through after the test."""
-    handler, root, openai_logger = Lines(), logging.getLogger(), logging.getLogger("openai")
-    levels = [(logger, logger.level) for logger in (root, openai_logger)]
-    root.addHandler(handler)
-    root.setLevel(logging.DEBUG)
-    launch.log_to_stderr(Settings(log_level="debug"))
-    yield handler.lines
-    root.removeHandler(handler)
+    written, root, openai_logger = io.StringIO(), logging.getLogger(), logging.getLogger("openai")
+    levels, handlers = [(logger, logger.level) for logger in (root, openai_logger)], root.handlers[:]
+    logs.configure("debug", "text", written)
+    yield written
+    root.handlers[:] = handlers
     for logger, level in levels:
         logger.setLevel(level)
-    assert handler.lines, "nothing was logged at all"
-    assert not [line for line in handler.lines if PROMPT in line or COMPLETION in line]
+    assert written.getvalue(), "nothing was logged at all"
+    assert PROMPT not in written.getvalue()
+    assert COMPLETION not in written.getvalue()
 
 
 def generator(**options: Any) -> ScriptedGenerator:
@@ -99,14 +87,14 @@ def generator(**options: Any) -> ScriptedGenerator:
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_answers_and_failures(
-    served: BestOfN, fields: dict[str, Any], status: int, stream: bool, logged: list[str]
+    served: BestOfN, fields: dict[str, Any], status: int, stream: bool, logged: io.StringIO
 ) -> None:
     app = app_over(served, max_body_bytes=5000)
     async with address_of(app) as address, httpx.AsyncClient(base_url=address) as client:
         reply = await client.post(CHAT, json=ASKED | {"stream": stream} | fields)
     # The first event of one candidate's stream is its text, so what fails after it has no status of its own.
     assert reply.status_code == status or (stream and reply.status_code == 200)
-    assert any(CHAT in line for line in logged)  # the access log is on
+    assert CHAT in logged.getvalue()  # the access log is on
 
 
 @pytest.mark.usefixtures("logged")
