@@ -6,7 +6,7 @@ events (streaming). Whatever fails on the way is an `NbestError` and leaves in O
 
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from functools import partial
 from http import HTTPStatus
@@ -70,14 +70,16 @@ def create_app(
     metrics: Metrics,
     *,
     on_start_failure: Callable[[BaseException], None] | None = None,
+    exposition: Callable[[], Awaitable[bytes]] | None = None,
 ) -> FastAPI:
     """The server over whatever pipeline `start` opens.
 
     HTTP is up before the pipeline is, which is entered in the background and left at shutdown. `on_start_failure`
-    hears of a start that failed, so that whoever runs the process can end it.
+    hears of a start that failed, so that whoever runs the process can end it. `exposition` is what `/metrics` tells
+    where other processes count too; by default it tells `metrics`.
     """
     lifecycle = Lifecycle(start, on_start_failure)
-    endpoints = Endpoints(lifecycle, settings, metrics)
+    endpoints = Endpoints(lifecycle, settings, metrics, exposition)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -136,10 +138,17 @@ def create_app(
 class Endpoints:
     """One method a route."""
 
-    def __init__(self, lifecycle: Lifecycle, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        settings: Settings,
+        metrics: Metrics,
+        exposition: Callable[[], Awaitable[bytes]] | None = None,
+    ) -> None:
         self._lifecycle = lifecycle
         self._settings = settings
         self._metrics = metrics
+        self._exposition = exposition
         self._created = int(time.time())
 
     async def chat_completions(self, request: Request) -> Response:
@@ -197,7 +206,8 @@ class Endpoints:
 
     async def prometheus(self) -> Response:
         """The metrics, for Prometheus to scrape."""
-        return Response(self._metrics.render(), media_type=self._metrics.content_type)
+        told = self._metrics.render() if self._exposition is None else await self._exposition()
+        return Response(told, media_type=self._metrics.content_type)
 
     async def _read(self, request: Request, model: type[RequestModel]) -> RequestModel:
         return parse(await read_body(request.stream(), request.headers, self._settings.max_body_bytes), model)

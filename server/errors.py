@@ -14,6 +14,9 @@
 The message is a sentence that says what to do. `STATUS` below is the one table from error to HTTP status.
 """
 
+import copyreg
+from typing import Any
+
 
 class NbestError(Exception):
     """An error with a message meant for the client."""
@@ -25,6 +28,10 @@ class NbestError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes the fields travel, whatever the constructor of the kind asks for."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class BadRequestError(NbestError):

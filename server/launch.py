@@ -124,7 +124,7 @@ async def announced(
     async with contextlib.AsyncExitStack() as stack:
         with console.status(loading) as status, ended_by_signals(status.stop):
             best_of_n = await stack.enter_async_context(started)
-        console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.\n{invitation(best_of_n, settings, url)}")
+        console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.\n{invitation(settings, url)}")
         yield best_of_n
 
 
@@ -145,11 +145,11 @@ def ended_by_signals(before_the_end: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def invitation(best_of_n: BestOfN, settings: Settings, url: str) -> str:
+def invitation(settings: Settings, url: str) -> str:
     """What is served, and a request to copy."""
-    model = best_of_n.generator.model
+    model = settings.served_model_name or settings.model
     return f"""\
-Serving {model}, best of {settings.default_best_of} by {next(iter(best_of_n.scorers))}, at {url}
+Serving {model}, best of {settings.default_best_of} by {next(iter(settings.reward_models))}, at {url}
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
     "model": "{model}", "best_of": {settings.default_best_of}, "max_tokens": 40,

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("server.metrics",),
     ("server.wire", "server.schema_parts", "server.schemas", "server.reply_schemas", "server.replies"),
     ("server.admission", "server.connection", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
-    ("server.deployments", "server.assembly", "server.launch", "server.doctor"),
+    ("server.assembly", "server.handles", "server.deployments", "server.launch", "server.cluster", "server.doctor"),
     ("server.cli",),
 )
 """A module imports from its own layer and those above it in this list."""
@@ -35,7 +35,7 @@ ONLY_FOR_THE_COMMAND = ("training", "benchmarks")
 
 FENCES: dict[str, tuple[str, ...]] = {
     "vllm": ("server.generation.vllm_engine",),
-    "ray.serve": ("server.deployments",),
+    "ray.serve": ("server.deployments", "server.handles"),
     "fastapi": ("server.app",),
     "starlette": ("server.app",),
     "prometheus_client": ("server.metrics",),
@@ -125,7 +125,7 @@ def test_every_import_respects_the_order_and_the_fences() -> None:
         ("training/a.py", "import benchmarks.quality", "nothing but the command"),
         ("server/pipeline.py", "from vllm import LLM", "only server.generation.vllm_engine may import vllm"),
         ("benchmarks/a.py", "import vllm", "only server.generation.vllm_engine may import vllm"),
-        ("server/app.py", "from ray import serve", "only server.deployments may import ray.serve"),
+        ("server/app.py", "from ray import serve", "only server.deployments, server.handles may import ray.serve"),
         ("server/cli.py", "import starlette.responses", "only server.app may import starlette"),
         ("server/app.py", "import prometheus_client", "only server.metrics may import prometheus_client"),
         ("reranker/a.py", "import ray", "reranker knows no HTTP server"),

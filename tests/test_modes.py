@@ -1,0 +1,151 @@
+"""What a client is promised, in both modes: one process, and replicas on Ray."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.modes import MODES, PATIENCE_S, Server
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+
+@pytest.fixture(scope="module", params=list(MODES))
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with MODES[request.param]() as running:
+        until_ready(running)
+        yield running
+
+
+def until_ready(server: Server) -> None:
+    transport = httpx.HTTPTransport(retries=5)
+    with httpx.Client(transport=transport, base_url=server.url, timeout=PATIENCE_S) as client:
+        for _ in range(1000):
+            if client.get("/ready").is_success:
+                return
+    pytest.fail("the server did not become ready")
+
+
+def text_of(reply: httpx.Response) -> Any:
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]["message"]["content"]
+
+
+def events(reply: httpx.Response) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+    return [json.loads(line) for line in lines]
+
+
+def test_the_best_comes_back(server: Server) -> None:
+    reply = server.chat("films")
+    assert text_of(reply) == "great fun"
+    assert reply.json()["choices"][0]["reward"] == 2.5
+    account = reply.json()["nbest"]
+    assert (account["completed"], account["failed"], account["cancelled"]) == (3, 0, 0)
+    assert (account["generated_tokens"], account["scored_tokens"], account["reward_model"]) == (6, 6, "taste")
+    assert reply.json()["usage"] == {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13}
+
+
+def test_a_failed_candidate_is_counted(server: Server) -> None:
+    account = server.chat("one fails").json()["nbest"]
+    assert (account["completed"], account["failed"]) == (2, 1)
+
+
+def test_the_winner_is_streamed(server: Server) -> None:
+    reply = server.chat("films", stream=True)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert "".join(one["choices"][0]["delta"].get("content") or "" for one in events(reply)) == "great fun"
+    assert reply.text.rstrip().endswith("data: [DONE]")
+
+
+def test_tokens_arrive_while_the_rest_is_written(server: Server) -> None:
+    body = {"model": "scripted", "prompt": "grows", "best_of": 1, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S) as reply:
+        first = next(line for line in reply.iter_lines() if line.startswith("data: "))
+        assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == "first"
+    assert server.witness.cancelled("grows", 1) == [0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_cancels_what_has_not_finished(server: Server, stream: bool) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url}/v1/completions",
+            json={"model": "scripted", "prompt": "slow", "best_of": 3, "stream": stream},
+            timeout=2,
+        )
+    assert server.witness.cancelled("slow", 2) == [1, 2]
+
+
+def test_a_deadline_answers_with_the_best_so_far_and_cancels_the_rest(server: Server) -> None:
+    reply = server.chat("slow", nbest={"deadline_s": 1})
+    assert text_of(reply) == "dull"
+    assert (reply.json()["nbest"]["stopped_by"], reply.json()["nbest"]["cancelled"]) == ("deadline", 2)
+    assert server.witness.cancelled("slow", 2) == [1, 2]
+
+
+def test_a_deadline_with_nothing_finished_is_a_504(server: Server) -> None:
+    reply = server.chat("slow to start", best_of=1, nbest={"deadline_s": 0.5})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert server.witness.cancelled("slow to start", 1) == [0]
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "error"),
+    [
+        ("refused", 400, {"type": "invalid_request_error", "message": "No.", "param": "messages", "code": None}),
+        (
+            "too long",
+            400,
+            {
+                "type": "invalid_request_error",
+                "message": "Too long.",
+                "param": "messages",
+                "code": "context_length_exceeded",
+            },
+        ),
+        ("overloaded", 429, {"type": "rate_limit_error", "message": "Full.", "param": None, "code": "overloaded"}),
+        ("down", 503, {"type": "service_unavailable", "message": "Gone.", "param": None, "code": "not_ready"}),
+    ],
+)
+def test_a_generators_refusal_keeps_its_status_and_its_fields(
+    server: Server, script: str, status: int, error: dict[str, Any]
+) -> None:
+    reply = server.chat(script)
+    assert (reply.status_code, reply.json()) == (status, {"error": error})
+    assert reply.headers.get("retry-after") == {"overloaded": "7", "down": "5"}.get(script)
+
+
+def test_a_bad_body_is_a_400_that_names_the_field(server: Server) -> None:
+    reply = server.chat("films", best_of=0)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "best_of")
+
+
+def test_an_unknown_path_is_a_404_in_the_same_envelope(server: Server) -> None:
+    reply = httpx.get(f"{server.url}/v2/nothing", timeout=PATIENCE_S)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_a_reward_failure_is_an_error_by_default(server: Server) -> None:
+    reply = server.chat("films", nbest={"reward_model": "broken"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "reward_failed")
+    assert "the scripted scorer fails" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("policy", "text"), [("first", "dull"), ("logprob", "dull")])
+def test_a_reward_failure_falls_back_as_asked_and_says_so(server: Server, policy: str, text: str) -> None:
+    reply = server.chat("films", nbest={"reward_model": "broken", "on_reward_failure": policy})
+    assert (text_of(reply), reply.json()["nbest"]["ranked_by"]) == (text, policy)
+
+
+def test_given_candidates_are_scored(server: Server) -> None:
+    body = {"prompt": "x", "candidates": ["dull", "great fun"]}
+    reply = httpx.post(f"{server.url}/v1/score", json=body, timeout=PATIENCE_S)
+    assert [one["score"] for one in reply.json()["data"]] == [-2.0, 2.5]
+
+
+def test_what_is_served_is_told(server: Server) -> None:
+    (model,) = httpx.get(f"{server.url}/v1/models", timeout=PATIENCE_S).json()["data"]
+    assert (model["id"], model["reward_models"]) == ("scripted", ["taste", "broken"])
