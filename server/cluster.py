@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -47,6 +48,8 @@ def serve(settings: Settings, console: Console) -> None:
     loading = f"Starting generator, scorer and router on Ray, loading {settings.model} …"
     try:
         with contextlib.ExitStack() as stack:
+            if not _verbose(settings):  # Ray tells its news on stdout, where this server says nothing
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
             with console.status(loading):
                 if not console.is_terminal:
                     console.print(loading)
@@ -70,7 +73,7 @@ def joined_cluster(settings: Settings) -> Iterator[None]:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of its own default
-    verbose = settings.log_level in ("debug", "info")
+    verbose = _verbose(settings)
     quiet: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
@@ -99,6 +102,10 @@ def _start_cluster(settings: Settings, quiet: dict[str, Any]) -> None:
     # By default each replica computes with as many threads as it reserves cores, which is for machines that are shared.
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     ray.init(num_cpus=max(cores, reserved), include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+
+
+def _verbose(settings: Settings) -> bool:
+    return settings.log_level in ("debug", "info")
 
 
 def signal_handlers(handler: Callable[[int, FrameType | None], None]) -> None:

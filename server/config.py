@@ -74,10 +74,11 @@ def replica_range(replicas: str) -> tuple[int, int]:
     Raises:
         ValueError: it is neither.
     """
-    fewest, _, most = replicas.partition("-")
-    if not (fewest.isdecimal() and (most or fewest).isdecimal() and 1 <= int(fewest) <= int(most or fewest)):
+    fewest, dash, most = replicas.partition("-")
+    most = most if dash else fewest
+    if not (fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most)):
         raise ValueError("should read N or MIN-MAX with 1 <= MIN <= MAX, such as 2 or 1-4")
-    return int(fewest), int(most or fewest)
+    return int(fewest), int(most)
 
 
 Replicas = Annotated[str, BeforeValidator(str), AfterValidator(_checked_replicas)]

@@ -176,7 +176,7 @@ def application(
         settings.generator_replicas,
         # So many requests of the default size fill the engine's batch.
         target_ongoing=max(1, settings.max_num_seqs // settings.default_best_of),
-        **_generator_resources(settings),
+        **generator_resources(settings),
     ).bind(settings, start_generator)
     scorer = _deployment(
         ScorerReplica,
@@ -258,7 +258,7 @@ def _deployment(
     )(replica)
 
 
-def _generator_resources(settings: Settings) -> dict[str, Any]:
+def generator_resources(settings: Settings) -> dict[str, Any]:
     """Of one engine: its own process, and with tensor parallelism a bundle for the actor of each further device."""
     itself = {"num_cpus": settings.generator_cpus, "num_gpus": settings.generator_gpus}
     if settings.tensor_parallel_size == 1:

@@ -5,6 +5,7 @@ a replica is told to a `Witness`, which the test asks.
 """
 
 import asyncio
+import os
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ import uvicorn
 from ray import serve
 
 from reranker.candidate import Prompt
-from reranker.scorers.base import Scorer
+from reranker.scorers.base import Scorer, Scores
 from server import deployments
 from server.app import create_app
 from server.cluster import joined_cluster
@@ -28,11 +29,29 @@ from server.generation.base import Generation, Sampling
 from server.launch import address_of, listen
 from server.metrics import Metrics
 from server.pipeline import BestOfN
-from tests.doubles import ScriptedGenerator, ScriptedScorer
+from tests.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
 
 PATIENCE_S = 60
 """For what takes milliseconds, on a machine that has much else to do."""
 TASTE = {"dull": -2.0, "a fine film": 1.0, "great fun": 2.5}
+
+
+class Dies(ScriptedGenerator):
+    """Its process ends as soon as it has begun to generate."""
+
+    def __init__(self) -> None:
+        super().__init__(["never"], delays_s={0: 600})
+
+    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> ScriptedGeneration:
+        asyncio.get_running_loop().call_later(0.2, os._exit, 1)
+        return super().generate(prompt, sampling, n, snapshots=snapshots)
+
+
+class DyingScorer(ScriptedScorer):
+    async def score(self, *_: Any) -> Scores:
+        os._exit(1)
+
+
 SCRIPTS: dict[str, Callable[[], ScriptedGenerator]] = {
     "films": lambda: ScriptedGenerator(["dull", "a fine film", "great fun"]),
     "one fails": lambda: ScriptedGenerator(["dull", None, "great fun"]),
@@ -42,6 +61,8 @@ SCRIPTS: dict[str, Callable[[], ScriptedGenerator]] = {
     "refused": lambda: ScriptedGenerator([], refusal=BadRequestError("No.", param="messages")),
     "too long": lambda: ScriptedGenerator([], refusal=ContextLengthError("Too long.", param="messages")),
     "overloaded": lambda: ScriptedGenerator([], refusal=OverloadedError("Full.", retry_after_s=7)),
+    "chatters": lambda: ScriptedGenerator([" ".join(map(str, range(500)))]),
+    "dies": Dies,
     "down": lambda: ScriptedGenerator([], refusal=NotReadyError("Gone.")),
 }
 
@@ -124,7 +145,7 @@ class Scripts:
 
 
 def scorers() -> dict[str, Scorer]:
-    made = {"taste": ScriptedScorer(TASTE), "broken": ScriptedScorer(fails=True)}
+    made = {"taste": ScriptedScorer(TASTE), "broken": ScriptedScorer(fails=True), "dying": DyingScorer()}
     for name, scorer in made.items():
         scorer.name = name
     return dict(made)

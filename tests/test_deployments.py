@@ -1,13 +1,22 @@
-"""What a client is promised, in both modes: one process, and replicas on Ray."""
+"""The promises that both modes keep, one process and replicas on Ray, and what is true of replicas alone."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.modes import MODES, PATIENCE_S, Server
+from reranker.candidate import Candidate, FailedCandidate, Prompt
+from server import deployments
+from server.config import ConfigError, Settings
+from server.errors import NotReadyError
+from server.generation.base import Outcome, Sampling
+from server.handles import Group, RemoteGenerator
+from tests.doubles import ScriptedGenerator
+from tests.modes import MODES, PATIENCE_S, Server, generator_handle
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
@@ -148,4 +157,122 @@ def test_given_candidates_are_scored(server: Server) -> None:
 
 def test_what_is_served_is_told(server: Server) -> None:
     (model,) = httpx.get(f"{server.url}/v1/models", timeout=PATIENCE_S).json()["data"]
-    assert (model["id"], model["reward_models"]) == ("scripted", ["taste", "broken"])
+    assert (model["id"], model["reward_models"]) == ("scripted", ["taste", "broken", "dying"])
+
+
+on_ray_alone = pytest.mark.parametrize("server", ["on Ray"], indirect=True)
+
+
+@on_ray_alone
+async def test_one_candidate_is_cancelled_in_the_replica_that_has_it(server: Server) -> None:
+    generator = await RemoteGenerator.connect(generator_handle())
+    async with generator.generate(Prompt(text="slow"), Sampling(), 3) as generation:
+        await generation.cancel(2)
+        assert server.witness.cancelled("slow", 1) == [2]
+    assert server.witness.cancelled("slow", 1) == [1]
+
+
+@on_ray_alone
+async def test_growth_travels_in_groups(server: Server) -> None:
+    """500 tokens come in far fewer messages, of which each tells the whole text so far."""
+    generator = await RemoteGenerator.connect(generator_handle())
+    async with generator.generate(Prompt(text="chatters"), Sampling(), 1, snapshots=True) as generation:
+        groups = [group async for group in generation]
+    assert len(groups) < 250
+    (last,) = groups[-1]
+    assert isinstance(last, Candidate)
+    assert (last.num_tokens, last.finish_reason) == (500, "stop")
+
+
+@on_ray_alone
+def test_one_scrape_tells_of_all_replicas(server: Server) -> None:
+    def counted() -> dict[str, float]:
+        exposition = httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S).text
+        pattern = r'^nbest_requests_total{endpoint="/v1/score",replica="(router-\w+)",status="400"} (\S+)'
+        return {replica: float(count) for replica, count in re.findall(pattern, exposition, re.MULTILINE)}
+
+    for _ in range(20):  # Serve spreads them over both routers
+        httpx.post(f"{server.url}/v1/score", json={}, timeout=PATIENCE_S)
+    assert sum(counted().values()) == 20
+    assert len(counted()) == 2
+
+
+@on_ray_alone
+def test_a_second_application_of_the_name_is_refused(server: Server) -> None:
+    settings = Settings(ray=True)
+    with (
+        pytest.raises(ConfigError, match="already serves an application named nbest"),
+        deployments.deployed(deployments.application(settings), settings, 0),
+    ):
+        pass
+    assert text_of(server.chat("films")) == "great fun"
+
+
+@on_ray_alone
+def test_a_generator_replica_that_dies_is_worth_a_retry(server: Server) -> None:
+    reply = server.chat("dies")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
+    assert reply.headers["retry-after"] == "5"
+    assert text_of(server.chat("films")) == "great fun"
+
+
+@on_ray_alone
+def test_a_scorer_replica_that_dies_is_a_reward_failure_and_is_replaced(server: Server) -> None:
+    reply = server.chat("films", nbest={"reward_model": "dying", "on_reward_failure": "first"})
+    assert (text_of(reply), reply.json()["nbest"]["ranked_by"]) == ("dull", "first")
+    assert text_of(server.chat("films")) == "great fun"
+
+
+async def replica_of(generator: ScriptedGenerator) -> deployments.GeneratorReplica:
+    """The replica's class as Serve makes it, without Serve."""
+
+    @asynccontextmanager
+    async def start(_: Settings) -> AsyncIterator[ScriptedGenerator]:
+        yield generator
+
+    replica = object.__new__(deployments.GeneratorReplica)
+    await replica.__init__(Settings(), start)  # type: ignore[misc]
+    return replica
+
+
+async def test_serve_hears_of_an_engine_that_has_died() -> None:
+    generator = ScriptedGenerator(["a"])
+    replica = await replica_of(generator)
+    await replica.check_health()
+    generator.ready = False
+    with pytest.raises(NotReadyError):
+        await replica.check_health()
+
+
+async def test_the_first_group_is_empty_and_tells_that_generation_has_started() -> None:
+    replica = await replica_of(ScriptedGenerator(["a"]))
+    groups = [one async for one in replica.generate("id", Prompt(text="x"), Sampling(), 1, False)]
+    assert isinstance(groups[0], Group)
+    assert (groups[0].outcomes, groups[0].prompt_tokens) == ([], 7)
+
+
+def test_only_the_last_look_at_a_growing_candidate_is_told() -> None:
+    looks: list[Outcome] = [Candidate(0, "a", 1), FailedCandidate(1, "x"), Candidate(0, "a b", 2), Candidate(2, "c", 1)]
+    assert deployments.latest(looks) == [FailedCandidate(1, "x"), Candidate(0, "a b", 2), Candidate(2, "c", 1)]
+
+
+def test_a_split_engine_reserves_a_bundle_for_itself_and_one_for_each_device() -> None:
+    settings = Settings(ray=True, tensor_parallel_size=2, generator_cpus=3, generator_gpus=1)
+    assert deployments.generator_resources(settings) == {
+        "ray_actor_options": {"num_cpus": 3, "num_gpus": 0},
+        "placement_group_bundles": [{"CPU": 3}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}],
+    }
+
+
+def test_all_replicas_together_reserve_what_they_need_at_most() -> None:
+    """Up to three engines of 2 + 2 shards, two scorers of half a core; routers only wait."""
+    settings = Settings(
+        ray=True,
+        tensor_parallel_size=2,
+        generator_replicas="1-3",
+        generator_cpus=2,
+        scorer_replicas="2",
+        scorer_cpus=0.5,
+        router_replicas="9",
+    )
+    assert deployments.reserved_cpus(settings) == 3 * (2 + 2) + 2 * 0.5
