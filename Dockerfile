@@ -11,9 +11,12 @@ RUN python -m venv /opt/nbest
 ENV PATH=/opt/nbest/bin:$PATH
 COPY requirements/cpu.txt requirements/cpu.txt
 
-# The packages are a layer of their own, kept until the pins change.
+# The packages are a layer of their own, kept until the pins change. torch comes first, as the build for CPUs: from what
+# pip is configured with, or else from PyTorch's own index.
 FROM base AS packages-cpu
-RUN pip install --no-deps "$(grep '^torch==' requirements/cpu.txt)" --index-url https://download.pytorch.org/whl/cpu \
+# hadolint ignore=DL3013  # the pin is in requirements/cpu.txt
+RUN TORCH="$(grep '^torch==' requirements/cpu.txt)" \
+ && { pip install --no-deps "$TORCH+cpu" || pip install --no-deps "$TORCH" --index-url https://download.pytorch.org/whl/cpu; } \
  && pip install --no-deps -r requirements/cpu.txt
 
 # The engine's own requirements choose here: it is built against one torch for one CUDA.

@@ -46,7 +46,7 @@ async def started_generator(settings: Settings) -> AsyncIterator[Generator]:
 
 @asynccontextmanager
 async def started_scorers(
-    settings: Settings, own_policy: Awaitable[Generator], on_batch: Callable[[int, int], None] | None = None
+    settings: Settings, own_policy: Generator | Awaitable[Generator], on_batch: Callable[[int, int], None] | None = None
 ) -> AsyncIterator[dict[str, Scorer]]:
     """The scorers alone, by name, until the block is left; `own_policy` is there before the first judge asks it."""
     if any(isinstance(spec, RewardModelSpec) for spec in parse_all(settings.reward_models).values()):
@@ -70,7 +70,9 @@ def _import_library(module: str) -> None:
     importlib.import_module(module)
 
 
-def _judge(settings: Settings, model: str, own_policy: Awaitable[Generator], stack: AsyncExitStack) -> GeneratorAsk:
+def _judge(
+    settings: Settings, model: str, own_policy: Generator | Awaitable[Generator], stack: AsyncExitStack
+) -> GeneratorAsk:
     """The way to ask a judge; the served policy itself answers once it is there."""
     if model == OWN_POLICY:
         return GeneratorAsk(own_policy)

@@ -9,8 +9,8 @@ other end of each call. Batching and cancelling stay in the plain classes, so bo
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from ray import serve
@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
+from reranker.scorers.spec import OWN_POLICY
 from server import assembly
 from server.app import create_app
 from server.config import ConfigError, Settings, load_settings, replica_range
@@ -48,7 +49,7 @@ METRICS_TIMEOUT_S = 3
 
 StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
 StartScorers = Callable[
-    [Settings, Awaitable[Generator], Callable[[int, int], None]], AbstractAsyncContextManager[Mapping[str, Scorer]]
+    [Settings, Generator, Callable[[int, int], None]], AbstractAsyncContextManager[Mapping[str, Scorer]]
 ]
 
 
@@ -106,8 +107,7 @@ class ScorerReplica:
     async def __init__(self, settings: Settings, generator: DeploymentHandle, start: StartScorers) -> None:  # type: ignore[misc]
         self._metrics = Metrics()
         self._resources = AsyncExitStack()
-        own_policy = asyncio.create_task(RemoteGenerator.connect(generator))
-        self._resources.callback(own_policy.cancel)
+        own_policy = RemoteGenerator(generator, OWN_POLICY)
         self._scorers = await self._resources.enter_async_context(
             start(settings, own_policy, self._metrics.observe_batch)
         )
@@ -221,14 +221,15 @@ def deployed(app: Any, settings: Settings, port: int) -> Iterator[None]:
             proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
             http_options={"host": settings.host, "port": port},
         )
-        serve.run(app, name=APP_NAME)
+        try:
+            serve.run(app, name=APP_NAME)
+        except RuntimeError as error:
+            raise StartError(f"The server did not start: {error}") from error
         yield
-    except RuntimeError as error:
-        raise StartError(f"The server did not start: {error}") from error
     finally:
-        if before.proxies:
+        with suppress(TimeoutError):  # requests under way have had their time
             serve.delete(APP_NAME)
-        else:
+        if not before.proxies:
             serve.shutdown()
 
 

@@ -9,13 +9,14 @@ a replica, told here as an error that is worth a retry, or a bug. `server.deploy
 """
 
 import asyncio
+import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -29,6 +30,9 @@ CHECK_TIMEOUT_S = 5
 """A replica that has not said in this time that it is ready is not; without any the call would wait for one."""
 START_TIMEOUT_S = 15
 """Longest wait for a replica that takes a request: short beside an engine's start, long beside a queue of prompts."""
+RETRY_INTERVAL_S = 1
+
+log = logging.getLogger("nbest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class RemoteGenerator:
     @classmethod
     async def connect(cls, handle: DeploymentHandle) -> Self:
         """Waits for a replica."""
-        return cls(handle, await handle.model.remote())
+        return cls(handle, await _answer(handle.model.remote))
 
     def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> "RemoteGeneration":
         return RemoteGeneration(self.handle, prompt, sampling, n, snapshots)
@@ -133,6 +137,8 @@ class RemoteGeneration:
         """
         try:
             group = await anext(self._groups)
+        except RayTaskError:  # a bug in the replica, which is told as one here
+            raise
         except (RayError, RayServeException, StopAsyncIteration) as error:
             raise NotReadyError("The generator's replica stopped while it was answering; try again.") from error
         if isinstance(group, NbestError):
@@ -157,6 +163,8 @@ class RemoteScorer:
         except asyncio.CancelledError:
             answer.cancel()
             raise
+        except RayTaskError:
+            raise
         except (RayError, RayServeException) as error:
             raise ScoringError("its replica stopped while it was scoring") from error
         if isinstance(scores, ScoringError):
@@ -169,5 +177,17 @@ class RemoteScorer:
 
 async def connect_scorers(handle: DeploymentHandle) -> dict[str, Scorer]:
     """The scorers of the deployment by name, in the order of the settings. Waits for a replica."""
-    needs: dict[str, Needs] = await handle.needs.remote()
+    needs: dict[str, Needs] = await _answer(handle.needs.remote)
     return {name: RemoteScorer(handle, name, each) for name, each in needs.items()}
+
+
+async def _answer(ask: Callable[[], Awaitable[Any]]) -> Any:
+    """A replica's answer, however long its models load and however often it is replaced meanwhile."""
+    while True:
+        try:
+            return await ask()
+        except RayTaskError:
+            raise
+        except (RayError, RayServeException) as error:
+            log.warning("A replica did not answer; asking again: %s", error)
+            await asyncio.sleep(RETRY_INTERVAL_S)
