@@ -45,7 +45,8 @@ HEALTH_CHECK_PERIOD_S = 2
 DRAIN_POLL_S = 0.5
 CLOSING_S = 5
 """What a replica may take to free its models after the last request."""
-METRICS_TIMEOUT_S = 3
+METRICS_TIMEOUT_S = 8
+"""Below the ten seconds that Prometheus waits for a scrape by default."""
 
 StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
 StartScorers = Callable[

@@ -57,6 +57,7 @@ SCRIPTS: dict[str, Callable[[], ScriptedGenerator]] = {
     "one fails": lambda: ScriptedGenerator(["dull", None, "great fun"]),
     "grows": lambda: ScriptedGenerator(["first " + "word " * 200], word_delay_s=60),
     "slow": lambda: ScriptedGenerator(["dull", "a fine film", "great fun"], delays_s={1: 600, 2: 600}),
+    "endless": lambda: ScriptedGenerator(["dull"], delays_s={0: 600, 1: 600, 2: 600}),
     "slow to start": lambda: ScriptedGenerator(["dull"], delays_s={0: 600}),
     "refused": lambda: ScriptedGenerator([], refusal=BadRequestError("No.", param="messages")),
     "too long": lambda: ScriptedGenerator([], refusal=ContextLengthError("Too long.", param="messages")),
@@ -68,28 +69,28 @@ SCRIPTS: dict[str, Callable[[], ScriptedGenerator]] = {
 
 
 class Witness(Protocol):
-    """Hears in the replica which candidates were cancelled, and tells the test."""
+    """Hears in the replica what happens to candidates, and tells the test."""
 
-    def tell(self, script: str, index: int) -> None: ...
+    def tell(self, event: str, script: str, index: int) -> None: ...
 
-    def cancelled(self, script: str, count: int) -> list[int]:
-        """The candidates of this script that were cancelled since the last question, as soon as they are `count`."""
+    def hear(self, event: str, script: str, count: int) -> list[int]:
+        """The candidates of this script to which it has happened since the last question, once they are `count`."""
 
 
 class ThreadWitness:
     def __init__(self) -> None:
         self._news = threading.Condition()
-        self._cancelled = defaultdict[str, list[int]](list)
+        self._told = defaultdict[tuple[str, str], list[int]](list)
 
-    def tell(self, script: str, index: int) -> None:
+    def tell(self, event: str, script: str, index: int) -> None:
         with self._news:
-            self._cancelled[script].append(index)
+            self._told[event, script].append(index)
             self._news.notify_all()
 
-    def cancelled(self, script: str, count: int) -> list[int]:
+    def hear(self, event: str, script: str, count: int) -> list[int]:
         with self._news:
-            assert self._news.wait_for(lambda: len(self._cancelled[script]) >= count, PATIENCE_S)
-            return sorted(self._cancelled.pop(script))
+            assert self._news.wait_for(lambda: len(self._told[event, script]) >= count, PATIENCE_S)
+            return sorted(self._told.pop((event, script)))
 
 
 class ActorWitness:
@@ -105,11 +106,11 @@ class ActorWitness:
         ray.get(held.remote().__ray_ready__.remote())
         return cls()
 
-    def tell(self, script: str, index: int) -> None:
-        ray.get_actor(self.NAME, self.NAME).tell.remote(script, index)
+    def tell(self, event: str, script: str, index: int) -> None:
+        ray.get_actor(self.NAME, self.NAME).tell.remote(event, script, index)
 
-    def cancelled(self, script: str, count: int) -> list[int]:
-        told: list[int] = ray.get(ray.get_actor(self.NAME, self.NAME).cancelled.remote(script, count))
+    def hear(self, event: str, script: str, count: int) -> list[int]:
+        told: list[int] = ray.get(ray.get_actor(self.NAME, self.NAME).hear.remote(event, script, count))
         return told
 
 
@@ -120,7 +121,7 @@ class _Told(list[int]):
         self._script = script
 
     def append(self, index: int) -> None:
-        self._witness.tell(self._script, index)
+        self._witness.tell("cancelled", self._script, index)
 
 
 class Scripts:
@@ -135,6 +136,7 @@ class Scripts:
         script = prompt.text or prompt.messages[0].content
         generator = SCRIPTS[script]()
         generator.cancelled = _Told(self._witness, script)
+        self._witness.tell("started", script, n)
         return generator.generate(prompt, sampling, n, snapshots=snapshots)
 
     async def check_ready(self) -> None:
