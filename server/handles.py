@@ -11,7 +11,8 @@ a replica, told here as an error that is worth a retry, or a bug. `server.deploy
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -59,11 +60,9 @@ class RemoteGenerator:
         return RemoteGeneration(self.handle, prompt, sampling, n, snapshots)
 
     async def check_ready(self) -> None:
-        try:
+        with gone_is(NotReadyError("No generator replica answers; try again in a few seconds.")):
             async with asyncio.timeout(CHECK_TIMEOUT_S):
                 refusal = await self.handle.check_ready.remote()
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise NotReadyError("No generator replica answers; try again in a few seconds.") from error
         if refusal is not None:
             raise refusal
 
@@ -124,8 +123,6 @@ class RemoteGeneration:
         try:
             while self._outcomes.expected:
                 await self._take_one()
-        except NbestError as error:
-            self._outcomes.fail(error)
         except Exception as error:  # noqa: BLE001 (whoever iterates hears of it)
             self._outcomes.fail(error)
 
@@ -135,12 +132,8 @@ class RemoteGeneration:
         Raises:
             NbestError: the generator refuses the request, or its replica is no longer there.
         """
-        try:
+        with gone_is(NotReadyError("The generator's replica stopped while it was answering; try again.")):
             group = await anext(self._groups)
-        except RayTaskError:  # a bug in the replica, which is told as one here
-            raise
-        except (RayError, RayServeException, StopAsyncIteration) as error:
-            raise NotReadyError("The generator's replica stopped while it was answering; try again.") from error
         if isinstance(group, NbestError):
             raise group
         self.prompt_tokens = group.prompt_tokens
@@ -159,14 +152,11 @@ class RemoteScorer:
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         answer = self._handle.score.remote(self.name, prompt, candidates)
         try:
-            scores: Scores | ScoringError = await answer
+            with gone_is(ScoringError("its replica stopped while it was scoring")):
+                scores: Scores | ScoringError = await answer
         except asyncio.CancelledError:
             answer.cancel()
             raise
-        except RayTaskError:
-            raise
-        except (RayError, RayServeException) as error:
-            raise ScoringError("its replica stopped while it was scoring") from error
         if isinstance(scores, ScoringError):
             raise scores
         return scores
@@ -185,9 +175,22 @@ async def _answer(ask: Callable[[], Awaitable[Any]]) -> Any:
     """A replica's answer, however long its models load and however often it is replaced meanwhile."""
     while True:
         try:
-            return await ask()
-        except RayTaskError:
-            raise
-        except (RayError, RayServeException) as error:
-            log.warning("A replica did not answer; asking again: %s", error)
+            with gone_is(NotReadyError("a replica did not answer")):
+                return await ask()
+        except NotReadyError as error:
+            log.warning("Asking again, since %s: %s", error, error.__cause__)
             await asyncio.sleep(RETRY_INTERVAL_S)
+
+
+@contextmanager
+def gone_is(told: Exception) -> Iterator[None]:
+    """Where a call cannot be answered any more, since its replica is gone, `told` is raised.
+
+    What the replica itself raises stays what it is: expected errors come as values, so it is a bug.
+    """
+    try:
+        yield
+    except RayTaskError:
+        raise
+    except (RayError, RayServeException, StopAsyncIteration, TimeoutError) as error:
+        raise told from error

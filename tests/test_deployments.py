@@ -9,13 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from reranker.candidate import Candidate, FailedCandidate, Prompt
 from server import deployments
 from server.config import ConfigError, Settings
 from server.errors import NotReadyError
 from server.generation.base import Outcome, Sampling
-from server.handles import Group, RemoteGenerator
+from server.handles import Group, RemoteGenerator, gone_is
 from tests.doubles import ScriptedGenerator
 from tests.modes import MODES, PATIENCE_S, Server, generator_handle
 
@@ -277,3 +278,11 @@ def test_all_replicas_together_reserve_what_they_need_at_most() -> None:
         router_replicas="9",
     )
     assert deployments.reserved_cpus(settings) == 3 * (2 + 2) + 2 * 0.5
+
+
+def test_a_bug_in_a_replica_is_not_told_as_its_absence() -> None:
+    bug = RayTaskError("generate", "a traceback", ValueError("a bug"))
+    with pytest.raises(RayTaskError), gone_is(NotReadyError("gone")):
+        raise bug
+    with pytest.raises(NotReadyError, match="gone"), gone_is(NotReadyError("gone")):
+        raise ActorUnavailableError("it does not answer", None)
