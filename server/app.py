@@ -7,7 +7,7 @@ events (streaming). Whatever fails on the way is an `NbestError` and leaves in O
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from functools import partial
 from http import HTTPStatus
@@ -80,15 +80,17 @@ def create_app(
     *,
     on_start_failure: Callable[[BaseException], None] | None = None,
     trace_requests: Callable[[App], App] | None = None,
+    exposition: Callable[[], Awaitable[bytes]] | None = None,
 ) -> FastAPI:
     """The server over whatever pipeline `start` opens.
 
     HTTP is up before the pipeline is, which is entered in the background and left at shutdown. `on_start_failure`
     hears of a start that failed, so that whoever runs the process can end it. `trace_requests` wraps the app in a span
-    for every request. After `app.state.drain()` no new work is taken.
+    for every request. `exposition` is what `/metrics` tells where other processes count too; by default it tells
+    `metrics`. After `app.state.drain()` no new work is taken.
     """
     lifecycle = Lifecycle(start, on_start_failure)
-    endpoints = Endpoints(lifecycle, settings, metrics)
+    endpoints = Endpoints(lifecycle, settings, metrics, exposition)
     replies = ErrorReplies(metrics)
     keys = Keys(settings.keys_file) if settings.keys_file else None
 
@@ -159,11 +161,18 @@ def create_app(
 class Endpoints:
     """One method a route."""
 
-    def __init__(self, lifecycle: Lifecycle, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        settings: Settings,
+        metrics: Metrics,
+        exposition: Callable[[], Awaitable[bytes]] | None = None,
+    ) -> None:
         self._lifecycle = lifecycle
         self._settings = settings
         self._metrics = metrics
         self._admission = Admission(Limits.of(settings), metrics)
+        self._exposition = exposition
         self._created = int(time.time())
 
     async def chat_completions(self, request: Request) -> Response:
@@ -225,7 +234,8 @@ class Endpoints:
             self._metrics.observe_ready(True)
         except NotReadyError:
             self._metrics.observe_ready(False)
-        return Response(self._metrics.render(), media_type=self._metrics.content_type)
+        told = self._metrics.render() if self._exposition is None else await self._exposition()
+        return Response(told, media_type=self._metrics.content_type)
 
     async def _read(self, request: Request, model: type[RequestModel]) -> RequestModel:
         try:

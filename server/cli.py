@@ -111,7 +111,12 @@ def serve(settings: Settings) -> None:
 
     require_models(settings)
     try:
-        launch.serve(settings, console)
+        if settings.ray:
+            from server import cluster
+
+            cluster.serve(settings, console)
+        else:
+            launch.serve(settings, console)
     except launch.StartError as error:
         raise CommandError(str(error)) from error
 

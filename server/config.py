@@ -60,6 +60,30 @@ def _checked_specs(specs: dict[str, str]) -> dict[str, str]:
     return specs
 
 
+_REPLICAS = "A number, or MIN-MAX to have as many as the load needs."
+
+
+def _checked_replicas(replicas: str) -> str:
+    replica_range(replicas)
+    return replicas
+
+
+def replica_range(replicas: str) -> tuple[int, int]:
+    """The fewest and the most replicas: N is both of them, MIN-MAX leaves the number to the load.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    fewest, dash, most = replicas.partition("-")
+    most = most if dash else fewest
+    if not (fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most)):
+        raise ValueError("should read N or MIN-MAX with 1 <= MIN <= MAX, such as 2 or 1-4")
+    return int(fewest), int(most)
+
+
+Replicas = Annotated[str, BeforeValidator(str), AfterValidator(_checked_replicas)]
+
+
 class Settings(BaseSettings):
     """Everything about a server that is not said in a request. The unit is in the name.
 
@@ -176,6 +200,7 @@ class Settings(BaseSettings):
         description="Tokens a key-value block; small blocks share more of the prompt.",
     )
     max_num_seqs: int = Field(default=128, ge=1, description="Candidates the engine advances at once.")
+    tensor_parallel_size: int = Field(default=1, ge=1, description="Devices over which the engine splits the policy.")
     score_batch_tokens: int = Field(
         default=4096,
         ge=1,
@@ -206,6 +231,26 @@ class Settings(BaseSettings):
         default=1.0, ge=0, le=1, description="Share of the traces begun here that are kept, with --otlp-endpoint."
     )
 
+    ray: bool = Field(default=False, description="Run generator, scorers and router as replicas on Ray Serve.")
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Ray cluster to join, HOST:PORT or auto for the one of this machine; default: a new one here.",
+    )
+    generator_replicas: Replicas = Field(default="1", description=f"Engines on Ray. {_REPLICAS}")
+    generator_cpus: float = Field(default=1, ge=0, description="CPU cores reserved on Ray for each engine's replica.")
+    generator_gpus: float = Field(
+        default=0, ge=0, description="GPUs reserved on Ray for each device of an engine; 1 to serve from GPUs."
+    )
+    scorer_replicas: Replicas = Field(default="1", description=f"Processes on Ray that hold all scorers. {_REPLICAS}")
+    scorer_cpus: float = Field(default=1, ge=0, description="CPU cores reserved on Ray for each scorer replica.")
+    scorer_gpus: float = Field(
+        default=0, ge=0, description="GPUs, or a share of one, reserved on Ray for each scorer replica."
+    )
+    router_replicas: Replicas = Field(
+        default="1", description=f"Processes on Ray that hold the HTTP application. {_REPLICAS}"
+    )
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.default_best_of > self.max_best_of:
@@ -219,6 +264,8 @@ class Settings(BaseSettings):
             raise ValueError("base_url is only used by --generator openai; add that or leave base_url out")
         if self.metrics_port == self.port:
             raise ValueError(f"metrics_port and port are both {self.port}; choose another for one of them")
+        if self.ray_address is not None and not self.ray:
+            raise ValueError("ray_address is only used on Ray; add --ray or leave ray_address out")
         elsewhere = [
             name
             for name, spec in self.reward_models.items()

@@ -19,7 +19,8 @@
 The message is a sentence that says what to do. `STATUS` below is the one table from error to HTTP status.
 """
 
-from typing import Literal
+import copyreg
+from typing import Any, Literal
 
 
 class NbestError(Exception):
@@ -32,6 +33,10 @@ class NbestError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes the fields travel, whatever the constructor of the kind asks for."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class BadRequestError(NbestError):

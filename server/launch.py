@@ -72,7 +72,7 @@ def serve(settings: Settings, console: Console) -> None:
     if settings.keys_file is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         console.print(OPEN_TO_ALL, style="yellow")
     metrics = Metrics()
-    tracing = _tracing(settings)
+    tracing = tracing_of(settings)
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -118,7 +118,7 @@ def serve(settings: Settings, console: Console) -> None:
         raise StartError(f"The server did not start: {failures[0]}") from failures[0]
 
 
-def _tracing(settings: Settings) -> "Tracing | None":
+def tracing_of(settings: Settings) -> "Tracing | None":
     if settings.otlp_endpoint is None:
         return None  # and OpenTelemetry is not even imported
     from server.tracing import Tracing
@@ -167,7 +167,7 @@ async def announced(
         with console.status(loading) as status, ended_by_signals(status.stop):
             best_of_n = await stack.enter_async_context(started)
         log.info("Serving %s at %s.", settings.model, url)
-        console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.\n{invitation(best_of_n, settings, url)}")
+        console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.\n{invitation(settings, url)}")
         yield best_of_n
 
 
@@ -188,11 +188,11 @@ def ended_by_signals(before_the_end: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def invitation(best_of_n: BestOfN, settings: Settings, url: str) -> str:
+def invitation(settings: Settings, url: str) -> str:
     """What is served, and a request to copy."""
-    model = best_of_n.generator.model
+    model = settings.served_model_name or settings.model
     return f"""\
-Serving {model}, best of {settings.default_best_of} by {next(iter(best_of_n.scorers))}, at {url}
+Serving {model}, best of {settings.default_best_of} by {next(iter(settings.reward_models))}, at {url}
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
     "model": "{model}", "best_of": {settings.default_best_of}, "max_tokens": 40,

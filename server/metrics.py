@@ -6,11 +6,12 @@ a client that hangs up, a deadline and an answer are all counted by the same few
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from reranker.candidate import FailedCandidate
 from server.errors import BadRequestError, NotReadyError, ShedReason
@@ -225,6 +226,28 @@ class Metrics:
 
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, documentation, labels, buckets=buckets, registry=self.registry)
+
+
+def merged(expositions: Mapping[str, bytes]) -> bytes:
+    """The expositions of several processes as one; the label `replica` tells where each series was counted."""
+    families: dict[str, Metric] = {}
+    for replica, exposition in expositions.items():
+        for family in text_string_to_metric_families(exposition.decode()):
+            same = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                same.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    return generate_latest(_Collected(list(families.values())))
+
+
+class _Collected(CollectorRegistry):
+    """Families that were collected elsewhere."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        super().__init__()
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
 
 
 class CandidateTally:

@@ -27,11 +27,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("server.connection", "server.gate", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
     ("server.tracing",),
     (
-        "server.deployments",
         "server.assembly",
         "server.http_protocol",
         "server.draining",
+        "server.handles",
         "server.launch",
+        "server.deployments",
+        "server.cluster",
         "server.doctor",
     ),
     ("server.cli",),
@@ -44,7 +46,7 @@ ONLY_FOR_THE_COMMAND = ("training", "benchmarks")
 
 FENCES: dict[str, tuple[str, ...]] = {
     "vllm": ("server.generation.vllm_engine",),
-    "ray.serve": ("server.deployments",),
+    "ray.serve": ("server.deployments", "server.handles"),
     "fastapi": ("server.app",),
     "starlette": ("server.app",),
     "prometheus_client": ("server.metrics",),
@@ -135,7 +137,7 @@ def test_every_import_respects_the_order_and_the_fences() -> None:
         ("training/a.py", "import benchmarks.quality", "nothing but the command"),
         ("server/pipeline.py", "from vllm import LLM", "only server.generation.vllm_engine may import vllm"),
         ("benchmarks/a.py", "import vllm", "only server.generation.vllm_engine may import vllm"),
-        ("server/app.py", "from ray import serve", "only server.deployments may import ray.serve"),
+        ("server/app.py", "from ray import serve", "only server.deployments, server.handles may import ray.serve"),
         ("server/cli.py", "import starlette.responses", "only server.app may import starlette"),
         ("server/app.py", "import opentelemetry.trace", "only server.tracing may import opentelemetry"),
         ("server/app.py", "import prometheus_client", "only server.metrics may import prometheus_client"),

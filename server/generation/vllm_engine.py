@@ -102,9 +102,14 @@ class VllmGenerator:
         kv_cache_gib: float = 2.0,
         block_size: int | None = None,
         max_num_seqs: int = 128,
+        tensor_parallel_size: int = 1,
+        on_ray: bool = False,
         trust_remote_code: bool = False,
     ) -> Self:
-        """Loads the model at `path` (a directory or hub id) and starts the engine; 20 to 35 s on a CPU."""
+        """Loads the model at `path` (a directory or hub id) and starts the engine; 20 to 35 s on a CPU.
+
+        `tensor_parallel_size` devices hold a part of the model each; `on_ray` says that this process is a Ray actor.
+        """
         on_cpu = device == "cpu"
         # The engine's own log is some hundred lines a start; VLLM_LOGGING_LEVEL=INFO brings them back.
         logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
@@ -126,6 +131,9 @@ class VllmGenerator:
             block_size=block_size if on_cpu else None,
             kv_cache_memory_bytes=int(kv_cache_gib * GIB) if on_cpu else None,
             max_num_seqs=max_num_seqs,
+            tensor_parallel_size=tensor_parallel_size,
+            # On Ray the shards are actors, placed in the bundles that the replica of this process was given.
+            distributed_executor_backend="ray" if on_ray and tensor_parallel_size > 1 else None,
             enable_prefix_caching=True,
             enforce_eager=on_cpu,
             trust_remote_code=trust_remote_code,
