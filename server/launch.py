@@ -111,8 +111,6 @@ def serve(settings: Settings, console: Console) -> None:
         server.run(sockets=listeners)
     finally:
         kill_children()
-        if tracing is not None:
-            tracing.close()
     if failures:
         log.info("The server did not start.", exc_info=failures[0])
         raise StartError(f"The server did not start: {failures[0]}") from failures[0]

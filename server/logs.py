@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Literal, TextIO
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from server.request_record import PROBES, RequestRecord, current
@@ -60,6 +61,7 @@ def _formatter(log_format: LogFormat) -> logging.Formatter:
         return JsonFormatter(
             ["levelname", "name", "message"],
             rename_fields={"levelname": "level", "name": "logger", "exc_info": "traceback"},
+            reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, the message once more
             timestamp="time",
         )
     return logging.Formatter("%(levelname)s %(name)s [%(request_id)s]: %(message)s", defaults={"request_id": "-"})

@@ -82,6 +82,8 @@ class Metrics:
             "by logprob or as drawn (first). A deadline that left no time for rewards is none. Count.",
             "ended_as",
         )
+        for ended_as in ("error", "logprob", "first"):
+            self._reward_failures.labels(ended_as)  # from 0 on, so that the first one is a rise
         self._prompt_tokens = self._counter(
             "nbest_prompt_tokens", "Tokens of the prompts, once a request, of requests that were answered. Tokens."
         )

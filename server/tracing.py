@@ -77,13 +77,12 @@ class Tracing:
 
     @asynccontextmanager
     async def over(self, started: AbstractAsyncContextManager[BestOfN]) -> AsyncIterator[BestOfN]:
-        """The pipeline that `started` opens, traced."""
+        """The pipeline that `started` opens, traced; on leaving, after the last request, sends what is left."""
         async with started as best_of_n:
-            yield _TracedBestOfN(best_of_n, self._tracer)
-
-    def close(self) -> None:
-        """Sends what is left."""
-        self._provider.shutdown()
+            try:
+                yield _TracedBestOfN(best_of_n, self._tracer)
+            finally:  # here and not at the end of the process, which a signal may bring about
+                await asyncio.to_thread(self._provider.shutdown)
 
 
 class _RequestSpans:

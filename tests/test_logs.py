@@ -171,6 +171,12 @@ class TestLines:
         assert (line["message"], line["level"]) == ("It broke.", "ERROR")
         assert line["traceback"].endswith("RuntimeError: scripted")
 
+    def test_what_uvicorn_adds_for_terminals_is_left_out(self, written: io.StringIO) -> None:
+        logs.configure("info", "json", written)
+        logging.getLogger("uvicorn.error").info("Started", extra={"color_message": "in colour"})
+        [line] = lines_of(written, "uvicorn.error")
+        assert line.keys() == {"time", "level", "logger", "message"}
+
     def test_requests_that_the_openai_client_would_write_whole_are_held_back(self, written: io.StringIO) -> None:
         logs.configure("debug", "json", written)
         logging.getLogger("openai._base_client").debug("Request options: %s", SECRET)
