@@ -1,4 +1,4 @@
-"""What README and docs/benchmarks.md say in figures, made from benchmarks/results and from the code alone.
+"""The figures in README, docs/benchmarks.md and docs/reliability.md, made from benchmarks/results and the code alone.
 
 The prose of those pages is written by hand; each `<!-- name -->` … `<!-- /name -->` in it is filled from here.
 """
@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from scripts import reliability
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,6 +29,10 @@ def filled(page: Path) -> str:
 
 def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def result_if_there(name: str) -> Any:
+    return result(name) if (RESULTS / f"{name}.json").exists() else None
 
 
 def with_interval(figure: dict[str, float]) -> str:
@@ -116,6 +122,30 @@ def router() -> str:
     return "| request | CPU ms, mean ± standard deviation | least |\n|---|---|---|\n" + "".join(rows)
 
 
+def arithmetic() -> str:
+    """Right answers by way of choosing and n."""
+    found = result("arithmetic")
+    n = list(next(iter(found["curves"].values())))
+
+    def percent(one: dict[str, float]) -> str:
+        return f"{100 * one['mean']:.0f} ({100 * one['low']:.0f} … {100 * one['high']:.0f})"
+
+    rows = [
+        f"| {name} | {' | '.join(percent(one) for one in curve.values())} |\n"
+        for name, curve in found["curves"].items()
+    ]
+    last = [by_n[n[-1]] for by_n in found["best_of_n_by_training_seed"].values()]
+    problems = found["problems"]
+    return (
+        f"| n | {' | '.join(n)} |\n|---|{'---|' * len(n)}\n"
+        + "".join(rows)
+        + f"\nPercent of {problems['test']} problems answered rightly, with 95 % bootstrap intervals over problems. "
+        f"Greedy: {percent(found['greedy'])}. One pool of {found['pool']} candidates a problem; the reward was trained "
+        f"on {problems['pairs']} pairs of answers to other problems, {len(found['training_seeds'])} times with seeds "
+        f"of their own: best of {n[-1]} by it is right in {100 * min(last):.0f} to {100 * max(last):.0f} %.\n"
+    )
+
+
 def births() -> str:
     """Where each figure comes from."""
     lines = ["| result | command | commit | date | machine |\n|---|---|---|---|---|\n"]
@@ -164,10 +194,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "scoring": scoring,
     "router": router,
+    "arithmetic": arithmetic,
+    "reliability": lambda: reliability.table(result_if_there),
     "births": births,
     "tree": tree,
 }
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "reliability.md")
 """The pages that have blocks."""

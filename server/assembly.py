@@ -5,6 +5,7 @@ import importlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from reranker.scorers.base import Scorer
 from reranker.scorers.registry import Surroundings, make_scorers
@@ -12,32 +13,40 @@ from reranker.scorers.spec import OWN_POLICY, RewardModelSpec, parse_all
 from server.config import Settings
 from server.generation.answering import GeneratorAsk
 from server.generation.base import Generator
+from server.generation.supervised import SupervisedGenerator
 from server.pipeline import BestOfN
 
 
 @asynccontextmanager
-async def start(settings: Settings, on_batch: Callable[[int, int], None] | None = None) -> AsyncIterator[BestOfN]:
+async def start(
+    settings: Settings,
+    on_batch: Callable[[int, int], None] | None = None,
+    on_restart: Callable[[float], None] | None = None,
+) -> AsyncIterator[BestOfN]:
     """Loads every model, yields the running pipeline, and frees everything on the way out.
 
-    `on_batch` hears the number of sequences and of padded tokens of every scoring batch. torch, transformers and vllm
-    are imported here and not before, so that the command line answers at once.
+    `on_batch` hears the number of sequences and of padded tokens of every scoring batch, `on_restart` the seconds
+    without an engine whenever one has died and the next is ready. torch, transformers and vllm are imported here and
+    not before, so that the command line answers at once.
     """
     own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
     # The scorers first: a misspelt reward model is told in seconds, an engine takes half a minute.
     async with (
         started_scorers(settings, own_policy, on_batch) as scorers,
-        started_generator(settings) as generator,
+        started_generator(settings, on_restart) as generator,
     ):
         own_policy.set_result(generator)
         yield BestOfN(generator, scorers)
 
 
 @asynccontextmanager
-async def started_generator(settings: Settings) -> AsyncIterator[Generator]:
+async def started_generator(
+    settings: Settings, on_restart: Callable[[float], None] | None = None
+) -> AsyncIterator[Generator]:
     """The generator alone, until the block is left."""
     if settings.generator == "vllm":
         await asyncio.to_thread(_import_library, "server.generation.vllm_engine")
-    generator = await _generator(settings)
+    generator = await _generator(settings, on_restart)
     try:
         yield generator
     finally:
@@ -84,13 +93,19 @@ def _judge(
     return GeneratorAsk(upstream)
 
 
-async def _generator(settings: Settings) -> Generator:
+async def _generator(settings: Settings, on_restart: Callable[[float], None] | None) -> Generator:
     name = settings.served_model_name or settings.model
     if settings.generator == "openai":
         from server.generation.openai_upstream import OpenAIGenerator
 
         key = settings.api_key.get_secret_value() if settings.api_key else None
         return OpenAIGenerator.connect(str(settings.base_url), key, model=name, upstream_model=settings.model)
+    if settings.ray:  # there Serve replaces the whole replica of an engine that has died
+        return await _engine(settings, name)
+    return await SupervisedGenerator.create(partial(_engine, settings, name), on_restart=on_restart)
+
+
+async def _engine(settings: Settings, name: str) -> Generator:
     from reranker.device import pick_device
     from reranker.prepared import resolve
     from server.generation.vllm_engine import VllmGenerator

@@ -30,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+keys_app = typer.Typer(help="API keys of the server.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """For what is said to a person; results go to stdout."""
 
@@ -154,6 +156,31 @@ def prepare(
             typer.echo(prepared.prepare(name))
     except prepared.PreparationError as error:
         raise CommandError(str(error)) from error
+
+
+@keys_app.command("new")
+def new_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; letters, digits, - and _.")],
+    file: Annotated[Path, typer.Option("--file", help="TOML file to append it to; made if it is not there.")] = Path(
+        "keys.toml"
+    ),
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Requests a minute; default: any.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Tokens a minute; default: any.")] = None,
+    tokens_per_day: Annotated[int | None, typer.Option(min=1, help="Tokens a day; default: any.")] = None,
+) -> None:
+    """Make a key, print it once, and append its hash and budgets to the file.
+
+    A server started with --keys-file takes it within a second.
+    """
+    from server import auth
+
+    budgets = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "tokens_per_day": tokens_per_day,
+    }
+    typer.echo(auth.new_key(file, name, **budgets))
+    console.print(f"This is the only time the key is shown; {file} has its hash under {name}.")
 
 
 @app.command()

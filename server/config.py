@@ -139,6 +139,44 @@ class Settings(BaseSettings):
     default_best_of: int = Field(default=4, ge=1, description="Candidates drawn when a request does not say.")
     max_best_of: int = Field(default=64, ge=1, description="Most candidates one request may ask for.")
     max_body_bytes: int = Field(default=2_000_000, ge=1, description="Largest request body.")
+    max_header_bytes: int = Field(default=16_384, ge=256, description="Largest request line and headers together.")
+    max_concurrent_requests: int = Field(
+        default=256,
+        ge=1,
+        description="Requests of /v1 under way at once, those whose body still arrives included; more get 429.",
+    )
+    client_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Longest time a client may take to send its headers, to send its body, or to accept what is sent.",
+    )
+    max_running_candidates: int | None = Field(
+        default=None, ge=1, description="Candidates under way at once; default: max_num_seqs."
+    )
+    max_queued_candidates: int | None = Field(
+        default=None,
+        ge=0,
+        description="Candidates of requests that wait their turn; more get 429. Default: half of those that may run.",
+    )
+    max_queued_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that waiting requests may ask for; default: 2048 for each candidate that may wait.",
+    )
+    keys_file: Path | None = Field(
+        default=None,
+        description="TOML file of API keys and their budgets, from `nbest keys new`; without it no key is asked for.",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address to listen on for metrics, with --metrics-port."
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port of its own for /metrics, which the main one then does not serve, and, without a key, for "
+        "/ready and /health.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="Where models run; auto takes CUDA if present.",
@@ -174,11 +212,23 @@ class Settings(BaseSettings):
         description="Longest wait of a candidate for others to score with.",
     )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a model. Leave it off.")
-    shutdown_grace_s: int = Field(
-        default=10, ge=0, description="Longest wait for requests under way when the server is stopped."
+    drain_s: float = Field(
+        default=10.0, ge=0, description="Longest wait for requests under way when the server is stopped, in seconds."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="warning", description="Least severe message that is logged; info adds a line per HTTP request."
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, or one JSON object each for machines."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="OpenTelemetry collector that traces go to, OTLP over HTTP, such as http://127.0.0.1:4318; "
+        "without one nothing is traced.",
+    )
+    trace_sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="Share of the traces begun here that are kept, with --otlp-endpoint."
     )
 
     ray: bool = Field(default=False, description="Run generator, scorers and router as replicas on Ray Serve.")
@@ -214,6 +264,10 @@ class Settings(BaseSettings):
             raise ValueError("base_url is only used by --generator openai; add that or leave base_url out")
         if self.ray_address is not None and not self.ray:
             raise ValueError("ray_address is only used on Ray; add --ray or leave ray_address out")
+        if self.ray and self.metrics_port is not None:
+            raise ValueError("metrics_port is not served on Ray; leave it out, /metrics stands on the main port there")
+        if self.metrics_port == self.port:
+            raise ValueError(f"metrics_port and port are both {self.port}; choose another for one of them")
         elsewhere = [
             name
             for name, spec in self.reward_models.items()

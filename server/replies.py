@@ -101,6 +101,7 @@ class Reply(ABC):
             generated_tokens=result.generated_tokens,
             scored_tokens=result.scored_tokens,
             prompt_tokens_cut=result.prompt_tokens_cut,
+            candidate_s=result.candidate_s,
             kl_upper_bound=kl_upper_bound(result.best_of - result.failed),
             timings_s=TimingsReply.model_validate(result.timings, from_attributes=True),
         )

@@ -18,13 +18,24 @@ PACKAGES = ("reranker", "server", "training", "benchmarks", "scripts")
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("reranker",),
-    ("server.errors", "server.config"),
+    ("server.errors", "server.config", "server.request_record", "server.logs"),
     ("server.generation",),
     ("server.scoring", "server.selecting", "server.pipeline", "server.batch"),
     ("server.metrics",),
     ("server.wire", "server.schema_parts", "server.schemas", "server.reply_schemas", "server.replies"),
-    ("server.admission", "server.connection", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
-    ("server.assembly", "server.handles", "server.deployments", "server.launch", "server.cluster", "server.doctor"),
+    ("server.admission", "server.budgets", "server.auth"),
+    ("server.connection", "server.gate", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
+    ("server.tracing",),
+    (
+        "server.assembly",
+        "server.http_protocol",
+        "server.draining",
+        "server.launch",
+        "server.handles",
+        "server.deployments",
+        "server.cluster",
+        "server.doctor",
+    ),
     ("server.cli",),
 )
 """A module imports from its own layer and those above it in this list."""
@@ -39,6 +50,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "fastapi": ("server.app",),
     "starlette": ("server.app",),
     "prometheus_client": ("server.metrics",),
+    "opentelemetry": ("server.tracing",),
 }
 """Library -> the modules that may import it."""
 
@@ -127,6 +139,7 @@ def test_every_import_respects_the_order_and_the_fences() -> None:
         ("benchmarks/a.py", "import vllm", "only server.generation.vllm_engine may import vllm"),
         ("server/app.py", "from ray import serve", "only server.deployments, server.handles may import ray.serve"),
         ("server/cli.py", "import starlette.responses", "only server.app may import starlette"),
+        ("server/app.py", "import opentelemetry.trace", "only server.tracing may import opentelemetry"),
         ("server/app.py", "import prometheus_client", "only server.metrics may import prometheus_client"),
         ("reranker/a.py", "import ray", "reranker knows no HTTP server"),
         ("server/pipeline.py", "import scripts.docs", "scripts are for developers"),
@@ -181,10 +194,10 @@ def test_every_imported_library_is_declared() -> None:
     assert not undeclared, "not in pyproject.toml:\n" + "\n".join(sorted(undeclared))
 
 
-@pytest.mark.parametrize("module", ["reranker.selection", "server.cli", "server.config"])
+@pytest.mark.parametrize("module", ["reranker.selection", "server.cli", "server.config", "server.app"])
 def test_a_light_import_stays_light(module: str) -> None:
     """Selecting needs no tensors, and `nbest --help` must not wait for an engine."""
-    heavy = "{'torch', 'vllm', 'ray', 'transformers'}"
+    heavy = "{'torch', 'vllm', 'ray', 'transformers', 'opentelemetry'}"
     program = f"import sys, {module}; print(*sorted({heavy} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == [], f"import {module} pulls in {result.stdout}"

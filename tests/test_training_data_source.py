@@ -39,8 +39,28 @@ def test_a_bad_row_of_a_table_is_told_by_its_number(tmp_path: Path) -> None:
     Dataset.from_list([{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": None}]).to_parquet(
         tmp_path / "x.parquet"
     )
-    with pytest.raises(DataError, match=r"x\.parquet:2: rejected is not a string"):
+    with pytest.raises(DataError, match=r"x\.parquet:2: the fields are chosen; a line has .* rejected"):
         read_rows(tmp_path / "x.parquet")
+
+
+def test_a_table_of_pairs_and_ratings_has_empty_cells(tmp_path: Path) -> None:
+    Dataset.from_list(
+        [
+            {"chosen": "a", "rejected": "b", "margin": 2.0, "text": None, "rating": None},
+            {"chosen": None, "rejected": None, "margin": None, "text": "c", "rating": 1.0},
+        ]
+    ).to_parquet(tmp_path / "x.parquet")
+    pair, rated = read_rows(tmp_path / "x.parquet")
+    assert (pair.texts, pair.margin) == (("a", "b"), 2.0)
+    assert (rated.texts, rated.ratings) == (("c",), (1.0,))
+
+
+def test_a_file_in_another_encoding_is_refused_with_its_line(tmp_path: Path) -> None:
+    options = ["--data", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "out")]
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a", "rating": 1}\n' + '{"text": "é", "rating": 2}'.encode("latin-1"))
+    result = CliRunner().invoke(train_app, ["reward", *options])
+    assert result.exit_code == 1
+    assert "x.jsonl:2: not UTF-8" in result.output
 
 
 def test_a_split_is_asked_for_where_there_are_several(tmp_path: Path) -> None:

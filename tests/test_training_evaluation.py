@@ -13,7 +13,7 @@ from training.best_of_n_accuracy import best_of_n_accuracy
 from training.calibration import calibration_error, log_loss, reliability_curve
 from training.cli import evaluate_app
 from training.evaluate_reward import accuracies
-from training.preference_data import DataError, Row, read_rows
+from training.preference_data import RATED_GROUP, DataError, Row, read_rows
 
 
 def best_of_4(number: int, subset: str = "", chosen: int = 1) -> Row:
@@ -83,6 +83,17 @@ def test_length_alone_is_measured_beside_the_model() -> None:
     ]
     measured = accuracies([(1.0, 0.0), (1.0, 0.0)], rows, min_gap=1)
     assert (measured.overall.accuracy, measured.length_alone.accuracy) == (1.0, 0.5)
+
+
+def test_texts_closer_than_the_least_gap_are_told_apart_from_the_rest() -> None:
+    # 0 against 0.5 is close and lost; both others are 2 or more apart and won.
+    rows = [Row(i, Prompt(text=""), ("t",), (rating,), RATED_GROUP) for i, rating in enumerate((0.0, 0.5, 2.5))]
+    measured = accuracies([(1.0,), (0.0,), (2.0,)], rows, min_gap=1)
+    assert (measured.overall.accuracy, measured.overall.comparisons) == (1.0, 2)
+    assert {name: (found.accuracy, found.comparisons) for name, found in measured.by_gap.items()} == {
+        "0 to 1": (0.0, 1),
+        "2 to 3": (1.0, 2),
+    }
 
 
 def test_rewardbench_rows_are_read_and_all_measures_written(tmp_path: Path) -> None:

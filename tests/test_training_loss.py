@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -86,10 +87,10 @@ def test_noisy_choices_give_back_the_scores_they_were_made_with() -> None:
     # 40,000 choices among 8 items: each item stands in 10,000 of them, so a score's standard error is about
     # 1 / sqrt(10,000 * p(1 - p)), some .022 for scores this close. The seed is fixed.
     scores_N = torch.tensor([-1.5, -1.0, -0.4, -0.1, 0.2, 0.5, 0.9, 1.4])
-    generator = torch.Generator().manual_seed(0)
-    first_K = torch.randint(8, (40_000,), generator=generator)
-    second_K = (first_K + torch.randint(1, 8, (40_000,), generator=generator)) % 8
-    wins_K = torch.rand(40_000, generator=generator) < torch.sigmoid(scores_N[first_K] - scores_N[second_K])
+    numbers = np.random.default_rng(0)  # the same on every CPU
+    first_K = torch.from_numpy(numbers.integers(8, size=40_000))
+    second_K = (first_K + torch.from_numpy(numbers.integers(1, 8, size=40_000))) % 8
+    wins_K = torch.from_numpy(numbers.random(40_000)) < torch.sigmoid(scores_N[first_K] - scores_N[second_K])
     better_K, worse_K = torch.where(wins_K, first_K, second_K), torch.where(wins_K, second_K, first_K)
 
     found_N = torch.zeros(8, requires_grad=True)

@@ -140,6 +140,41 @@ def test_a_range_of_gaps_takes_its_own_comparisons_only() -> None:
     assert (measured.comparisons, measured.accuracy) == (2, 1.0)
 
 
+def test_a_gap_in_decimals_counts_although_its_binary_form_falls_short() -> None:
+    assert 2.3 - 1.3 < 1
+    rows = rated(1.3, 2.3)
+    assert has_comparison(rows, 1.0)
+    assert pair_accuracy([(0.0,), (1.0,)], rows, min_gap=1).comparisons == 1
+    with pytest.raises(ValueError, match="nothing to compare"):
+        pair_accuracy([(0.0,), (1.0,)], rows, min_gap=0, max_gap=1)
+
+
+def test_the_interval_is_that_of_drawing_rows_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rated texts compare across rows, the pair within its own; a draw without any comparison does not count.
+    rows = [*rated(0.0, 1.0, 3.5), Row(3, Prompt(text=""), ("a", "b"), (math.inf, 0.0), 3)]
+    rewards = [(0.5,), (0.0,), (0.5,), (0.0, 1.0)]
+    generator = torch.Generator().manual_seed(3)
+    accuracies = []
+    for _ in range(1000):
+        drawn = torch.randint(4, (4,), generator=generator).tolist()
+        won = [
+            1.0 if rewards[better][0] > rewards[worse][0] else 0.5 * (rewards[better][0] == rewards[worse][0])
+            for better in drawn
+            for worse in drawn
+            if max(better, worse) < 3 and rows[better].ratings[0] - rows[worse].ratings[0] >= 1
+        ]
+        won += [0.0] * drawn.count(3)  # the pair is lost
+        if won:
+            accuracies.append(sum(won) / len(won))
+    expected = torch.tensor(accuracies, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    assert len(accuracies) < 1000  # 3 of 4^4 draws are the same rated text four times
+    for at_once in (1, 2, 512):
+        monkeypatch.setattr("training.pair_accuracy.ROWS_AT_ONCE", at_once)
+        monkeypatch.setattr("training.pair_accuracy.TIMES_AT_ONCE", 100 * at_once)
+        measured = pair_accuracy(rewards, rows, min_gap=1, seed=3)
+        assert [measured.low, measured.high] == pytest.approx(expected)
+
+
 def test_the_interval_is_wider_for_comparisons_that_share_texts() -> None:
     # 20 independent pairs, and 20 comparisons of one good text against 20 others; 15 of each are won.
     pairs = [Row(i, Prompt(text=""), ("a", "b"), (math.inf, 0.0), i) for i in range(20)]

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -8,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from reranker.candidate import Prompt
-from reranker.reward_model import RewardConfig, RewardModel, RewardModelError
+from reranker.reward_model import RewardConfig, RewardModel, RewardModelError, load_classifier
 from tests.tiny_models import save_tiny_policy, save_tiny_reward_model
 from training.cli import evaluate_app, train_app
 from training.evaluate_reward import evaluate_reward
 from training.preference_data import DataError
-from training.reward import Method, RewardTraining, train_reward
+from training.reward import Method, RewardTraining, _trainable, train_reward
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -159,6 +161,32 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     policy = save_tiny_policy(tmp_path / "base", num_layers=2)
     with pytest.raises(RewardModelError, match="lacks the weights"):
         train_reward(data, tmp_path / "out", settings(policy, num_layers=3), holdout=0, progress=False)
+
+
+def test_a_run_that_diverged_saves_no_model(tmp_path: Path) -> None:
+    data = write(tmp_path / "train.jsonl", ratings(64, 0))
+    run = settings(save_tiny_policy(tmp_path / "base"), learning_rate=1e30, epochs=1)
+    with pytest.raises(RewardModelError, match="training diverged"):
+        train_reward(data, tmp_path / "out", run, holdout=0, progress=False)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_batches_that_can_never_compare_are_refused_before_training(tmp_path: Path) -> None:
+    data = write(tmp_path / "train.jsonl", ratings(20, 0))
+    with pytest.raises(DataError, match="a batch of 1 has nothing to compare"):
+        train_reward(data, tmp_path / "out", settings(tmp_path, batch_size=1), holdout=0, progress=False)
+
+
+def test_the_head_starts_so_that_first_rewards_are_of_order_one(tmp_path: Path) -> None:
+    base = save_tiny_policy(tmp_path / "base")
+    classifier = load_classifier(str(base), new_head=True)
+    heads = torch.stack(
+        [_trainable(classifier, settings(base, method="full")).score.weight.detach().clone() for _ in range(64)]
+    )
+    # 64 heads of d = 32 weights: 2,048 numbers, whose deviation is known to 1.6%; 10% away is six of those.
+    assert heads.numel() == 2048
+    assert float(heads.std()) == pytest.approx(1 / math.sqrt(32 + 1), rel=0.1)
+    assert float(heads.mean()) == pytest.approx(0.0, abs=0.02)
 
 
 def test_texts_too_alike_to_compare_are_refused_before_training(tmp_path: Path) -> None:

@@ -60,10 +60,7 @@ def _evaluate() -> None:
 
 @train_app.command("reward")
 def train_reward_command(
-    data: Annotated[
-        Path,
-        typer.Option(help="JSONL lines of prompt (optional), chosen, rejected, margin (optional); or text, rating."),
-    ],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Directory for the reward model, its metrics and checkpoints.")],
     model: Annotated[str, typer.Option(help="Trunk: prepared name, directory or hub id.")] = "smollm2-135m-instruct",
     method: Annotated[

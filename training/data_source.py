@@ -38,10 +38,14 @@ def read_records(source: Source) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataSourceError(f"{path}:{number}: not UTF-8, so no JSONL; convert the file") from error
+            if text.strip():
+                yield number, text
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

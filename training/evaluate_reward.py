@@ -27,7 +27,8 @@ BATCH_TOKENS = 2048
 class RewardEvaluation:
     """What was measured; `log_loss` in nats.
 
-    `by_gap` holds the pair accuracy of comparisons of like difficulty: name of the range of gaps -> accuracy.
+    `by_gap` holds the pair accuracy of comparisons of like difficulty: name of the range of gaps -> accuracy. Those
+    closer than the least gap are among them and not in `overall`: people may well disagree about their order.
     `best_of_n`: `all` and the subsets named in the data -> accuracy; empty without rows of several answers.
     """
 
@@ -56,9 +57,9 @@ def evaluate_reward(model: RewardModel, source: Source, *, min_gap: float = 1.0)
 
 def accuracies(rewards: Sequence[tuple[float, ...]], rows: Sequence[Row], *, min_gap: float) -> RewardEvaluation:
     """The evaluation of rewards already known: for each row one reward per text."""
-    edges = [min_gap + step for step in range(4)]
+    edges = [0.0, *(min_gap + step for step in range(4)), math.inf]
     by_gap: dict[str, PairAccuracy] = {}
-    for low, high in itertools.pairwise([*edges, math.inf]):
+    for low, high in itertools.pairwise(edges):
         name = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} and more"
         try:
             by_gap[name] = pair_accuracy(rewards, rows, min_gap=low, max_gap=high)

@@ -1,34 +1,36 @@
 """Makes the `movie-sentiment` reward model and measures it: `python -m training.movie_sentiment`.
 
 Fetches the ratings, splits them, trains by the recipe below, installs the adapter in reranker/pretrained/ and writes
-the evaluation on the test split to benchmarks/results/, with two baselines on the same comparisons:
+the evaluation to benchmarks/results/, on the test split of the film reviews and on the other domains of the source,
+with two baselines on the same comparisons.
 
     VADER          the hand-made lexicon and rules of the paper the ratings come from
-    linear head    Bradley-Terry on the frozen trunk's last states, averaged over the text: what the trunk knows untuned
+    linear head    see `training.linear_head`
 """
 
+import itertools
 import json
 import platform
 import shutil
 import subprocess
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModel
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from reranker.prepared import PRETRAINED_REWARDS, resolve
-from reranker.rendering import Rendered, pad
-from reranker.reward_model import RewardModel, make_renderer
-from training.evaluate_reward import RewardEvaluation, accuracies, score_all, score_rows
-from training.movie_ratings import REQUIREMENT, SDIST_SHA256, write_splits
-from training.preference_data import Row, ordered_pairs, read_rows, render_rows
-from training.reward import RewardTraining, bradley_terry_loss, computes_bfloat16, train_reward
+from reranker.prepared import PRETRAINED_REWARDS
+from reranker.reward_model import RewardModel
+from training.evaluate_reward import RewardEvaluation, accuracies, score_rows
+from training.linear_head import ScoreRows, train_linear_head
+from training.movie_ratings import REQUIREMENT, SDIST_SHA256, drawn, unseen, write_other_domains, write_splits
+from training.preference_data import Row, read_rows
+from training.reward import RewardTraining, train_reward
 
 NAME = "movie-sentiment"
 RECIPE = RewardTraining(
@@ -42,6 +44,9 @@ RESULTS = Path("benchmarks/results/reward_movie-sentiment.json")
 def main(
     out: Annotated[Path, typer.Option(help="Directory of the run: data, adapter, metrics.")] = Path("build") / NAME,
     results: Annotated[Path, typer.Option(help="Where the evaluation goes.")] = RESULTS,
+    domain_snippets: Annotated[
+        int, typer.Option(min=2, help="Snippets of each other domain to measure on, drawn by hash.")
+    ] = 1000,
     evaluate_only: Annotated[bool, typer.Option(help="Measure the installed adapter, train nothing.")] = False,
 ) -> None:
     """Make the movie-sentiment reward model and measure it."""
@@ -50,7 +55,7 @@ def main(
         started = time.monotonic()
         train_reward(splits["train"], out, RECIPE, validation_data=splits["validation"])
         install(out / "adapter", {"wall_s": round(time.monotonic() - started), "threads": torch.get_num_threads()})
-    evaluation = evaluate(splits)
+    evaluation = evaluate(splits, write_other_domains(out / "data"), domain_snippets)
     results.write_text(json.dumps(evaluation, indent=2) + "\n")
     typer.echo(json.dumps(evaluation["test"]))
 
@@ -64,70 +69,46 @@ def install(adapter: Path, run: dict[str, Any]) -> None:
     (target / "training.json").write_text(json.dumps({"recipe": asdict(RECIPE), "run": run} | birth(), indent=2) + "\n")
 
 
-def evaluate(splits: dict[str, Path]) -> dict[str, Any]:
-    """The installed adapter and the baselines on the test split, with all that is needed to tell where it came from."""
-    rows = read_rows(splits["test"])
-    model = RewardModel.load(NAME, device="cpu")
-    vader = SentimentIntensityAnalyzer()
-    scorers: dict[str, list[tuple[float, ...]]] = {
-        NAME: score_rows(model, rows, splits["test"]),
-        "linear head on the frozen trunk": linear_head(read_rows(splits["train"]), rows, splits),
-        "VADER lexicon": [(float(vader.polarity_scores(row.texts[0])["compound"]),) for row in rows],
+def evaluate(splits: dict[str, Path], other_domains: dict[str, Path], domain_snippets: int) -> dict[str, Any]:
+    """The installed adapter and the baselines, with all that is needed to tell where it came from."""
+    train = read_rows(splits["train"])
+    scorers: dict[str, ScoreRows] = {
+        NAME: partial(score_rows, RewardModel.load(NAME, device="cpu")),
+        "linear head on the frozen trunk": train_linear_head(train, splits["train"], RECIPE),
+        "VADER lexicon": vader,
     }
-    evaluations = {name: accuracies(rewards, rows, min_gap=RECIPE.min_gap) for name, rewards in scorers.items()}
+
+    def measure(rows: list[Row], source: Path) -> dict[str, Any]:
+        rewards = {name: score(rows, source) for name, score in scorers.items()}
+        return {name: _percent(accuracies(found, rows, min_gap=RECIPE.min_gap)) for name, found in rewards.items()}
+
+    def measure_domain(source: Path) -> dict[str, Any]:
+        rows = read_rows(source)
+        new = list(itertools.compress(rows, unseen(map(_text, rows), map(_text, train))))
+        chosen = list(itertools.compress(new, drawn(list(map(_text, new)), domain_snippets)))
+        told = {"snippets": len(chosen), "drawn_from": len(new), "left_out_as_trained_on": len(rows) - len(new)}
+        return told | {"scorers": measure(chosen, source)}
+
     return {
         "data": {"source": REQUIREMENT, "sha256": SDIST_SHA256}
         | {f"{split}_snippets": len(read_rows(path)) for split, path in splits.items()},
-        "measure": "share of test comparisons (mean ratings 1 or more apart) in the right order, ties half; "
-        "95% interval by bootstrap over snippets",
-        "test": {name: _percent(evaluation) for name, evaluation in evaluations.items()},
+        "measure": "share of comparisons (mean ratings 1 or more apart; by_gap: as far apart as it says) in the right "
+        "order, ties half; 95% interval by bootstrap over snippets",
+        "test": measure(read_rows(splits["test"]), splits["test"]),
+        "other_domains": {name: measure_domain(path) for name, path in other_domains.items()},
         "adapter": json.loads((PRETRAINED_REWARDS[NAME] / "training.json").read_text()),
         "evaluated": birth(),
     }
 
 
-def linear_head(
-    train: list[Row], test: list[Row], splits: dict[str, Path], *, steps: int = 600, texts_per_step: int = 512
-) -> list[tuple[float, ...]]:
-    """Rewards of the test rows by a linear head, trained by the same loss on the frozen, mean-pooled trunk."""
-    base = resolve(RECIPE.base_model)
-    trunk = AutoModel.from_pretrained(base, dtype=torch.float32).eval()
-    renderer = make_renderer(base, trunk, RECIPE.style)
-    train_N_D, test_N_D = (
-        _mean_states(trunk, [e.rendered[0] for e in render_rows(rows, renderer, splits[name])])
-        for rows, name in ((train, "train"), (test, "test"))
-    )
-    center_D, scale_D = train_N_D.mean(0), train_N_D.std(0)
-    train_N_D, test_N_D = (train_N_D - center_D) / scale_D, (test_N_D - center_D) / scale_D
-    ratings_N = torch.tensor([row.ratings[0] for row in train])
-    generator = torch.Generator().manual_seed(RECIPE.seed)
-    weights_D = torch.zeros(train_N_D.shape[1], requires_grad=True)
-    optimizer = torch.optim.AdamW([weights_D], lr=3e-3, weight_decay=0.1)
-    for _ in range(steps):
-        chosen = torch.randperm(len(ratings_N), generator=generator)[:texts_per_step]
-        better_K, worse_K = ordered_pairs(ratings_N[chosen], torch.zeros(len(chosen)), RECIPE.min_gap)
-        optimizer.zero_grad()
-        torch.autograd.backward([bradley_terry_loss(train_N_D[chosen] @ weights_D, better_K, worse_K)])
-        optimizer.step()
-    return [(reward,) for reward in (test_N_D @ weights_D).tolist()]
+def vader(rows: list[Row], _: Path) -> list[tuple[float, ...]]:
+    """For each row the lexicon's compound score of its text."""
+    analyzer = SentimentIntensityAnalyzer()
+    return [(float(analyzer.polarity_scores(_text(row))["compound"]),) for row in rows]
 
 
-@torch.inference_mode()
-def _mean_states(trunk: Any, rendered_N: list[Rendered]) -> torch.Tensor:
-    """states_N_D: last hidden states averaged over each text."""
-    states: list[torch.Tensor] = []
-
-    def pool(batch: list[Rendered]) -> list[float]:
-        input_ids_N_T, mask_N_T = pad(batch, pad_id=0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
-            states_N_T_D = trunk(input_ids=input_ids_N_T, attention_mask=mask_N_T, use_cache=False).last_hidden_state
-        weights_N_T_1 = mask_N_T[:, :, None] / mask_N_T.sum(1)[:, None, None]
-        places = range(len(states), len(states) + len(batch))
-        states.extend((states_N_T_D * weights_N_T_1).sum(1))
-        return [float(place) for place in places]
-
-    order_N = [int(place) for place in score_all(pool, rendered_N)]
-    return torch.stack(states)[order_N].clone()
+def _text(row: Row) -> str:
+    return row.texts[0]
 
 
 def birth() -> dict[str, Any]:

@@ -33,6 +33,9 @@ from training.data_source import Source, read_records
 RATED_GROUP = -1
 """The group of all rated texts; a pair's group is the number of its line."""
 
+GAP_ROUNDING = 1e-6
+"""Two ratings that differ by a gap in decimals may differ by a hair less in binary: 2.3 - 1.3 < 1."""
+
 MAX_ERRORS_SHOWN = 10
 
 
@@ -132,7 +135,7 @@ def has_comparison(rows: list[Row], min_gap: float) -> bool:
     for row in rows:
         ratings_by_group.setdefault(row.group, []).extend(row.ratings)
     gaps = (max(ratings) - min(ratings) for ratings in ratings_by_group.values())
-    return any(gap > 0 and gap >= min_gap for gap in gaps)
+    return any(gap > 0 and gap >= min_gap - GAP_ROUNDING for gap in gaps)
 
 
 def ordered_pairs(ratings_N: torch.Tensor, groups_N: torch.Tensor, min_gap: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,7 +151,9 @@ def ordered_pairs(ratings_N: torch.Tensor, groups_N: torch.Tensor, min_gap: floa
     for distance in range(1, largest):
         left_K, right_K = by_group_N[:-distance], by_group_N[distance:]
         gaps_K = ratings_N[left_K] - ratings_N[right_K]
-        comparable_K = (groups_N[:-distance] == groups_N[distance:]) & (gaps_K.abs() >= min_gap) & (gaps_K != 0)
+        comparable_K = (
+            (groups_N[:-distance] == groups_N[distance:]) & (gaps_K.abs() >= min_gap - GAP_ROUNDING) & (gaps_K != 0)
+        )
         pairs_2_K = torch.where(gaps_K > 0, torch.stack([left_K, right_K]), torch.stack([right_K, left_K]))
         found.append(pairs_2_K[:, comparable_K])
     better_K, worse_K = torch.cat(found, dim=1)
@@ -159,6 +164,7 @@ def ordered_pairs(ratings_N: torch.Tensor, groups_N: torch.Tensor, min_gap: floa
 def _row(line: int, fields: Any) -> Row:
     if not isinstance(fields, dict):
         raise TypeError("not a JSON object")
+    fields = {name: value for name, value in fields.items() if value is not None}
     keys = set(fields)
     if {"chosen", "rejected"} <= keys:
         if _are_texts(fields["chosen"]):
@@ -166,7 +172,7 @@ def _row(line: int, fields: Any) -> Row:
         prompt, chosen, rejected = _pair(fields)
         if chosen == rejected:
             raise ValueError("chosen and rejected are the same")
-        margin = 0.0 if fields.get("margin") is None else _number(fields, "margin")
+        margin = _number(fields, "margin") if "margin" in fields else 0.0
         return Row(line, prompt, (chosen, rejected), (math.inf, 0.0), line, margin)
     if {"text", "rating"} <= keys and "prompt" not in keys:  # a rated text stands for itself; a prompt would be lost
         return Row(line, Prompt(text=""), (_text(fields, "text"),), (_number(fields, "rating"),), RATED_GROUP)
@@ -190,13 +196,13 @@ def _best_of_n_row(line: int, fields: dict[str, Any]) -> Row:
     messages = (Message("user", asked),) if isinstance(asked, str) else _messages({"prompt": asked}, "prompt")
     ratings = (math.inf,) * len(chosen) + (0.0,) * len(rejected)
     return Row(
-        line, Prompt(messages=messages), (*chosen, *rejected), ratings, line, subset=str(fields.get("subset") or "")
+        line, Prompt(messages=messages), (*chosen, *rejected), ratings, line, subset=str(fields.get("subset", ""))
     )
 
 
 def _pair(fields: dict[str, Any]) -> tuple[Prompt, str, str]:
     if isinstance(fields["chosen"], str):
-        prompt = fields.get("prompt") if fields.get("prompt") is not None else ""
+        prompt = fields.get("prompt", "")
         return (
             Prompt(text=prompt) if isinstance(prompt, str) else Prompt(messages=_messages(fields, "prompt")),
             _text(fields, "chosen"),

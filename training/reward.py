@@ -125,7 +125,7 @@ def train_reward(
         training.preference_data.DataError: rows that cannot be used, found before the first step.
         training.data_source.DataSourceError: there is no such data.
         training.checkpoints.CheckpointError: `out` holds checkpoints that this run cannot go on from.
-        reranker.reward_model.RewardModelError: the base model cannot be loaded.
+        reranker.reward_model.RewardModelError: the base model cannot be loaded, or training diverged; nothing is saved.
     """
     rows = read_rows(train_data)
     rows, held_out = (rows, read_rows(validation_data)) if validation_data else hold_out(rows, holdout)
@@ -135,6 +135,11 @@ def train_reward(
                 validation_data if validation_data and part is held_out else train_data,
                 [(1, f"no two texts of the rows {name} compare: there are too few, or ratings too alike")],
             )
+    if settings.batch_size == 1 and all(len(row.texts) == 1 for row in rows):
+        raise DataError(
+            train_data,
+            [(1, "rated texts compare within a batch, and a batch of 1 has nothing to compare; choose a larger one")],
+        )
     set_seed(settings.seed)
     base = resolve(settings.base_model)
     classifier = load_classifier(base, new_head=True, num_layers=settings.num_layers)
@@ -189,6 +194,7 @@ def _training_arguments(
         save_steps=checkpoint_every,
         save_total_limit=2,
         report_to="none",  # training.metrics_log does it
+        logging_nan_inf_filter=False,  # a loss that is no number is told as it is
         remove_unused_columns=False,
         disable_tqdm=not progress,
         dataloader_pin_memory=False,
@@ -297,6 +303,8 @@ def _measured_config(model: Any, examples: list[Example], pad_id: int, settings:
     trained = [rendered for example in examples for rendered in example.rendered]
     sample = random.Random(settings.seed).sample(trained, min(len(trained), NORMALISATION_TEXTS))
     rewards_N = torch.tensor(_scores(model, sample, pad_id, settings))
+    if not rewards_N.isfinite().all():
+        raise RewardModelError("training diverged, so its rewards are no numbers; train with a lower learning rate")
     return RewardConfig(
         settings.base_model,
         settings.style,
