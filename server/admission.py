@@ -14,6 +14,7 @@ and one that finds nobody waiting may wait.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from reranker.candidate import Prompt
-from server.config import Settings
+from server.config import Settings, replica_range
 from server.errors import DeadlineError, OverloadedError
 from server.metrics import Metrics
 from server.pipeline import BestOfNRequest
@@ -64,9 +65,20 @@ class Limits:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        running = settings.max_running_candidates or settings.max_num_seqs
+        running = settings.max_running_candidates or _room_of(settings)
         queued = running // 2 if settings.max_queued_candidates is None else settings.max_queued_candidates
         return cls(running, queued, settings.max_queued_tokens or queued * QUEUED_TOKENS_A_CANDIDATE)
+
+
+def _room_of(settings: Settings) -> int:
+    """Candidates that the engines advance at once; of several routers on Ray each has its share.
+
+    Counted with as many engines as may be and the fewest routers: an engine more is only started under the load for it.
+    """
+    if not settings.ray:
+        return settings.max_num_seqs
+    most_engines = replica_range(settings.generator_replicas)[1]
+    return math.ceil(settings.max_num_seqs * most_engines / replica_range(settings.router_replicas)[0])
 
 
 @dataclass(slots=True, eq=False)

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from server import deployments
 from server.config import ConfigError, Settings
-from server.launch import address_of, invitation, kill_children, listen
+from server.launch import address_of, invitation, kill_children, listen, prepared_console, warn_if_open_to_all
 
 OBJECT_STORE_BYTES = 200 << 20
 """Far more than the messages between the deployments take; Ray would set a third of the memory aside."""
@@ -42,8 +42,10 @@ def serve(settings: Settings, console: Console) -> None:
         ConfigError: the address cannot be listened on, or the cluster cannot be joined.
         StartError: a replica did not come up.
     """
+    console = prepared_console(settings, console)
     with listen(settings.host, settings.port) as listener:  # a port in use is told before anything is started
         port, url = listener.getsockname()[1], f"http://{address_of(listener)}"
+        warn_if_open_to_all(settings, listener, console)
     begun_s = time.perf_counter()
     loading = f"Starting generator, scorer and router on Ray, loading {settings.model} …"
     try:

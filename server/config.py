@@ -262,10 +262,12 @@ class Settings(BaseSettings):
             raise ValueError("generator openai needs the server's address; give --base-url https://HOST/v1")
         if self.generator == "vllm" and self.base_url is not None:
             raise ValueError("base_url is only used by --generator openai; add that or leave base_url out")
-        if self.metrics_port == self.port:
-            raise ValueError(f"metrics_port and port are both {self.port}; choose another for one of them")
         if self.ray_address is not None and not self.ray:
             raise ValueError("ray_address is only used on Ray; add --ray or leave ray_address out")
+        if self.ray and self.metrics_port is not None:
+            raise ValueError("metrics_port is not served on Ray; leave it out, /metrics stands on the main port there")
+        if self.metrics_port == self.port:
+            raise ValueError(f"metrics_port and port are both {self.port}; choose another for one of them")
         elsewhere = [
             name
             for name, spec in self.reward_models.items()

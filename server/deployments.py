@@ -19,14 +19,14 @@ from ray.serve.handle import DeploymentHandle
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
 from reranker.scorers.spec import OWN_POLICY
-from server import assembly
+from server import assembly, logs
 from server.app import create_app
 from server.config import ConfigError, Settings, load_settings, replica_range
 from server.connection import App
 from server.errors import NbestError
 from server.generation.base import Generation, Generator, Outcome, Sampling
 from server.handles import Group, RemoteGenerator, connect_scorers
-from server.launch import StartError
+from server.launch import StartError, tracing_of
 from server.metrics import Metrics, merged
 from server.pipeline import BestOfN
 
@@ -58,6 +58,7 @@ class GeneratorReplica:
     """One generator, for instance an engine with the actors of its tensor-parallel shards."""
 
     async def __init__(self, settings: Settings, start: StartGenerator) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.configure(settings.log_level, settings.log_format)
         self._resources = AsyncExitStack()
         self._generator = await self._resources.enter_async_context(start(settings))
         self._under_way: dict[str, Generation] = {}
@@ -106,6 +107,7 @@ class ScorerReplica:
     """All scorers of the settings; each batches the groups of all requests that come to this replica."""
 
     async def __init__(self, settings: Settings, generator: DeploymentHandle, start: StartScorers) -> None:  # type: ignore[misc]
+        logs.configure(settings.log_level, settings.log_format)
         self._metrics = Metrics()
         self._resources = AsyncExitStack()
         own_policy = RemoteGenerator(generator, OWN_POLICY)
@@ -134,16 +136,27 @@ class RouterReplica:
     """The HTTP application over the other two deployments."""
 
     def __init__(self, settings: Settings, generator: DeploymentHandle, scorer: DeploymentHandle) -> None:
+        logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
+        self._tracing = tracing_of(settings)
         self._generator = generator
         self._scorer = scorer
         self._metrics = Metrics()
 
     def __serve_build_asgi_app__(self) -> App:
-        return create_app(self._connected, self._settings, self._metrics, exposition=self._exposition)
+        return create_app(
+            self._pipeline,
+            self._settings,
+            self._metrics,
+            exposition=self._exposition,
+            trace_requests=self._tracing.requests if self._tracing is not None else None,
+        )
 
     async def metrics(self) -> tuple[str, bytes]:
         return _replica_id(), self._metrics.render()
+
+    def _pipeline(self) -> AbstractAsyncContextManager[BestOfN]:
+        return self._connected() if self._tracing is None else self._tracing.over(self._connected())
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[BestOfN]:

@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
-from server.errors import NbestError, NotReadyError
+from server.errors import EngineDiedError, NbestError, NotReadyError
 from server.generation.base import Outcome, Sampling
 from server.generation.outcomes import Outcomes
 
@@ -132,7 +132,7 @@ class RemoteGeneration:
         Raises:
             NbestError: the generator refuses the request, or its replica is no longer there.
         """
-        with gone_is(NotReadyError("The generator's replica stopped while it was answering; try again.")):
+        with gone_is(EngineDiedError("The generator's replica stopped while it was answering; try again.")):
             group = await anext(self._groups)
         if isinstance(group, NbestError):
             raise group

@@ -62,15 +62,12 @@ def serve(settings: Settings, console: Console) -> None:
         ConfigError: the address cannot be listened on.
         StartError: a model could not be loaded or the engine did not start.
     """
-    logs.configure(settings.log_level, settings.log_format)
-    if settings.log_format == "json":
-        console = Console(quiet=True)  # what is meant for people would be in a machine's way
+    console = prepared_console(settings, console)
     listener = listen(settings.host, settings.port)
     listeners = [listener]
     if settings.metrics_port is not None:
         listeners.append(listen(settings.metrics_host, settings.metrics_port))
-    if settings.keys_file is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        console.print(OPEN_TO_ALL, style="yellow")
+    warn_if_open_to_all(settings, listener, console)
     metrics = Metrics()
     tracing = tracing_of(settings)
     failures: list[BaseException] = []
@@ -116,7 +113,19 @@ def serve(settings: Settings, console: Console) -> None:
         raise StartError(f"The server did not start: {failures[0]}") from failures[0]
 
 
+def prepared_console(settings: Settings, console: Console) -> Console:
+    """Sets up the log lines; the console is a silent one where people's words would be in a machine's way."""
+    logs.configure(settings.log_level, settings.log_format)
+    return Console(quiet=True) if settings.log_format == "json" else console
+
+
+def warn_if_open_to_all(settings: Settings, listener: socket.socket, console: Console) -> None:
+    if settings.keys_file is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        console.print(OPEN_TO_ALL, style="yellow")
+
+
 def tracing_of(settings: Settings) -> "Tracing | None":
+    """The traces that the settings ask for, if they do."""
     if settings.otlp_endpoint is None:
         return None  # and OpenTelemetry is not even imported
     from server.tracing import Tracing

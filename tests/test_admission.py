@@ -326,3 +326,9 @@ async def test_the_official_client_comes_back_when_it_was_told_to_and_is_served(
         )
     assert [answer.choices[0].text for answer in answers] == ["word", "word"]
     assert metrics.registry.get_sample_value("nbest_shed_total", {"reason": "queue"}) == 1
+
+
+def test_routers_on_ray_share_what_all_engines_take() -> None:
+    """At most 3 engines of 10 candidates, at least 2 routers: 15 each."""
+    settings = Settings(ray=True, max_num_seqs=10, generator_replicas="1-3", router_replicas="2-5")
+    assert Limits.of(settings).running_candidates == 15

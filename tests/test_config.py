@@ -166,3 +166,8 @@ def test_other_numbers_of_replicas_are_refused(replicas: str) -> None:
 def test_a_cluster_to_join_needs_ray() -> None:
     with pytest.raises(ConfigError, match="add --ray or leave ray_address out"):
         load_settings({"ray_address": "auto"})
+
+
+def test_a_port_of_its_own_for_metrics_is_refused_on_ray() -> None:
+    with pytest.raises(ConfigError, match="metrics stands on the main port there"):
+        load_settings({"ray": True, "metrics_port": 9000})

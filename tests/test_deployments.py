@@ -286,3 +286,9 @@ def test_a_bug_in_a_replica_is_not_told_as_its_absence() -> None:
         raise bug
     with pytest.raises(NotReadyError, match="gone"), gone_is(NotReadyError("gone")):
         raise ActorUnavailableError("it does not answer", None)
+
+
+@on_ray_alone
+def test_a_reply_has_one_request_id_and_it_is_the_clients(server: Server) -> None:
+    reply = httpx.get(f"{server.url}/ready", headers={"X-Request-ID": "mine"}, timeout=PATIENCE_S)
+    assert reply.headers.get_list("x-request-id") == ["mine"]

@@ -1,20 +1,15 @@
 """`nbest serve --ray` with the real engine and the real reward model: the same answers, and nothing left behind."""
 
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 
 from server.config import flag_of
-from server.launch import address_of, listen
-from tests.end_to_end.served import START_TIMEOUT_S, Served, eventually, is_ready
+from tests.end_to_end.process import nbest_serve
+from tests.end_to_end.served import START_TIMEOUT_S, Served
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_TIMEOUT_S + 120)]
 
@@ -26,31 +21,12 @@ AS_IN_ONE_PROCESS = ("dtype", "max_model_len", "kv_cache_gib", "max_num_seqs", "
 @pytest.fixture(scope="module")
 def url(served: Served) -> Iterator[str]:
     """Where it answers; on leaving, SIGTERM must end it and all of Ray, with exit code 0."""
-    with listen("127.0.0.1", 0) as probe:
-        address = address_of(probe)
     same = [word for name in AS_IN_ONE_PROCESS for word in (flag_of(name), str(getattr(served.settings, name)))]
-    server = subprocess.Popen(
-        [Path(sys.executable).with_name("nbest"), "serve", "--ray", "--port", address.split(":")[1], *same],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert eventually(lambda: is_ready(f"http://{address}") or server.poll() is not None, START_TIMEOUT_S)
-        assert server.poll() is None, server.stderr and server.stderr.read()
-        yield f"http://{address}"
-        children = psutil.Process(server.pid).children(recursive=True)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
-        _, left = psutil.wait_procs(children, timeout=30)
-        assert not left
-        told, errors = server.communicate()
-        assert told == ""
-        assert "Ready after" in errors
-        assert "Traceback" not in errors
-    finally:
-        server.kill()
-        server.communicate()
+    with nbest_serve("--ray", *same) as process:
+        yield process.url
+        assert process.stop() == (0, [])
+        assert "Ready after" in process.said()
+        assert "Traceback" not in process.said()
 
 
 def complete(url: str, **fields: Any) -> Any:
