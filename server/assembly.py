@@ -3,9 +3,10 @@
 import asyncio
 import importlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from reranker.scorers.base import Scorer
 from reranker.scorers.registry import Surroundings, make_scorers
 from reranker.scorers.spec import OWN_POLICY, RewardModelSpec, parse_all
 from server.config import Settings
@@ -21,8 +22,35 @@ async def start(settings: Settings, on_batch: Callable[[int, int], None] | None 
     `on_batch` hears the number of sequences and of padded tokens of every scoring batch. torch, transformers and vllm
     are imported here and not before, so that the command line answers at once.
     """
-    await asyncio.to_thread(_import_libraries, settings)
     own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
+    # The scorers first: a misspelt reward model is told in seconds, an engine takes half a minute.
+    async with (
+        started_scorers(settings, own_policy, on_batch) as scorers,
+        started_generator(settings) as generator,
+    ):
+        own_policy.set_result(generator)
+        yield BestOfN(generator, scorers)
+
+
+@asynccontextmanager
+async def started_generator(settings: Settings) -> AsyncIterator[Generator]:
+    """The generator alone, until the block is left."""
+    if settings.generator == "vllm":
+        await asyncio.to_thread(_import_library, "server.generation.vllm_engine")
+    generator = await _generator(settings)
+    try:
+        yield generator
+    finally:
+        await generator.close()
+
+
+@asynccontextmanager
+async def started_scorers(
+    settings: Settings, own_policy: Awaitable[Generator], on_batch: Callable[[int, int], None] | None = None
+) -> AsyncIterator[dict[str, Scorer]]:
+    """The scorers alone, by name, until the block is left; `own_policy` is there before the first judge asks it."""
+    if any(isinstance(spec, RewardModelSpec) for spec in parse_all(settings.reward_models).values()):
+        await asyncio.to_thread(_import_library, "reranker.scorers.reward_model")
     async with AsyncExitStack() as stack:
         surroundings = Surroundings(
             ask_model=lambda model: _judge(settings, model, own_policy, stack),
@@ -33,26 +61,16 @@ async def start(settings: Settings, on_batch: Callable[[int, int], None] | None 
             verifier_timeout_s=settings.verifier_timeout_s,
             on_batch=on_batch,
         )
-        # Before the generator: a misspelt reward model is told in seconds, an engine takes half a minute.
-        scorers = await make_scorers(settings.reward_models, surroundings, stack)
-        generator = await _generator(settings)
-        stack.push_async_callback(generator.close)
-        own_policy.set_result(generator)
-        yield BestOfN(generator, scorers)
+        yield await make_scorers(settings.reward_models, surroundings, stack)
 
 
-def _import_libraries(settings: Settings) -> None:
-    """Imports what the settings need of torch, transformers and vllm: for seconds, in which the loop must answer."""
+def _import_library(module: str) -> None:
+    """Imports a module of ours that brings torch, transformers or vllm: for seconds, in which the loop must answer."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else vLLM's memory binding is told at every start
-    if settings.generator == "vllm":
-        importlib.import_module("server.generation.vllm_engine")
-    if any(isinstance(spec, RewardModelSpec) for spec in parse_all(settings.reward_models).values()):
-        importlib.import_module("reranker.scorers.reward_model")
+    importlib.import_module(module)
 
 
-def _judge(
-    settings: Settings, model: str, own_policy: "asyncio.Future[Generator]", stack: AsyncExitStack
-) -> GeneratorAsk:
+def _judge(settings: Settings, model: str, own_policy: Awaitable[Generator], stack: AsyncExitStack) -> GeneratorAsk:
     """The way to ask a judge; the served policy itself answers once it is there."""
     if model == OWN_POLICY:
         return GeneratorAsk(own_policy)

@@ -20,11 +20,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reranker",),
     ("server.errors", "server.config"),
     ("server.generation",),
-    ("server.scoring", "server.selecting", "server.pipeline", "server.batch"),
+    ("server.scoring", "server.selecting", "server.pipeline"),
     ("server.metrics",),
     ("server.wire", "server.schema_parts", "server.schemas", "server.reply_schemas", "server.replies"),
+    ("server.offline",),
     ("server.admission", "server.connection", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
-    ("server.deployments", "server.assembly", "server.launch", "server.doctor"),
+    ("server.deployments", "server.assembly", "server.launch", "server.batch", "server.doctor"),
     ("server.cli",),
 )
 """A module imports from its own layer and those above it in this list."""
