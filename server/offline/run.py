@@ -28,6 +28,7 @@ SYNC_EVERY_S = 1.0
 """So much work at most is done again after the machine itself has died."""
 MAX_SHEDDINGS = 10
 """So often an upstream server may put a line off before it has failed."""
+BUSY_WAIT_S = 2.0
 
 OnCandidate = Callable[[Outcome], None]
 Answer = Callable[[Task, OnCandidate], Awaitable[BestOfNResult]]
@@ -125,7 +126,7 @@ class Run:
         for _ in range(MAX_SHEDDINGS):
             with contextlib.suppress(OverloadedError):
                 return await self._answer(task, heard)
-            await asyncio.sleep(1)
+            await asyncio.sleep(BUSY_WAIT_S)
         return await self._answer(task, heard)
 
     async def _stop_if_not_ready(self) -> None:
