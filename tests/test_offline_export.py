@@ -37,7 +37,7 @@ def result(line: int, rewards: list[float | None], texts: list[str] | None = Non
         }
         for index, reward in enumerate(rewards)
     ]
-    best = max(candidates, key=lambda one: -9 if one["reward"] is None else one["reward"])  # type: ignore[arg-type, return-value]
+    best = max(candidates, key=lambda one: -9 if one["reward"] is None else one["reward"])
     asked = {} if "messages" in fields else {"prompt": f"prompt {line}"}
     return {
         "custom_id": str(line),

@@ -123,6 +123,9 @@ class VllmGenerator:
             kv_cache_memory_bytes=int(kv_cache_gib * GIB) if on_cpu else None,
             max_num_seqs=max_num_seqs,
             enable_prefix_caching=True,
+            # A seeded prompt that is read in pieces ends the engine on a CPU ("CPU Generator does not use offset"), so
+            # there it waits until all of it fits a step. A step is then at least as large as the context.
+            enable_chunked_prefill=False if on_cpu else None,
             enforce_eager=on_cpu,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
