@@ -23,7 +23,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from multiprocessing import resource_tracker
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import uvicorn
@@ -49,6 +49,8 @@ OPEN_TO_ALL = (
 )
 
 log = logging.getLogger("nbest")
+
+Started = TypeVar("Started")
 
 
 class StartError(Exception):
@@ -160,22 +162,33 @@ def address_of(listener: socket.socket) -> str:
 async def announced(
     started: AbstractAsyncContextManager[BestOfN], settings: Settings, url: str, console: Console
 ) -> AsyncIterator[BestOfN]:
-    """Shows that the models are loading, then what is served, where, and one command to try it with."""
+    """`loaded`, and then what is served, where, and one command to try it with."""
+    models = f"{settings.model} and {', '.join(settings.reward_models)}"
+    async with loaded(started, models, console) as best_of_n:
+        log.info("Serving %s at %s.", settings.model, url)
+        console.print(invitation(settings, url))
+        yield best_of_n
+
+
+@asynccontextmanager
+async def loaded(
+    started: AbstractAsyncContextManager[Started], models: str, console: Console
+) -> AsyncIterator[Started]:
+    """Shows that these models are loading, which a signal ends on the spot; later ones are the caller's to heed."""
     # It would tell of the shared memory it frees after killed processes as if that were a mistake.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     resource_tracker.ensure_running()  # now: in the thread that first needs it, it would leave SIGINT unblocked
     block_ctrl_c = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=block_ctrl_c))
     begun_s = time.perf_counter()
-    loading = f"Loading {settings.model} and {', '.join(settings.reward_models)} …"
+    loading = f"Loading {models} …"
     if not console.is_terminal:
         console.print(loading)
     async with contextlib.AsyncExitStack() as stack:
         with console.status(loading) as status, ended_by_signals(status.stop):
-            best_of_n = await stack.enter_async_context(started)
-        log.info("Serving %s at %s.", settings.model, url)
-        console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.\n{invitation(settings, url)}")
-        yield best_of_n
+            opened = await stack.enter_async_context(started)
+        console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.")
+        yield opened
 
 
 @contextlib.contextmanager

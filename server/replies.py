@@ -107,7 +107,7 @@ class Reply(ABC):
         )
         if self._return_candidates:
             drawn = sorted(result.selection.ranking, key=lambda one: one.candidate.index)
-            reply.candidates = [_candidate(one) for one in drawn]
+            reply.candidates = [candidate_reply(one) for one in drawn]
         return reply
 
     def _chosen(self, result: BestOfNResult) -> enumerate[ScoredCandidate]:
@@ -213,7 +213,8 @@ def error_reply(error: NbestError) -> ErrorReply:
     return ErrorReply(error=ErrorBody(message=error.message, type=error.type, param=error.param, code=error.code))
 
 
-def _candidate(scored: ScoredCandidate) -> CandidateReply:
+def candidate_reply(scored: ScoredCandidate) -> CandidateReply:
+    """A candidate with its reward, as it is told."""
     candidate = scored.candidate
     return CandidateReply(
         index=candidate.index,

@@ -135,6 +135,9 @@ class VllmGenerator:
             # On Ray the shards are actors, placed in the bundles that the replica of this process was given.
             distributed_executor_backend="ray" if on_ray and tensor_parallel_size > 1 else None,
             enable_prefix_caching=True,
+            # A seeded prompt that is read in pieces ends the engine on a CPU ("CPU Generator does not use offset"), so
+            # there it waits until all of it fits a step. A step is then at least as large as the context.
+            enable_chunked_prefill=False if on_cpu else None,
             enforce_eager=on_cpu,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,

@@ -31,6 +31,7 @@ class Served:
     url: str
     settings: Settings
     pipelines: list[BestOfN] = field(default_factory=list)
+    loops: list[asyncio.AbstractEventLoop] = field(default_factory=list)
 
     @property
     def generator(self) -> VllmGenerator:
@@ -95,4 +96,5 @@ def is_ready(url: str) -> bool:
 async def _remembered(started: AbstractAsyncContextManager[BestOfN], served: Served) -> AsyncIterator[BestOfN]:
     async with started as pipeline:
         served.pipelines.append(pipeline)
+        served.loops.append(asyncio.get_running_loop())
         yield pipeline
