@@ -172,6 +172,34 @@ ROWS: dict[str, list[Panel]] = {
             "Batches", "cps", "Scoring batches a second.", {"batches": rate("nbest_score_batch_sequences_count")}
         ),
     ],
+    "Under pressure": [
+        Panel(
+            "Admitted and waiting",
+            "short",
+            "Candidates let in, and those of requests that wait their turn.",
+            {
+                "admitted": f"sum(nbest_admitted_candidates{{{ON}}})",
+                "waiting": f"sum(nbest_queued_candidates{{{ON}}})",
+            },
+        ),
+        Panel(
+            "Tokens waiting", "short", "The most that waiting requests may cost.",
+            {"tokens": f"sum(nbest_queued_tokens{{{ON}}})"},
+        ),
+        Panel("Shed", "reqps", "Refused with 429, by reason.", {"{{reason}}": rate("nbest_shed_total", by="reason")}),
+        Panel(
+            "Engine restarts",
+            "short",
+            "Engines started in place of one that had died, in an hour.",
+            {"restarts": f"sum(increase(nbest_engine_restarts_total{{{ON}}}[1h]))"},
+        ),
+        Panel(
+            "Engine recovery",
+            "s",
+            "From the death of an engine to the next one being ready.",
+            {"mean": mean("nbest_engine_recovery_seconds"), "p95": quantile(0.95, "nbest_engine_recovery_seconds")},
+        ),
+    ],
 }  # fmt: skip
 
 

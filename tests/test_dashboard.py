@@ -67,6 +67,7 @@ class Traffic:
             statuses.append(reply.status_code)
         assert statuses == [200, 200, 503, 200, 429]
         self.metrics.observe_batch(2, 40)  # as the reward model's scorer does
+        self.metrics.observe_restart(30.0)  # as the supervisor of the engine does
 
 
 @pytest.fixture(scope="module")
