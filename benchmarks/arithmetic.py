@@ -18,6 +18,7 @@ What was drawn, trained and scored is kept in --out, and a run that was interrup
 
 import argparse
 import asyncio
+import csv
 import json
 import shutil
 import subprocess
@@ -224,6 +225,10 @@ def evaluate(out: Path) -> dict[str, Any]:
         }
         for name in names
     }
+    held_out = {}
+    for name in names:
+        with (out / name / "metrics.csv").open() as file:
+            held_out[name] = float(list(csv.DictReader(file))[-1]["validation_pair_accuracy"])
     greedy = [float(is_right(pool["greedy"], pool["answer"])) for pool in pools]
     rows = preferences(read_lines(out / "train.jsonl"))
     return {
@@ -236,6 +241,7 @@ def evaluate(out: Path) -> dict[str, Any]:
         "problems; one pool of candidates a problem; rewards averaged over the trainings",
         "greedy": asdict(estimators.bootstrap_mean(greedy)),
         "curves": by_curve,
+        "held_out_pair_accuracy_by_training_seed": held_out,
         "best_of_n_by_training_seed": best_by_seed,
         "samples": pools,
     }

@@ -135,6 +135,7 @@ def arithmetic() -> str:
         for name, curve in found["curves"].items()
     ]
     last = [by_n[n[-1]] for by_n in found["best_of_n_by_training_seed"].values()]
+    pairs = found["held_out_pair_accuracy_by_training_seed"].values()
     problems = found["problems"]
     return (
         f"| n | {' | '.join(n)} |\n|---|{'---|' * len(n)}\n"
@@ -142,7 +143,8 @@ def arithmetic() -> str:
         + f"\nPercent of {problems['test']} problems answered rightly, with 95 % bootstrap intervals over problems. "
         f"Greedy: {percent(found['greedy'])}. One pool of {found['pool']} candidates a problem; the reward was trained "
         f"on {problems['pairs']} pairs of answers to other problems, {len(found['training_seeds'])} times with seeds "
-        f"of their own: best of {n[-1]} by it is right in {100 * min(last):.0f} to {100 * max(last):.0f} %.\n"
+        f"of their own: best of {n[-1]} by it is right in {100 * min(last):.0f} to {100 * max(last):.0f} %, and "
+        f"its order of held-out pairs in {100 * min(pairs):.0f} to {100 * max(pairs):.0f} %.\n"
     )
 
 
