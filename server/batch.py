@@ -25,7 +25,7 @@ from reranker.scorers.spec import OWN_POLICY, JudgeSpec, parse_all
 from server import assembly
 from server.config import ConfigError, Settings
 from server.generation.base import Generator
-from server.launch import kill_children, loaded
+from server.launch import loaded
 from server.offline import directory, inputs
 from server.offline.directory import FAILED, RESULTS, RunDirectory
 from server.offline.given import GivenCandidates
@@ -221,11 +221,8 @@ def _until_done(work: Coroutine[Any, Any, None], records: RunDirectory, rows: in
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(cancellable())
-    finally:
-        kill_children()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(cancellable())
     if signals:
         raise RunInterruptedError(signals[0], len(records.done), rows)
 

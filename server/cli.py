@@ -260,6 +260,7 @@ def rerank(
 def _offline(command: str, settings: Settings, **options: Any) -> None:
     from server import batch as offline
     from server.doctor import require_models
+    from server.launch import kill_children
     from server.offline.errors import OfflineError
 
     if command == "batch":
@@ -272,6 +273,8 @@ def _offline(command: str, settings: Settings, **options: Any) -> None:
     except offline.RunInterruptedError as error:
         console.print(str(error), style="yellow")
         raise typer.Exit(128 + error.number) from error
+    finally:
+        kill_children()
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """Offline runs over scripted doubles, in this process or in one that can be killed."""
 
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from unittest import mock
 from rich.console import Console
 
 from reranker.candidate import Prompt
-from server import assembly, batch
+from server import assembly, batch, launch
 from server.batch import BatchOptions
 from server.config import Settings
 from server.generation.base import Sampling
@@ -37,8 +37,12 @@ class SeededGenerator(ScriptedGenerator):
         return ScriptedGeneration(ScriptedGenerator(words, delays_s=delays_s), sampling, n, snapshots)
 
 
-def scripted(generator: ScriptedGenerator, scorer: ScriptedScorer | None = None) -> Any:
-    """Within it, `nbest batch` and `nbest rerank` find these doubles in place of the models."""
+@contextmanager
+def scripted(generator: ScriptedGenerator, scorer: ScriptedScorer | None = None) -> Iterator[None]:
+    """Within it, `nbest batch` and `nbest rerank` find these doubles in place of the models.
+
+    The command kills what its process has started; in a test that would be the engine of other tests.
+    """
 
     @asynccontextmanager
     async def start(*_: Any) -> AsyncIterator[BestOfN]:
@@ -48,7 +52,11 @@ def scripted(generator: ScriptedGenerator, scorer: ScriptedScorer | None = None)
     async def started_scorers(*_: Any) -> AsyncIterator[dict[str, ScriptedScorer]]:
         yield {"length": scorer or ScriptedScorer()}
 
-    return mock.patch.multiple(assembly, start=start, started_scorers=started_scorers)
+    with (
+        mock.patch.multiple(assembly, start=start, started_scorers=started_scorers),
+        mock.patch.object(launch, "kill_children"),
+    ):
+        yield
 
 
 def write_lines(path: Path, lines: list[Any]) -> Path:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.offline.directory import locked
 from server.offline.errors import OfflineError
 from server.offline.export import ExportOptions, run_export
 from server.offline.filters import Filters
@@ -204,6 +205,12 @@ def test_nothing_left_writes_no_file_and_says_which_filter_took_it(tmp_path: Pat
     with pytest.raises(OfflineError, match=r"Nothing of .* is left by the filters \(rows: 1, min_reward: 1\); loosen"):
         exported(tmp_path, [result(1, [1])], ExportOptions("sft", filters=Filters(min_reward=2)))
     assert not (tmp_path / "export.jsonl").exists()
+
+
+def test_a_run_that_goes_on_is_not_exported(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", [result(1, [1])])
+    with locked(directory), pytest.raises(OfflineError, match="A run is writing to"):
+        run_export(directory, tmp_path / "export.jsonl", ExportOptions("sft"))
 
 
 def test_the_command_exports_and_is_plain_about_mistakes(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def locked(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise OfflineError(f"Another run is writing to {path}; wait for its end, or give another --out") from error
+        raise OfflineError(f"A run is writing to {path}; wait for its end, or give another directory") from error
     except OSError as error:
         raise OfflineError(f"{path} cannot be used as a directory: {error.strerror}; give another --out") from error
     try:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from reranker.candidate import Prompt
 from reranker.scorers.plain_text import prompt_text
 from server.offline import card
-from server.offline.directory import FAILED, RESULTS, manifest
+from server.offline.directory import FAILED, RESULTS, locked, manifest
 from server.offline.errors import OfflineError
 from server.offline.filters import Choice, Filters
 from server.offline.journal import recover
@@ -66,13 +66,18 @@ def run_export(directory: Path, out: Path, options: ExportOptions) -> dict[str, 
     """Writes the file and its card; how many rows there were, what each filter took, and how many were written.
 
     Raises:
-        OfflineError: the directory holds no results, or nothing is left of them.
+        OfflineError: the directory holds no results, a run is writing to it, or nothing is left by the filters.
     """
     if options.filters.balance_length and options.format != "preference":
         raise OfflineError("--balance-length compares the two texts of a pair; it goes with --format preference")
     if options.filters.min_margin is not None and options.format != "preference":
         raise OfflineError("--min-margin is about pairs; it goes with --format preference")
     runs = manifest(directory)["runs"]
+    with locked(directory):  # a run that goes on meanwhile would be seen in the middle of a line
+        return _export(directory, out, options, runs)
+
+
+def _export(directory: Path, out: Path, options: ExportOptions, runs: list[dict[str, Any]]) -> dict[str, int]:
     results = _Results(directory / RESULTS)
     choice = Choice(options.filters)
     forms: Counter[str] = Counter()
@@ -104,7 +109,7 @@ class _Results:
         if path.exists():
             with path.open("rb") as file:
                 for line in file:
-                    if line.endswith(b"\n"):  # the last may be torn, or just being written
+                    if line.endswith(b"\n"):  # the last may be torn
                         places.append((Result.model_validate_json(line).line, place))
                     place += len(line)
         self._places = [place for _, place in sorted(places)]
