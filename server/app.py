@@ -79,15 +79,15 @@ def create_app(
     metrics: Metrics,
     *,
     on_start_failure: Callable[[BaseException], None] | None = None,
-    exposition: Callable[[], Awaitable[bytes]] | None = None,
     trace_requests: Callable[[App], App] | None = None,
+    exposition: Callable[[], Awaitable[bytes]] | None = None,
 ) -> FastAPI:
     """The server over whatever pipeline `start` opens.
 
     HTTP is up before the pipeline is, which is entered in the background and left at shutdown. `on_start_failure`
-    hears of a start that failed, so that whoever runs the process can end it. `exposition` is what `/metrics` tells
-    where other processes count too; by default it tells `metrics`. `trace_requests` wraps the app in a span for every
-    request. After `app.state.drain()` no new work is taken.
+    hears of a start that failed, so that whoever runs the process can end it. `trace_requests` wraps the app in a span
+    for every request. `exposition` is what `/metrics` tells where other processes count too; by default it tells
+    `metrics`. After `app.state.drain()` no new work is taken.
     """
     lifecycle = Lifecycle(start, on_start_failure)
     endpoints = Endpoints(lifecycle, settings, metrics, exposition)
@@ -171,8 +171,8 @@ class Endpoints:
         self._lifecycle = lifecycle
         self._settings = settings
         self._metrics = metrics
-        self._exposition = exposition
         self._admission = Admission(Limits.of(settings), metrics)
+        self._exposition = exposition
         self._created = int(time.time())
 
     async def chat_completions(self, request: Request) -> Response:

@@ -33,7 +33,7 @@ async def start(
     # The scorers first: a misspelt reward model is told in seconds, an engine takes half a minute.
     async with (
         started_scorers(settings, own_policy, on_batch) as scorers,
-        started_generator(settings, on_restart) as generator,
+        started_generator(settings, supervised=True, on_restart=on_restart) as generator,
     ):
         own_policy.set_result(generator)
         yield BestOfN(generator, scorers)
@@ -41,12 +41,18 @@ async def start(
 
 @asynccontextmanager
 async def started_generator(
-    settings: Settings, on_restart: Callable[[float], None] | None = None
+    settings: Settings, *, supervised: bool = False, on_restart: Callable[[float], None] | None = None
 ) -> AsyncIterator[Generator]:
-    """The generator alone, until the block is left."""
+    """The generator alone, until the block is left.
+
+    Where it is not supervised, an engine that dies stays dead: on Ray its whole replica is replaced.
+    """
     if settings.generator == "vllm":
         await asyncio.to_thread(_import_library, "server.generation.vllm_engine")
-    generator = await _generator(settings, on_restart)
+    if settings.generator == "vllm" and supervised:
+        generator: Generator = await SupervisedGenerator.create(partial(_generator, settings), on_restart=on_restart)
+    else:
+        generator = await _generator(settings)
     try:
         yield generator
     finally:
@@ -93,19 +99,13 @@ def _judge(
     return GeneratorAsk(upstream)
 
 
-async def _generator(settings: Settings, on_restart: Callable[[float], None] | None) -> Generator:
+async def _generator(settings: Settings) -> Generator:
     name = settings.served_model_name or settings.model
     if settings.generator == "openai":
         from server.generation.openai_upstream import OpenAIGenerator
 
         key = settings.api_key.get_secret_value() if settings.api_key else None
         return OpenAIGenerator.connect(str(settings.base_url), key, model=name, upstream_model=settings.model)
-    if settings.ray:  # there Serve replaces the whole replica of an engine that has died
-        return await _engine(settings, name)
-    return await SupervisedGenerator.create(partial(_engine, settings, name), on_restart=on_restart)
-
-
-async def _engine(settings: Settings, name: str) -> Generator:
     from reranker.device import pick_device
     from reranker.prepared import resolve
     from server.generation.vllm_engine import VllmGenerator

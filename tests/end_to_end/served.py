@@ -16,6 +16,7 @@ from server.app import create_app
 from server.config import Settings
 from server.generation.supervised import SupervisedGenerator
 from server.generation.vllm_engine import VllmGenerator
+from server.http_protocol import bounded_by
 from server.launch import address_of, listen
 from server.metrics import Metrics
 from server.pipeline import BestOfN
@@ -70,7 +71,7 @@ def serve(settings: Settings) -> Iterator[Served]:
         return _remembered(assembly.start(settings, metrics.observe_batch, metrics.observe_restart), served)
 
     app = create_app(start, settings, metrics, on_start_failure=failures.append)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, http=bounded_by(settings), log_level="warning", lifespan="on"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     try:

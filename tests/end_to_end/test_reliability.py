@@ -48,6 +48,7 @@ def process() -> Iterator[ServeProcess]:
         yield process
 
 
+@pytest.mark.timeout(600)  # an engine starts twice in it
 def test_an_engine_killed_under_twenty_requests_is_replaced_and_loses_none(process: ServeProcess) -> None:
     engine, segments = process.engine(), process.shared_memory()
     parts = [engine, *engine.children(recursive=True)]
