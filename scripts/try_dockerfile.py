@@ -2,10 +2,10 @@
 
     sudo python -m scripts.try_dockerfile [DEVICE]
 
-Each stage is an overlay over this machine's root directory, entered by chroot with an empty environment: what a stage
-writes stays in a temporary directory that is removed in the end. Then the last stage's command runs as its user, in a
-network and a process tree of its own, until the health check passes. Needs root on Linux, the image's version of
-Python, and some 8 GB for the packages.
+What is built on an image is an overlay over this machine's root directory, entered by chroot with an empty
+environment: what it writes stays in a temporary directory that is removed in the end. All mounts are made in a mount
+namespace of their own and end with it. Then the last stage's command runs as its user, in a network and a process tree
+of its own, until the health check passes. Needs root on Linux, the image's version of Python, and some 8 GB.
 
 It shows that every instruction works and that the result serves. It cannot show what the base image lacks and this
 machine has, since that stands in for it.
@@ -20,8 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +36,6 @@ class Stage:
     """The result of a stage so far: where its files are, and what its next command runs with."""
 
     directory: Path
-    lower: tuple[Path, ...] = (Path("/"),)
     environment: dict[str, str] = field(default_factory=lambda: {"PATH": PATH, "HOME": "/root"})
     workdir: str = "/"
     user: str = "0"
@@ -47,10 +45,6 @@ class Stage:
     @property
     def files(self) -> Path:
         return self.directory / "merged"
-
-    @property
-    def layers(self) -> tuple[Path, ...]:
-        return (self.directory / "upper", *self.lower)
 
     def command(self, words: list[str]) -> list[str]:
         """`words` as a command of this machine that runs inside the stage."""
@@ -86,12 +80,11 @@ def stages(text: str, arguments: dict[str, str]) -> dict[str, tuple[str, list[tu
 
 
 class Builder:
-    """Builds stages on demand and keeps them mounted until the stack is closed."""
+    """Builds stages on demand."""
 
-    def __init__(self, text: str, arguments: dict[str, str], scratch: Path, stack: ExitStack) -> None:
+    def __init__(self, text: str, arguments: dict[str, str], scratch: Path) -> None:
         self._stages = stages(text, arguments)
         self._scratch = scratch
-        self._stack = stack
         self._built: dict[str, Stage] = {}
 
     def build(self, name: str) -> Stage:
@@ -99,15 +92,14 @@ class Builder:
         if name in self._built:
             return self._built[name]
         source, steps = self._stages[name]
-        stage = Stage(self._scratch / name)
-        if source in self._stages:
-            before = self.build(source)
-            stage = Stage(stage.directory, before.layers, dict(before.environment), before.workdir, before.user)
         others = [match[1] for _, argument in steps if (match := re.match(r"--from=(\S+)", argument))]
         for other in others:
             self.build(other)
-        self._stack.enter_context(mounted(stage))
-        if source not in self._stages:
+        if source in self._stages:  # goes on in the same files: no stage here has two that go on from it
+            stage = replace(before := self.build(source), environment=dict(before.environment))
+        else:
+            stage = Stage(self._scratch / name)
+            mount(stage)
             python_image(stage.files)
         for keyword, argument in steps:
             print(f"[{name}] {keyword} {argument}", flush=True)
@@ -163,24 +155,17 @@ def python_image(files: Path) -> None:
         subprocess.run(["chroot", str(files), "ldconfig"], check=True)  # where its library is now
 
 
-@contextmanager
-def mounted(stage: Stage) -> Iterator[None]:
-    """The overlay, with the devices and processes a command expects."""
+def mount(stage: Stage) -> None:
+    """Mounts the overlay, with the devices and processes a command expects."""
     upper, work = stage.directory / "upper", stage.directory / "work"
     for folder in (upper, work, stage.files):
         folder.mkdir(parents=True)
-    lower = ":".join(map(str, stage.lower))
-    mounts = [
-        (["-t", "overlay", "overlay", "-o", f"lowerdir={lower},upperdir={upper},workdir={work}"], ""),
+    for options, inside in (
+        (["-t", "overlay", "overlay", "-o", f"lowerdir=/,upperdir={upper},workdir={work}"], ""),
         (["-t", "proc", "proc"], "proc"),
         (["--rbind", "/dev"], "dev"),
-    ]
-    with ExitStack() as stack:
-        for options, inside in mounts:
-            where = str(stage.files / inside)
-            subprocess.run(["mount", *options, where], check=True)
-            stack.callback(subprocess.run, ["umount", "--recursive", "--lazy", where], check=True)
-        yield
+    ):
+        subprocess.run(["mount", *options, str(stage.files / inside)], check=True)
 
 
 def becomes_healthy(stage: Stage) -> bool:
@@ -197,13 +182,21 @@ def becomes_healthy(stage: Stage) -> bool:
     return subprocess.run([*apart, "sh", "-c", program]).returncode == 0
 
 
-def main() -> None:
-    arguments = {"DEVICE": sys.argv[1]} if sys.argv[1:] else {}
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        final = Builder((ROOT / "Dockerfile").read_text(), arguments, Path(scratch), stack).build("final")
-        if not becomes_healthy(final):
-            raise SystemExit("The server of the image did not become healthy.")
+def carry_out(scratch: Path, device: str) -> None:
+    final = Builder((ROOT / "Dockerfile").read_text(), {"DEVICE": device}, scratch).build("final")
+    if not becomes_healthy(final):
+        raise SystemExit("The server of the image did not become healthy.")
     print("Every instruction works, and the server became healthy.")
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case [scratch, device]:  # this very program, in the namespace
+            carry_out(Path(scratch), device)
+        case [*given]:
+            with tempfile.TemporaryDirectory() as scratch:
+                inside = ["unshare", "--mount", sys.executable, "-m", "scripts.try_dockerfile"]
+                sys.exit(subprocess.run([*inside, scratch, *(given or ["cpu"])]).returncode)
 
 
 if __name__ == "__main__":

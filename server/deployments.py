@@ -22,7 +22,7 @@ from reranker.scorers.spec import OWN_POLICY
 from server import assembly, logs
 from server.app import create_app
 from server.config import ConfigError, Settings, load_settings, replica_range
-from server.connection import App
+from server.connection import App, Message, Receive, Scope, Send
 from server.errors import NbestError
 from server.generation.base import Generation, Generator, Outcome, Sampling
 from server.handles import Group, RemoteGenerator, connect_scorers
@@ -144,13 +144,14 @@ class RouterReplica:
         self._metrics = Metrics()
 
     def __serve_build_asgi_app__(self) -> App:
-        return create_app(
+        app = create_app(
             self._pipeline,
             self._settings,
             self._metrics,
             exposition=self._exposition,
             trace_requests=self._tracing.requests if self._tracing is not None else None,
         )
+        return without_request_id(app)
 
     async def metrics(self) -> tuple[str, bytes]:
         return _replica_id(), self._metrics.render()
@@ -288,6 +289,20 @@ def generator_resources(settings: Settings) -> dict[str, Any]:
 def _replica_id() -> str:
     replica = serve.get_replica_context().replica_id
     return f"{replica.deployment_id.name}-{replica.unique_id}"
+
+
+def without_request_id(app: App) -> App:
+    """The app without an id in its replies: Serve's proxy gives each request one, and tells it in the reply itself."""
+
+    async def replying(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    return replying
 
 
 def latest(outcomes: Sequence[Outcome]) -> list[Outcome]:
