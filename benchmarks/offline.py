@@ -76,6 +76,9 @@ class Ways:
         dtype = getattr(torch, pick_dtype("cpu"))
         self._policy = AutoModelForCausalLM.from_pretrained(resolve(settings.model), dtype=dtype).eval()
         self._reward_model = RewardModel.load(settings.reward_models["movie-sentiment"], device="cpu")
+        # The model as transformers itself runs it; ours computes a prompt once by an attention of its own.
+        self._classifier = self._reward_model._model
+        self._classifier.set_attn_implementation("sdpa")
 
     async def bare_engine(self, seed: int) -> int:
         never_ending = ((self._tokenizer.eos_token_id, -100.0),)
@@ -121,8 +124,8 @@ class Ways:
         ]
         for start in range(0, len(texts), SCORING_ROWS):
             rendered = [self._reward_model.render(Prompt(text=p), t) for p, t in texts[start : start + SCORING_ROWS]]
-            with torch.inference_mode():  # the model's own forward over padded rows
-                forward_rewards(self._reward_model._model, *pad(rendered, pad_id=self._tokenizer.pad_token_id))
+            with torch.inference_mode():
+                forward_rewards(self._classifier, *pad(rendered, pad_id=self._tokenizer.pad_token_id))
         return len(texts) * self._max_tokens
 
     @torch.inference_mode()
