@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 BACKLOG = 2048
 """Connections that may wait to be accepted; uvicorn's own default."""
 
+RESOURCE_TRACKER = "from multiprocessing.resource_tracker import main"
+"""How the program of multiprocessing's own process begins."""
+
 OPEN_TO_ALL = (
     "Warning: whoever reaches this address may use the server; make keys with `nbest keys new` and give --keys-file, "
     "or listen on 127.0.0.1."
@@ -224,9 +227,10 @@ Ctrl-C stops it."""
 def kill_children() -> None:
     """Kills every process below this one, but for multiprocessing's resource tracker.
 
-    That one ends by itself with us, and frees the shared memory that the others leave.
+    That one ends by itself with us, and frees the shared memory that the others leave. It is told by what it runs: the
+    word alone can stand in the command line of any child, by way of PYTHONWARNINGS.
     """
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if not any("resource_tracker" in argument for argument in child.cmdline()):
+            if not any(argument.startswith(RESOURCE_TRACKER) for argument in child.cmdline()):
                 child.kill()

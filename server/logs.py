@@ -20,6 +20,9 @@ LogFormat = Literal["text", "json"]
 TELL_TEXTS = ("openai",)
 """Libraries that write whole requests, prompts included, at debug; they are kept above it."""
 
+OF_LIBRARIES = ("color_message", "vllm_process_name")
+"""What uvicorn and vLLM add to lines: the message once more, and what this process is to the engine."""
+
 access = logging.getLogger("nbest.access")
 
 
@@ -61,7 +64,7 @@ def _formatter(log_format: LogFormat) -> logging.Formatter:
         return JsonFormatter(
             ["levelname", "name", "message"],
             rename_fields={"levelname": "level", "name": "logger", "exc_info": "traceback"},
-            reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, the message once more
+            reserved_attrs=[*RESERVED_ATTRS, *OF_LIBRARIES],
             timestamp="time",
         )
     return logging.Formatter("%(levelname)s %(name)s [%(request_id)s]: %(message)s", defaults={"request_id": "-"})

@@ -55,7 +55,8 @@ WAITING_FOR_IT = "    await asyncio.to_thread(engine.join)"
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("NBEST_")}
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("NBEST_")}
+    return bare | {"PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}  # children then have it as an argument
 
 
 def nbest(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -23,11 +23,16 @@ SECRET = "xyzzy"
 @pytest.fixture
 def written() -> Iterator[io.StringIO]:
     """Where `configure` is to send the lines; logging is as it was afterwards."""
-    root = logging.getLogger()
+    root, uvicorn, its_errors = map(logging.getLogger, (None, "uvicorn", "uvicorn.error"))
     handlers, level = root.handlers[:], root.level
+    as_uvicorn_set_it = uvicorn.handlers[:], uvicorn.propagate, its_errors.level
+    uvicorn.handlers[:], uvicorn.propagate = [], True  # other tests serve with uvicorn's own logging
+    its_errors.setLevel(logging.NOTSET)
     levels = {name: logging.getLogger(name).level for name in logs.TELL_TEXTS}
     yield io.StringIO()
     logging.captureWarnings(False)
+    uvicorn.handlers[:], uvicorn.propagate, error_level = as_uvicorn_set_it
+    its_errors.setLevel(error_level)
     root.handlers[:] = handlers
     root.setLevel(level)
     for name, before in levels.items():
