@@ -32,8 +32,10 @@ COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY reranker reranker
 COPY training training
+# The weights are written for their owner alone, and the server runs as somebody else.
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --force-reinstall . \
- && NBEST_CACHE=/opt/nbest/cache nbest prepare
+ && NBEST_CACHE=/opt/nbest/cache nbest prepare \
+ && chmod -R a+rX /opt/nbest/cache
 
 # vLLM's CPU kernels want OpenMP, and its threads are bound to NUMA nodes. KubeRay's probes call wget.
 FROM python:3.11-slim AS runtime-cpu
