@@ -23,16 +23,17 @@ SECRET = "xyzzy"
 @pytest.fixture
 def written() -> Iterator[io.StringIO]:
     """Where `configure` is to send the lines; logging is as it was afterwards."""
-    root, uvicorn, its_errors = map(logging.getLogger, (None, "uvicorn", "uvicorn.error"))
+    root, uvicorn = logging.getLogger(), logging.getLogger("uvicorn")
     handlers, level = root.handlers[:], root.level
-    as_uvicorn_set_it = uvicorn.handlers[:], uvicorn.propagate, its_errors.level
+    names = (*logs.TELL_TEXTS, "uvicorn", "uvicorn.error")
+    levels = {name: logging.getLogger(name).level for name in names}
+    as_uvicorn_set_it = uvicorn.handlers[:], uvicorn.propagate
     uvicorn.handlers[:], uvicorn.propagate = [], True  # other tests serve with uvicorn's own logging
-    its_errors.setLevel(logging.NOTSET)
-    levels = {name: logging.getLogger(name).level for name in logs.TELL_TEXTS}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.NOTSET)
     yield io.StringIO()
     logging.captureWarnings(False)
-    uvicorn.handlers[:], uvicorn.propagate, error_level = as_uvicorn_set_it
-    its_errors.setLevel(error_level)
+    uvicorn.handlers[:], uvicorn.propagate = as_uvicorn_set_it
     root.handlers[:] = handlers
     root.setLevel(level)
     for name, before in levels.items():
