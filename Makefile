@@ -49,7 +49,7 @@ docs: $(READY)  ## write the pages of docs/ that are made from code
 	@$(BIN)/python -m scripts.docs
 
 bench: setup  ## run the benchmarks, write benchmarks/results and redraw the figures
-	@for name in quality overhead prefill scoring router plot; do $(BIN)/python -m benchmarks.$$name || exit; done
+	@for name in quality overhead prefill scoring router overload reliability offline plot; do $(BIN)/python -m benchmarks.$$name || exit; done
 
 lock: $(READY)  ## resolve requirements/cpu.in into cpu.txt
 	@$(BIN)/python requirements/lock.py

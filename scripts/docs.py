@@ -17,7 +17,7 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from scripts import figures
+from scripts import dashboard, figures
 from scripts.markdown import table
 from server.app import create_app
 from server.cli import app as command
@@ -36,6 +36,7 @@ def pages() -> dict[str, str]:
         "docs/settings.md": settings_page(),
         "docs/metrics.md": metrics_page(),
         "docs/openapi.json": json.dumps(openapi(), indent=2) + "\n",
+        dashboard.FILE: dashboard.page(),
         **{str(page.relative_to(figures.ROOT)): figures.filled(page) for page in figures.PAGES},
     }
 

@@ -4,9 +4,10 @@ A completion goes: read the body and validate it (wire, schemas) -> plan -> `Bes
 events (streaming). Whatever fails on the way is an `NbestError` and leaves in OpenAI's envelope.
 """
 
+import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from functools import partial
 from http import HTTPStatus
@@ -17,14 +18,20 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from reranker.scorers.base import ScoringError
+from reranker.candidate import Candidate, Prompt
+from reranker.scorers.base import Scorer, Scores, ScoringError
 from server import openapi
+from server.admission import Admission, Limits, prompt_tokens, requested_tokens, text_tokens
+from server.auth import Account, Keys
 from server.config import Settings
-from server.connection import ClientGoneError, RequestCounter, until_disconnect
+from server.connection import App, ClientGoneError, RequestRecorder, until_disconnect
 from server.errors import (
+    AuthenticationError,
     BadRequestError,
+    ClientTimeoutError,
     NbestError,
     NotFoundError,
     NotReadyError,
@@ -32,6 +39,7 @@ from server.errors import (
     RewardError,
     http_status,
 )
+from server.gate import ACCOUNT, Gate, not_served
 from server.generation.base import Outcome
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -49,6 +57,7 @@ from server.reply_schemas import (
     TextCompletion,
     TextCompletionChunk,
 )
+from server.request_record import TokenCost, note_tokens
 from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
 from server.streaming import error_event, stream
 from server.wire import Request as RequestModel
@@ -70,14 +79,20 @@ def create_app(
     metrics: Metrics,
     *,
     on_start_failure: Callable[[BaseException], None] | None = None,
+    exposition: Callable[[], Awaitable[bytes]] | None = None,
+    trace_requests: Callable[[App], App] | None = None,
 ) -> FastAPI:
     """The server over whatever pipeline `start` opens.
 
     HTTP is up before the pipeline is, which is entered in the background and left at shutdown. `on_start_failure`
-    hears of a start that failed, so that whoever runs the process can end it.
+    hears of a start that failed, so that whoever runs the process can end it. `exposition` is what `/metrics` tells
+    where other processes count too; by default it tells `metrics`. `trace_requests` wraps the app in a span for every
+    request. After `app.state.drain()` no new work is taken.
     """
     lifecycle = Lifecycle(start, on_start_failure)
-    endpoints = Endpoints(lifecycle, settings, metrics)
+    endpoints = Endpoints(lifecycle, settings, metrics, exposition)
+    replies = ErrorReplies(metrics)
+    keys = Keys(settings.keys_file) if settings.keys_file else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -93,53 +108,71 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         exception_handlers={
-            NbestError: _on_error,
-            HTTPException: _on_error,
+            NbestError: replies,
+            HTTPException: replies,
             ClientGoneError: _on_client_gone,
-            Exception: _on_error,
+            Exception: replies,
         },
     )
-    app.add_middleware(RequestCounter, metrics=metrics)
+    app.state.drain = lifecycle.drain
+    app.security = openapi.security(required=keys is not None)
+    app.add_middleware(Gate, settings=settings, keys=keys, refuse=replies.refusal)
     app.add_api_route(
         "/v1/chat/completions",
         endpoints.chat_completions,
         methods=["POST"],
-        responses=openapi.replies(ChatCompletion, 400, 404, 413, 429, 500, 503, 504, chunk=ChatCompletionChunk),
+        responses=openapi.replies(ChatCompletion, 400, 404, 408, 413, 429, 500, 503, 504, chunk=ChatCompletionChunk),
         openapi_extra=openapi.takes(ChatCompletionRequest),
     )
     app.add_api_route(
         "/v1/completions",
         endpoints.completions,
         methods=["POST"],
-        responses=openapi.replies(TextCompletion, 400, 404, 413, 429, 500, 503, 504, chunk=TextCompletionChunk),
+        responses=openapi.replies(TextCompletion, 400, 404, 408, 413, 429, 500, 503, 504, chunk=TextCompletionChunk),
         openapi_extra=openapi.takes(CompletionRequest),
     )
     app.add_api_route(
         "/v1/score",
         endpoints.score,
         methods=["POST"],
-        responses=openapi.replies(ScoreReply, 400, 413, 429, 500, 503),
+        responses=openapi.replies(ScoreReply, 400, 408, 413, 429, 500, 503),
         openapi_extra=openapi.takes(ScoreRequest),
     )
-    app.add_api_route("/v1/models", endpoints.models, responses=openapi.replies(ModelList, 503))
-    app.add_api_route("/health", endpoints.health, responses=openapi.replies(Status))
+    app.add_api_route("/v1/models", endpoints.models, responses=openapi.replies(ModelList, 429, 503))
+    app.add_api_route(
+        "/health",
+        endpoints.health,
+        responses=openapi.replies(Status, needs_key=False),
+        openapi_extra={"security": []},
+    )
     app.add_api_route("/ready", endpoints.ready, responses=openapi.replies(Status, 503))
     app.add_api_route(
         "/metrics",
         endpoints.prometheus,
         response_class=Response,
-        responses={200: {"description": "Prometheus text exposition", "content": {"text/plain": {}}}},
+        responses={**openapi.errors(401), 200: openapi.PROMETHEUS_TEXT},
     )
+    # Outermost, where the reply to a fault of ours passes too; what is added as middleware stands inside of that.
+    stack: App = app.build_middleware_stack()
+    app.middleware_stack = RequestRecorder(trace_requests(stack) if trace_requests else stack, metrics)
     return app
 
 
 class Endpoints:
     """One method a route."""
 
-    def __init__(self, lifecycle: Lifecycle, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        settings: Settings,
+        metrics: Metrics,
+        exposition: Callable[[], Awaitable[bytes]] | None = None,
+    ) -> None:
         self._lifecycle = lifecycle
         self._settings = settings
         self._metrics = metrics
+        self._exposition = exposition
+        self._admission = Admission(Limits.of(settings), metrics)
         self._created = int(time.time())
 
     async def chat_completions(self, request: Request) -> Response:
@@ -157,11 +190,10 @@ class Endpoints:
         asked = await self._read(request, ScoreRequest)
         scorer = self._lifecycle.pipeline.scorer(asked.reward_model)
         prompt, candidates = asked.internal(self._settings)
-        try:
-            scores = await until_disconnect(request.receive, scorer.score(prompt, candidates))
-        except ScoringError as error:
-            raise RewardError(f"The reward model failed: {error}. Try again.") from error
+        account: Account = request.scope[ACCOUNT]
+        scores = await until_disconnect(request.receive, self._score(account, scorer, prompt, candidates))
         self._metrics.observe_scored_tokens(scores.scored_tokens)
+        note_tokens(TokenCost(scored=scores.scored_tokens))
         return _json(
             ScoreReply(
                 model=scorer.name,
@@ -197,34 +229,78 @@ class Endpoints:
 
     async def prometheus(self) -> Response:
         """The metrics, for Prometheus to scrape."""
-        return Response(self._metrics.render(), media_type=self._metrics.content_type)
+        try:
+            await self._lifecycle.pipeline.generator.check_ready()
+            self._metrics.observe_ready(True)
+        except NotReadyError:
+            self._metrics.observe_ready(False)
+        told = self._metrics.render() if self._exposition is None else await self._exposition()
+        return Response(told, media_type=self._metrics.content_type)
 
     async def _read(self, request: Request, model: type[RequestModel]) -> RequestModel:
-        return parse(await read_body(request.stream(), request.headers, self._settings.max_body_bytes), model)
+        try:
+            async with asyncio.timeout(self._settings.client_timeout_s):
+                body = await read_body(request.stream(), request.headers, self._settings.max_body_bytes)
+        except TimeoutError:
+            raise ClientTimeoutError(
+                f"The body did not arrive within {self._settings.client_timeout_s:g} s; send it faster, or shorten it."
+            ) from None
+        except ClientDisconnect:
+            raise ClientGoneError from None
+        return parse(body, model)
+
+    async def _score(self, account: Account, scorer: Scorer, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
+        """Scores given candidates when it is their turn."""
+        tokens = prompt_tokens(prompt) + sum(text_tokens(len(one.text)) for one in candidates)
+        with account.spending(tokens) as spending:
+            async with self._admission.turn(len(candidates), tokens):
+                try:
+                    scores = await scorer.score(prompt, candidates)
+                except ScoringError as error:
+                    self._metrics.observe_reward_failure("error")
+                    raise RewardError(f"The reward model failed: {error}. Try again.") from error
+            spending.tokens = scores.scored_tokens
+        return scores
 
     async def _complete(self, request: Request, asked: GenerationRequest, reply: Reply) -> Response:
         plan = asked.plan(self._settings)
         pipeline = self._lifecycle.pipeline
         _check_served(pipeline, asked.model, plan.reward_model)
-        run = partial(self._run, pipeline, plan)
+        run = partial(self._run, request.scope[ACCOUNT], pipeline, plan)
         if asked.stream:
             events = stream(run, reply, plan.best_of)
             return EventStream(await until_disconnect(request.receive, anext(events)), events)
         return _json(reply.whole(await until_disconnect(request.receive, run())))
 
     async def _run(
-        self, pipeline: BestOfN, plan: BestOfNRequest, on_candidate: Callable[[Outcome], None] | None = None
+        self,
+        account: Account,
+        pipeline: BestOfN,
+        plan: BestOfNRequest,
+        on_candidate: Callable[[Outcome], None] | None = None,
     ) -> BestOfNResult:
-        """Runs the plan and counts what becomes of it; `on_candidate` is there where the answer is streamed."""
-        with self._metrics.candidates(plan.best_of) as tally:
+        """Runs the plan when it is its turn, and counts what becomes of it.
 
-            def heard(outcome: Outcome) -> None:
-                tally(outcome)
-                if on_candidate is not None:
-                    on_candidate(outcome)
+        `on_candidate` is there where the answer is streamed.
+        """
+        tokens = requested_tokens(plan)
+        with account.spending(tokens) as spending:
+            async with self._admission.turn(plan.best_of, tokens, plan.deadline_s) as queued_s:
+                with self._metrics.candidates(plan.best_of) as tally:
 
-            result = await pipeline.run(plan, heard, growth=on_candidate is not None)
+                    def heard(outcome: Outcome) -> None:
+                        tally(outcome)
+                        if on_candidate is not None:
+                            on_candidate(outcome)
+
+                    try:
+                        result = await pipeline.run(plan, heard, growth=on_candidate is not None, queued_s=queued_s)
+                    except RewardError:
+                        self._metrics.observe_reward_failure("error")
+                        raise
+            spending.tokens = result.prompt_tokens + result.generated_tokens
         self._metrics.observe_answer(result)
+        note_tokens(TokenCost(result.prompt_tokens, result.generated_tokens, result.scored_tokens))
         return result
 
 
@@ -257,11 +333,16 @@ class EventStream(StreamingResponse):
 
 
 class _DocumentedApp(FastAPI):
-    """Adds to the OpenAPI document the models that the routes read and stream by hand."""
+    """Adds to the OpenAPI document the models that the routes read and stream by hand, and the keys."""
+
+    security: list[dict[str, Any]]
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            super().openapi()["components"]["schemas"].update(openapi.hand_read_schemas())
+            document = super().openapi()
+            document["components"]["schemas"].update(openapi.hand_read_schemas())
+            document["components"]["securitySchemes"] = openapi.SECURITY_SCHEMES
+            document["security"] = self.security
         return super().openapi()
 
 
@@ -280,20 +361,36 @@ def _json(reply: BaseModel, status: int = 200, headers: Mapping[str, str] | None
     return Response(reply.model_dump_json(exclude_unset=True), status, headers, media_type="application/json")
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
-    headers: Mapping[str, str] | None = None
-    if isinstance(error, NbestError):
-        told, status = error, http_status(error)
-        if isinstance(error, OverloadedError):
-            headers = {"Retry-After": f"{math.ceil(error.retry_after_s)}"}
-        elif isinstance(error, NotReadyError):
-            headers = {"Retry-After": f"{NOT_READY_RETRY_AFTER_S}"}
-    elif isinstance(error, HTTPException):  # from the router: an unknown path, or a method that a path does not take
-        told = NotFoundError(f"{request.method} {request.url.path} is not served here; /openapi.json lists what is.")
-        status, headers = error.status_code, error.headers
-    else:  # raised on after the reply, so that the server behind this app logs it
-        told, status = NbestError(UNEXPECTED), HTTPStatus.INTERNAL_SERVER_ERROR
-    return _json(error_reply(told), status, headers)
+class ErrorReplies:
+    """Turns whatever was raised into a reply in OpenAI's envelope, and counts what was shed."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def __call__(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, NbestError):
+            return self.refusal(error)
+        if isinstance(error, HTTPException):  # from the router: an unknown path, or a method that a path does not take
+            told = error_reply(not_served(request.method, request.url.path))
+            return _json(told, error.status_code, error.headers)
+        # Raised on after the reply, so that the server behind this app logs it.
+        return _json(error_reply(NbestError(UNEXPECTED)), HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    def refusal(self, error: NbestError) -> Response:
+        headers = dict[str, str]()
+        match error:
+            case OverloadedError():
+                headers["Retry-After"] = f"{math.ceil(error.retry_after_s)}"
+                self._metrics.observe_shed(error.reason)
+            case NotReadyError():
+                headers["Retry-After"] = f"{NOT_READY_RETRY_AFTER_S}"
+            case AuthenticationError():
+                headers["WWW-Authenticate"] = "Bearer"
+            case ClientTimeoutError():
+                headers["Connection"] = "close"  # else the rest of the body would be waited for
+            case _:
+                pass
+        return _json(error_reply(error), http_status(error), headers)
 
 
 async def _on_client_gone(_: Request, __: Exception) -> Response:

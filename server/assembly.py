@@ -3,26 +3,63 @@
 import asyncio
 import importlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
+from reranker.scorers.base import Scorer
 from reranker.scorers.registry import Surroundings, make_scorers
 from reranker.scorers.spec import OWN_POLICY, RewardModelSpec, parse_all
 from server.config import Settings
 from server.generation.answering import GeneratorAsk
 from server.generation.base import Generator
+from server.generation.supervised import SupervisedGenerator
 from server.pipeline import BestOfN
 
 
 @asynccontextmanager
-async def start(settings: Settings, on_batch: Callable[[int, int], None] | None = None) -> AsyncIterator[BestOfN]:
+async def start(
+    settings: Settings,
+    on_batch: Callable[[int, int], None] | None = None,
+    on_restart: Callable[[float], None] | None = None,
+) -> AsyncIterator[BestOfN]:
     """Loads every model, yields the running pipeline, and frees everything on the way out.
 
-    `on_batch` hears the number of sequences and of padded tokens of every scoring batch. torch, transformers and vllm
-    are imported here and not before, so that the command line answers at once.
+    `on_batch` hears the number of sequences and of padded tokens of every scoring batch, `on_restart` the seconds
+    without an engine whenever one has died and the next is ready. torch, transformers and vllm are imported here and
+    not before, so that the command line answers at once.
     """
-    await asyncio.to_thread(_import_libraries, settings)
     own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
+    # The scorers first: a misspelt reward model is told in seconds, an engine takes half a minute.
+    async with (
+        started_scorers(settings, own_policy, on_batch) as scorers,
+        started_generator(settings, on_restart) as generator,
+    ):
+        own_policy.set_result(generator)
+        yield BestOfN(generator, scorers)
+
+
+@asynccontextmanager
+async def started_generator(
+    settings: Settings, on_restart: Callable[[float], None] | None = None
+) -> AsyncIterator[Generator]:
+    """The generator alone, until the block is left."""
+    if settings.generator == "vllm":
+        await asyncio.to_thread(_import_library, "server.generation.vllm_engine")
+    generator = await _generator(settings, on_restart)
+    try:
+        yield generator
+    finally:
+        await generator.close()
+
+
+@asynccontextmanager
+async def started_scorers(
+    settings: Settings, own_policy: Generator | Awaitable[Generator], on_batch: Callable[[int, int], None] | None = None
+) -> AsyncIterator[dict[str, Scorer]]:
+    """The scorers alone, by name, until the block is left; `own_policy` is there before the first judge asks it."""
+    if any(isinstance(spec, RewardModelSpec) for spec in parse_all(settings.reward_models).values()):
+        await asyncio.to_thread(_import_library, "reranker.scorers.reward_model")
     async with AsyncExitStack() as stack:
         surroundings = Surroundings(
             ask_model=lambda model: _judge(settings, model, own_policy, stack),
@@ -33,25 +70,17 @@ async def start(settings: Settings, on_batch: Callable[[int, int], None] | None 
             verifier_timeout_s=settings.verifier_timeout_s,
             on_batch=on_batch,
         )
-        # Before the generator: a misspelt reward model is told in seconds, an engine takes half a minute.
-        scorers = await make_scorers(settings.reward_models, surroundings, stack)
-        generator = await _generator(settings)
-        stack.push_async_callback(generator.close)
-        own_policy.set_result(generator)
-        yield BestOfN(generator, scorers)
+        yield await make_scorers(settings.reward_models, surroundings, stack)
 
 
-def _import_libraries(settings: Settings) -> None:
-    """Imports what the settings need of torch, transformers and vllm: for seconds, in which the loop must answer."""
+def _import_library(module: str) -> None:
+    """Imports a module of ours that brings torch, transformers or vllm: for seconds, in which the loop must answer."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else vLLM's memory binding is told at every start
-    if settings.generator == "vllm":
-        importlib.import_module("server.generation.vllm_engine")
-    if any(isinstance(spec, RewardModelSpec) for spec in parse_all(settings.reward_models).values()):
-        importlib.import_module("reranker.scorers.reward_model")
+    importlib.import_module(module)
 
 
 def _judge(
-    settings: Settings, model: str, own_policy: "asyncio.Future[Generator]", stack: AsyncExitStack
+    settings: Settings, model: str, own_policy: Generator | Awaitable[Generator], stack: AsyncExitStack
 ) -> GeneratorAsk:
     """The way to ask a judge; the served policy itself answers once it is there."""
     if model == OWN_POLICY:
@@ -64,13 +93,19 @@ def _judge(
     return GeneratorAsk(upstream)
 
 
-async def _generator(settings: Settings) -> Generator:
+async def _generator(settings: Settings, on_restart: Callable[[float], None] | None) -> Generator:
     name = settings.served_model_name or settings.model
     if settings.generator == "openai":
         from server.generation.openai_upstream import OpenAIGenerator
 
         key = settings.api_key.get_secret_value() if settings.api_key else None
         return OpenAIGenerator.connect(str(settings.base_url), key, model=name, upstream_model=settings.model)
+    if settings.ray:  # there Serve replaces the whole replica of an engine that has died
+        return await _engine(settings, name)
+    return await SupervisedGenerator.create(partial(_engine, settings, name), on_restart=on_restart)
+
+
+async def _engine(settings: Settings, name: str) -> Generator:
     from reranker.device import pick_device
     from reranker.prepared import resolve
     from server.generation.vllm_engine import VllmGenerator
@@ -84,5 +119,7 @@ async def _generator(settings: Settings) -> Generator:
         kv_cache_gib=settings.kv_cache_gib,
         block_size=settings.block_size,
         max_num_seqs=settings.max_num_seqs,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        on_ray=settings.ray,
         trust_remote_code=settings.trust_remote_code,
     )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+keys_app = typer.Typer(help="API keys of the server.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """For what is said to a person; results go to stdout."""
 
@@ -109,7 +111,12 @@ def serve(settings: Settings) -> None:
 
     require_models(settings)
     try:
-        launch.serve(settings, console)
+        if settings.ray:
+            from server import cluster
+
+            cluster.serve(settings, console)
+        else:
+            launch.serve(settings, console)
     except launch.StartError as error:
         raise CommandError(str(error)) from error
 
@@ -149,6 +156,166 @@ def prepare(
             typer.echo(prepared.prepare(name))
     except prepared.PreparationError as error:
         raise CommandError(str(error)) from error
+
+
+@keys_app.command("new")
+def new_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; letters, digits, - and _.")],
+    file: Annotated[Path, typer.Option("--file", help="TOML file to append it to; made if it is not there.")] = Path(
+        "keys.toml"
+    ),
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Requests a minute; default: any.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Tokens a minute; default: any.")] = None,
+    tokens_per_day: Annotated[int | None, typer.Option(min=1, help="Tokens a day; default: any.")] = None,
+) -> None:
+    """Make a key, print it once, and append its hash and budgets to the file.
+
+    A server started with --keys-file takes it within a second.
+    """
+    from server import auth
+
+    budgets = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "tokens_per_day": tokens_per_day,
+    }
+    typer.echo(auth.new_key(file, name, **budgets))
+    console.print(f"This is the only time the key is shown; {file} has its hash under {name}.")
+
+
+_Input = Annotated[
+    str, typer.Argument(metavar="IN", help="JSON lines, a Parquet table, an OpenAI batch file; - is stdin.")
+]
+_RunOut = Annotated[Path, typer.Option("--out", help="Directory for the results; a run that stopped goes on there.")]
+_InFlight = Annotated[
+    int | None, typer.Option(min=1, help="Candidates under way at once; default: 1.5 times --max-num-seqs.")
+]
+_AcceptChanges = Annotated[
+    bool, typer.Option("--accept-changes", help="Go on although models or sampling are not those of the beginning.")
+]
+_RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try the lines of failed.jsonl again.")]
+
+
+@app.command()
+@with_settings
+def batch(
+    settings: Settings,
+    source: _Input,
+    out: _RunOut,
+    best_of: Annotated[int | None, typer.Option(min=1, help="Candidates for a line that does not say.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a candidate, likewise.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, max=2.0, help="Temperature, likewise.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus, likewise.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The run's seed, from which every line gets its own.")] = 0,
+    in_flight: _InFlight = None,
+    accept_changes: _AcceptChanges = False,
+    retry_failed: _RetryFailed = False,
+) -> None:
+    """Answer every line of a file with the best of N.
+
+    Writes results.jsonl, failed.jsonl and a summary to OUT. Stopped or killed at any moment, the same command goes on.
+    docs/offline.md tells what a line may hold. Settings of the HTTP server have no effect here.
+    """
+    given = {"best_of": best_of, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    defaults = {name: value for name, value in given.items() if value is not None}
+    most = max(settings.max_best_of, best_of or 1)
+    _offline(
+        "batch",
+        settings.model_copy(update={"max_best_of": most}),
+        source=source,
+        out=out,
+        seed=seed,
+        defaults=defaults,
+        in_flight=in_flight,
+        accept_changes=accept_changes,
+        retry_failed=retry_failed,
+    )
+
+
+@app.command()
+@with_settings
+def rerank(
+    settings: Settings,
+    source: _Input,
+    out: _RunOut,
+    in_flight: _InFlight = None,
+    accept_changes: _AcceptChanges = False,
+    retry_failed: _RetryFailed = False,
+) -> None:
+    """Score the candidates that every line of a file brings, and choose among them.
+
+    A results.jsonl is such a file too. Only the reward models are loaded; settings of the policy have no effect here.
+    """
+    _offline(
+        "rerank",
+        settings,
+        source=source,
+        out=out,
+        in_flight=in_flight,
+        accept_changes=accept_changes,
+        retry_failed=retry_failed,
+    )
+
+
+def _offline(command: str, settings: Settings, **options: Any) -> None:
+    from server import batch as offline
+    from server.doctor import require_models
+    from server.launch import kill_children
+    from server.offline.errors import OfflineError
+
+    if command == "batch":
+        require_models(settings)
+    run = {"batch": offline.batch, "rerank": offline.rerank}[command]
+    try:
+        run(settings, offline.BatchOptions(**options), console)
+    except OfflineError as error:
+        raise CommandError(f"{error}.") from error
+    except offline.RunInterruptedError as error:
+        console.print(str(error), style="yellow")
+        raise typer.Exit(128 + error.number) from error
+    finally:
+        kill_children()
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of nbest batch or nbest rerank.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write; FILE.card.md tells where its rows come from.")],
+    form_of_rows: Annotated[
+        Literal["sft", "preference", "raw"],
+        typer.Option("--format", help="sft: the winners; preference: pairs; raw: every candidate."),
+    ],
+    pairs: Annotated[
+        Literal["best-worst", "best-random", "all"], typer.Option(help="Which candidates make pairs.")
+    ] = "best-worst",
+    form: Annotated[
+        Literal["as-asked", "conversational", "plain"],
+        typer.Option(help="Messages, text, or each prompt as it was asked."),
+    ] = "as-asked",
+    min_reward: Annotated[
+        float | None, typer.Option(help="Least reward of a completion, or of the chosen one.")
+    ] = None,
+    min_margin: Annotated[float | None, typer.Option(min=0.0, help="Least difference of a pair's rewards.")] = None,
+    keep_duplicates: Annotated[bool, typer.Option("--keep-duplicates", help="Keep rows of the same texts.")] = False,
+    balance_length: Annotated[
+        bool, typer.Option("--balance-length", help="As many pairs with the longer text chosen as with the shorter.")
+    ] = False,
+    top_fraction: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of the rows to keep, of the highest reward.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the random one of best-random.")] = 0,
+) -> None:
+    """Make training data of the results: files that TRL's trainers load."""
+    from server.offline.errors import OfflineError
+    from server.offline.export import ExportOptions, run_export
+    from server.offline.filters import Filters
+
+    filters = Filters(min_reward, min_margin, keep_duplicates, balance_length, top_fraction)
+    try:
+        counts = run_export(directory, out, ExportOptions(form_of_rows, pairs, form, filters, seed))
+    except OfflineError as error:
+        raise CommandError(f"{error}.") from error
+    console.print(f"{counts['written']:,} of {counts['rows']:,} rows in {out}.")
 
 
 @app.command()

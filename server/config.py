@@ -60,6 +60,30 @@ def _checked_specs(specs: dict[str, str]) -> dict[str, str]:
     return specs
 
 
+_REPLICAS = "A number, or MIN-MAX to have as many as the load needs."
+
+
+def _checked_replicas(replicas: str) -> str:
+    replica_range(replicas)
+    return replicas
+
+
+def replica_range(replicas: str) -> tuple[int, int]:
+    """The fewest and the most replicas: N is both of them, MIN-MAX leaves the number to the load.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    fewest, dash, most = replicas.partition("-")
+    most = most if dash else fewest
+    if not (fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most)):
+        raise ValueError("should read N or MIN-MAX with 1 <= MIN <= MAX, such as 2 or 1-4")
+    return int(fewest), int(most)
+
+
+Replicas = Annotated[str, BeforeValidator(str), AfterValidator(_checked_replicas)]
+
+
 class Settings(BaseSettings):
     """Everything about a server that is not said in a request. The unit is in the name.
 
@@ -115,6 +139,44 @@ class Settings(BaseSettings):
     default_best_of: int = Field(default=4, ge=1, description="Candidates drawn when a request does not say.")
     max_best_of: int = Field(default=64, ge=1, description="Most candidates one request may ask for.")
     max_body_bytes: int = Field(default=2_000_000, ge=1, description="Largest request body.")
+    max_header_bytes: int = Field(default=16_384, ge=256, description="Largest request line and headers together.")
+    max_concurrent_requests: int = Field(
+        default=256,
+        ge=1,
+        description="Requests of /v1 under way at once, those whose body still arrives included; more get 429.",
+    )
+    client_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Longest time a client may take to send its headers, to send its body, or to accept what is sent.",
+    )
+    max_running_candidates: int | None = Field(
+        default=None, ge=1, description="Candidates under way at once; default: max_num_seqs."
+    )
+    max_queued_candidates: int | None = Field(
+        default=None,
+        ge=0,
+        description="Candidates of requests that wait their turn; more get 429. Default: half of those that may run.",
+    )
+    max_queued_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that waiting requests may ask for; default: 2048 for each candidate that may wait.",
+    )
+    keys_file: Path | None = Field(
+        default=None,
+        description="TOML file of API keys and their budgets, from `nbest keys new`; without it no key is asked for.",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address to listen on for metrics, with --metrics-port."
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port of its own for /metrics, which the main one then does not serve, and, without a key, for "
+        "/ready and /health.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="Where models run; auto takes CUDA if present.",
@@ -138,6 +200,7 @@ class Settings(BaseSettings):
         description="Tokens a key-value block; small blocks share more of the prompt.",
     )
     max_num_seqs: int = Field(default=128, ge=1, description="Candidates the engine advances at once.")
+    tensor_parallel_size: int = Field(default=1, ge=1, description="Devices over which the engine splits the policy.")
     score_batch_tokens: int = Field(
         default=4096,
         ge=1,
@@ -149,11 +212,43 @@ class Settings(BaseSettings):
         description="Longest wait of a candidate for others to score with.",
     )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a model. Leave it off.")
-    shutdown_grace_s: int = Field(
-        default=10, ge=0, description="Longest wait for requests under way when the server is stopped."
+    drain_s: float = Field(
+        default=10.0, ge=0, description="Longest wait for requests under way when the server is stopped, in seconds."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="warning", description="Least severe message that is logged; info adds a line per HTTP request."
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, or one JSON object each for machines."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="OpenTelemetry collector that traces go to, OTLP over HTTP, such as http://127.0.0.1:4318; "
+        "without one nothing is traced.",
+    )
+    trace_sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="Share of the traces begun here that are kept, with --otlp-endpoint."
+    )
+
+    ray: bool = Field(default=False, description="Run generator, scorers and router as replicas on Ray Serve.")
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Ray cluster to join, HOST:PORT or auto for the one of this machine; default: a new one here.",
+    )
+    generator_replicas: Replicas = Field(default="1", description=f"Engines on Ray. {_REPLICAS}")
+    generator_cpus: float = Field(default=1, ge=0, description="CPU cores reserved on Ray for each engine's replica.")
+    generator_gpus: float = Field(
+        default=0, ge=0, description="GPUs reserved on Ray for each device of an engine; 1 to serve from GPUs."
+    )
+    scorer_replicas: Replicas = Field(default="1", description=f"Processes on Ray that hold all scorers. {_REPLICAS}")
+    scorer_cpus: float = Field(default=1, ge=0, description="CPU cores reserved on Ray for each scorer replica.")
+    scorer_gpus: float = Field(
+        default=0, ge=0, description="GPUs, or a share of one, reserved on Ray for each scorer replica."
+    )
+    router_replicas: Replicas = Field(
+        default="1", description=f"Processes on Ray that hold the HTTP application. {_REPLICAS}"
     )
 
     @model_validator(mode="after")
@@ -167,6 +262,12 @@ class Settings(BaseSettings):
             raise ValueError("generator openai needs the server's address; give --base-url https://HOST/v1")
         if self.generator == "vllm" and self.base_url is not None:
             raise ValueError("base_url is only used by --generator openai; add that or leave base_url out")
+        if self.ray_address is not None and not self.ray:
+            raise ValueError("ray_address is only used on Ray; add --ray or leave ray_address out")
+        if self.ray and self.metrics_port is not None:
+            raise ValueError("metrics_port is not served on Ray; leave it out, /metrics stands on the main port there")
+        if self.metrics_port == self.port:
+            raise ValueError(f"metrics_port and port are both {self.port}; choose another for one of them")
         elsewhere = [
             name
             for name, spec in self.reward_models.items()

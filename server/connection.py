@@ -1,16 +1,18 @@
-"""What happens to a request as a connection, whichever route it takes: it is counted, and it may be cut.
+"""What happens to a request as a connection, whichever route it takes: it is recorded, and it may be cut.
 
 A client that has hung up wants nothing any more: its work is cancelled, down to the candidates in the engine. All of
 this is plain ASGI, so that streams pass through untouched.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from http import HTTPStatus
 from typing import Any, TypeVar
 
 from server.errors import NotReadyError
+from server.logs import log_access
 from server.metrics import Metrics
+from server.request_record import UNKNOWN_ENDPOINT, open_record
 
 T = TypeVar("T")
 Scope = MutableMapping[str, Any]
@@ -53,8 +55,8 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-class RequestCounter:
-    """Middleware that counts requests by route and status."""
+class RequestRecorder:
+    """Middleware, the outermost: gives every request its record and its reply the id, counts it, and logs its end."""
 
     def __init__(self, app: App, metrics: Metrics) -> None:
         self._app = app
@@ -64,16 +66,29 @@ class RequestCounter:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status: int = HTTPStatus.INTERNAL_SERVER_ERROR  # unless a response begins
+        started_s = time.perf_counter()
+        record = open_record(scope["method"], header(scope, b"x-request-id"))
 
         async def noted(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
             await send(message)
 
         try:
             await self._app(scope, receive, noted)
         finally:
-            route = scope.get("route")
-            self._metrics.observe_request(route.path if route else "unknown", int(status))
+            record.endpoint = endpoint_of(scope)
+            self._metrics.observe_request(record.endpoint, record.status)
+            log_access(record, time.perf_counter() - started_s)
+
+
+def endpoint_of(scope: Scope) -> str:
+    """The route that took the request, never a raw path: clients can neither add series nor have their words logged."""
+    route = scope.get("route")
+    return route.path if route else UNKNOWN_ENDPOINT
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The request's first header of that name, which is in small letters."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)

@@ -38,6 +38,7 @@ from reranker.scorers.spec import (
     parse_all,
 )
 from reranker.scorers.verifier import is_there
+from server.auth import read_keys
 from server.config import ConfigError, Settings, unknown_variables
 from server.launch import listen
 
@@ -82,7 +83,8 @@ def examine(settings: Settings) -> Report:
         *check_machine(settings),
         *check_prepared(),
         *check_models(settings),
-        *check_port(settings),
+        *check_ports(settings),
+        *check_keys(settings),
         *check_environment(os.environ),
     ]
     return Report(tuple(findings))
@@ -260,15 +262,31 @@ def require_models(settings: Settings) -> None:
         raise ConfigError("\n".join(f"The {one.subject} {one.found}; {one.remedy}." for one in missing))
 
 
-def check_port(settings: Settings) -> Iterator[Finding]:
-    """Whether the address can be listened on."""
+def check_ports(settings: Settings) -> Iterator[Finding]:
+    """Whether the addresses can be listened on."""
+    addresses = {"port": (settings.host, settings.port)}
+    if settings.metrics_port is not None:
+        addresses["metrics port"] = (settings.metrics_host, settings.metrics_port)
+    for subject, (host, port) in addresses.items():
+        try:
+            listen(host, port).close()
+        except ConfigError as error:
+            wrong, _, way_out = str(error).rstrip(".").partition("; ")
+            yield Finding(subject, wrong, "problem", way_out)
+        else:
+            yield Finding(subject, f"{host}:{port} is free")
+
+
+def check_keys(settings: Settings) -> Iterator[Finding]:
+    """Whether the file of API keys can be read."""
+    if settings.keys_file is None:
+        yield Finding("keys", "none is asked for")
+        return
     try:
-        listen(settings.host, settings.port).close()
+        yield Finding("keys", f"{len(read_keys(settings.keys_file))} in {settings.keys_file}")
     except ConfigError as error:
-        wrong, _, way_out = str(error).rstrip(".").partition("; ")
-        yield Finding("port", wrong, "problem", way_out)
-    else:
-        yield Finding("port", f"{settings.host}:{settings.port} is free")
+        wrong, _, way_out = str(error).rstrip(".").rpartition("; ")
+        yield Finding("keys", wrong, "problem", way_out)
 
 
 def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:

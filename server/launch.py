@@ -3,7 +3,7 @@
 The port is taken before any model is loaded: a port in use is told at once, and the HTTP server answers from then on.
 A signal while the models are loading ends everything on the spot: there is no work to finish, and neither an import nor
 the thread that waits for the engine could be interrupted otherwise. Once they are loaded a signal lets the requests
-under way finish, and closes the engine.
+under way finish (server/draining.py), and closes the engine.
 
 Ctrl-C in a terminal goes to every process of ours. The engine's must not act on it, or it would be gone before the
 requests are finished; a process is born with the signals blocked that the thread which starts it has blocked.
@@ -11,6 +11,7 @@ requests are finished; a process is born with the signals blocked that the threa
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -22,21 +23,37 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from multiprocessing import resource_tracker
 from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import uvicorn
 from rich.console import Console
 
-from server import assembly
+from server import assembly, logs
 from server.app import create_app
 from server.config import ConfigError, Settings
+from server.draining import DrainingServer
+from server.http_protocol import bounded_by
 from server.metrics import Metrics
 from server.pipeline import BestOfN
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 BACKLOG = 2048
 """Connections that may wait to be accepted; uvicorn's own default."""
 
+RESOURCE_TRACKER = "from multiprocessing.resource_tracker import main"
+"""How the program of multiprocessing's own process begins."""
+
+OPEN_TO_ALL = (
+    "Warning: whoever reaches this address may use the server; make keys with `nbest keys new` and give --keys-file, "
+    "or listen on 127.0.0.1."
+)
+
 log = logging.getLogger("nbest")
+
+Started = TypeVar("Started")
 
 
 class StartError(Exception):
@@ -50,9 +67,14 @@ def serve(settings: Settings, console: Console) -> None:
         ConfigError: the address cannot be listened on.
         StartError: a model could not be loaded or the engine did not start.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    console = prepared_console(settings, console)
     listener = listen(settings.host, settings.port)
+    listeners = [listener]
+    if settings.metrics_port is not None:
+        listeners.append(listen(settings.metrics_host, settings.metrics_port))
+    warn_if_open_to_all(settings, listener, console)
     metrics = Metrics()
+    tracing = tracing_of(settings)
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -60,28 +82,60 @@ def serve(settings: Settings, console: Console) -> None:
         server.should_exit = True
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        started = assembly.start(settings, metrics.observe_batch)
+        started = assembly.start(settings, metrics.observe_batch, metrics.observe_restart)
+        if tracing is not None:
+            started = tracing.over(started)
         return announced(started, settings, f"http://{address_of(listener)}", console)
 
-    server = uvicorn.Server(
+    app = create_app(
+        start,
+        settings,
+        metrics,
+        on_start_failure=stop,
+        trace_requests=tracing.requests if tracing is not None else None,
+    )
+    server = DrainingServer(
         uvicorn.Config(
-            create_app(start, settings, metrics, on_start_failure=stop),
+            app,
             loop="uvloop",
-            http="httptools",
+            http=bounded_by(settings),
             ws="none",
             lifespan="on",
+            log_config=None,
             log_level=settings.log_level,
+            access_log=False,  # the app writes a line of its own
             server_header=False,
-            timeout_graceful_shutdown=settings.shutdown_grace_s,
-        )
+        ),
+        drain_s=settings.drain_s,
+        refuse=app.state.drain,
     )
     try:
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     finally:
         kill_children()
     if failures:
         log.info("The server did not start.", exc_info=failures[0])
         raise StartError(f"The server did not start: {failures[0]}") from failures[0]
+
+
+def prepared_console(settings: Settings, console: Console) -> Console:
+    """Sets up the log lines; the console is a silent one where people's words would be in a machine's way."""
+    logs.configure(settings.log_level, settings.log_format)
+    return Console(quiet=True) if settings.log_format == "json" else console
+
+
+def warn_if_open_to_all(settings: Settings, listener: socket.socket, console: Console) -> None:
+    if settings.keys_file is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        console.print(OPEN_TO_ALL, style="yellow")
+
+
+def tracing_of(settings: Settings) -> "Tracing | None":
+    """The traces that the settings ask for, if they do."""
+    if settings.otlp_endpoint is None:
+        return None  # and OpenTelemetry is not even imported
+    from server.tracing import Tracing
+
+    return Tracing.to_collector(settings.otlp_endpoint, settings.trace_sample_ratio)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -111,21 +165,33 @@ def address_of(listener: socket.socket) -> str:
 async def announced(
     started: AbstractAsyncContextManager[BestOfN], settings: Settings, url: str, console: Console
 ) -> AsyncIterator[BestOfN]:
-    """Shows that the models are loading, then what is served, where, and one command to try it with."""
+    """`loaded`, and then what is served, where, and one command to try it with."""
+    models = f"{settings.model} and {', '.join(settings.reward_models)}"
+    async with loaded(started, models, console) as best_of_n:
+        log.info("Serving %s at %s.", settings.model, url)
+        console.print(invitation(settings, url))
+        yield best_of_n
+
+
+@asynccontextmanager
+async def loaded(
+    started: AbstractAsyncContextManager[Started], models: str, console: Console
+) -> AsyncIterator[Started]:
+    """Shows that these models are loading, which a signal ends on the spot; later ones are the caller's to heed."""
     # It would tell of the shared memory it frees after killed processes as if that were a mistake.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     resource_tracker.ensure_running()  # now: in the thread that first needs it, it would leave SIGINT unblocked
     block_ctrl_c = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=block_ctrl_c))
     begun_s = time.perf_counter()
-    loading = f"Loading {settings.model} and {', '.join(settings.reward_models)} …"
+    loading = f"Loading {models} …"
     if not console.is_terminal:
         console.print(loading)
     async with contextlib.AsyncExitStack() as stack:
         with console.status(loading) as status, ended_by_signals(status.stop):
-            best_of_n = await stack.enter_async_context(started)
-        console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.\n{invitation(best_of_n, settings, url)}")
-        yield best_of_n
+            opened = await stack.enter_async_context(started)
+        console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.")
+        yield opened
 
 
 @contextlib.contextmanager
@@ -145,11 +211,11 @@ def ended_by_signals(before_the_end: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def invitation(best_of_n: BestOfN, settings: Settings, url: str) -> str:
+def invitation(settings: Settings, url: str) -> str:
     """What is served, and a request to copy."""
-    model = best_of_n.generator.model
+    model = settings.served_model_name or settings.model
     return f"""\
-Serving {model}, best of {settings.default_best_of} by {next(iter(best_of_n.scorers))}, at {url}
+Serving {model}, best of {settings.default_best_of} by {next(iter(settings.reward_models))}, at {url}
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
     "model": "{model}", "best_of": {settings.default_best_of}, "max_tokens": 40,
@@ -161,9 +227,10 @@ Ctrl-C stops it."""
 def kill_children() -> None:
     """Kills every process below this one, but for multiprocessing's resource tracker.
 
-    That one ends by itself with us, and frees the shared memory that the others leave.
+    That one ends by itself with us, and frees the shared memory that the others leave. It is told by what it runs: the
+    word alone can stand in the command line of any child, by way of PYTHONWARNINGS.
     """
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if not any("resource_tracker" in argument for argument in child.cmdline()):
+            if not any(argument.startswith(RESOURCE_TRACKER) for argument in child.cmdline()):
                 child.kill()

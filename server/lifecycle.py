@@ -31,6 +31,7 @@ class Lifecycle:
         self._on_start_failure = on_start_failure
         self._pipeline: BestOfN | None = None
         self._failure: Exception | None = None
+        self._draining = False
         self._stopping = asyncio.Event()
 
     @property
@@ -40,15 +41,19 @@ class Lifecycle:
         Raises:
             NotReadyError: it is starting, stopping or failed to start; the message tells which.
         """
-        if self._pipeline is not None:
+        if self._pipeline is not None and not self._draining:
             return self._pipeline
         if self._failure is None:
-            state = "stopping" if self._stopping.is_set() else "starting"
+            state = "stopping" if self._draining or self._stopping.is_set() else "starting"
             raise NotReadyError(f"The engine is {state}; try again in a few seconds.")
         reason = (
             self._failure.message if isinstance(self._failure, NbestError) else "The reason is in the server's log."
         )
         raise NotReadyError(f"The engine failed to start. {reason}")
+
+    def drain(self) -> None:
+        """Refuses new work from now on; what is under way has its pipeline already."""
+        self._draining = True
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -6,14 +6,15 @@ a client that hangs up, a deadline and an answer are all counted by the same few
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from reranker.candidate import FailedCandidate
-from server.errors import BadRequestError, NotReadyError
+from server.errors import BadRequestError, NotReadyError, ShedReason
 from server.generation.base import Outcome
 from server.pipeline import BestOfNResult
 
@@ -21,6 +22,7 @@ SECONDS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 REWARDS = (-10, -5, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 5, 10)
 """Reward models are trained to about unit spread, and some answer in tens."""
 REWARD_GAINS = (0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)
+REQUEST_TOKENS = (16, 64, 256, 1024, 4096, 16384, 65536)
 BATCH_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128)
 BATCH_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -45,10 +47,45 @@ class Metrics:
             "outcome",
         )
         self._ends = {outcome: candidates.labels(outcome) for outcome in ("completed", "failed", "cancelled")}
-        self._in_flight = Gauge(
+        self._in_flight = self._gauge(
             "nbest_candidates_in_flight",
             "Candidates asked of the engine that have not ended: started - nbest_candidates_total. Count.",
+        )
+        self._running = self._gauge(
+            "nbest_admitted_candidates", "Candidates of admitted requests, generating or scoring. Count."
+        )
+        self._queued = self._gauge("nbest_queued_candidates", "Candidates of requests that wait their turn. Count.")
+        self._queued_tokens = self._gauge(
+            "nbest_queued_tokens",
+            "Most tokens that waiting requests may cost: prompt + candidates * max_tokens, estimated. Tokens.",
+        )
+        self._shed = self._counter(
+            "nbest_shed",
+            "Requests refused with 429, by reason: queue, connections, requests_budget, tokens_budget, or generator "
+            "where an upstream server refused. Count.",
+            "reason",
+        )
+        self._ready = Gauge(
+            "nbest_ready",
+            "Whether a request would be answered, 1 or 0, as of this scrape. Count.",
             registry=self.registry,
+        )
+        self._answers = self._counter(
+            "nbest_answers",
+            "Completions answered, by what ordered the candidates and what ended the wait for them. Count.",
+            "ranked_by",
+            "stopped_by",
+        )
+        self._reward_failures = self._counter(
+            "nbest_reward_failures",
+            "Requests whose reward model gave no reward at all, by what became of them: an error, or an answer ordered "
+            "by logprob or as drawn (first). A deadline that left no time for rewards is none. Count.",
+            "ended_as",
+        )
+        for ended_as in ("error", "logprob", "first"):
+            self._reward_failures.labels(ended_as)  # from 0 on, so that the first one is a rise
+        self._prompt_tokens = self._counter(
+            "nbest_prompt_tokens", "Tokens of the prompts, once a request, of requests that were answered. Tokens."
         )
         self._generated_tokens = self._counter(
             "nbest_generated_tokens", "Tokens of completed candidates, winners and losers alike. Tokens."
@@ -58,9 +95,17 @@ class Metrics:
             "Tokens the scorers read, prompt and candidate, a shared prompt once; of requests that were answered. "
             "Tokens.",
         )
+        self._engine_restarts = self._counter(
+            "nbest_engine_restarts", "Engines that were started in place of one that had died. Count."
+        )
+        self._engine_recovery_s = self._histogram(
+            "nbest_engine_recovery_seconds",
+            "Death of an engine, as noticed, to the next one being ready. Seconds.",
+            SECONDS,
+        )
         self._queue_s = self._histogram(
             "nbest_queue_seconds",
-            "Arrival at the pipeline to the first candidate under way, a request. Seconds.",
+            "Waiting for admission and until the first candidate is under way, a request. Seconds.",
             SECONDS,
         )
         self._generate_s = self._histogram(
@@ -71,8 +116,21 @@ class Metrics:
             "Time in which at least one scorer call was out, a request; overlaps with generating. Seconds.",
             SECONDS,
         )
+        self._select_s = self._histogram("nbest_select_seconds", "The selection alone, a request. Seconds.", SECONDS)
         self._request_s = self._histogram(
-            "nbest_request_seconds", "Arrival at the pipeline to the selection, an answered request. Seconds.", SECONDS
+            "nbest_request_seconds", "Waiting for admission to the selection, an answered request. Seconds.", SECONDS
+        )
+        self._candidate_s = self._histogram(
+            "nbest_request_candidate_seconds",
+            "What an answered request cost the engine: seconds that its candidates were under way, added up. Seconds.",
+            SECONDS,
+        )
+        self._request_tokens = self._histogram(
+            "nbest_request_tokens",
+            "What an answered request cost in tokens: of its prompt, generated by all completed candidates, scored. "
+            "Tokens.",
+            REQUEST_TOKENS,
+            "kind",
         )
         self._batch_sequences = self._histogram(
             "nbest_score_batch_sequences", "Sequences computed together in one scoring batch. Count.", BATCH_SEQUENCES
@@ -98,15 +156,35 @@ class Metrics:
         """Follows the candidates of one request; `with metrics.candidates(n) as heard: pipeline.run(..., heard)`."""
         return CandidateTally(best_of, self._in_flight, self._ends, self._generated_tokens)
 
+    def observe_ready(self, ready: bool) -> None:
+        self._ready.set(ready)
+
+    def observe_reward_failure(self, ended_as: str) -> None:
+        """A request got no reward at all: it ended as an `error`, or ranked by `logprob` or `first`."""
+        self._reward_failures.labels(ended_as).inc()
+
     def observe_answer(self, result: BestOfNResult) -> None:
-        """Takes the durations, scored tokens and rewards of a request that was answered."""
+        """Takes the durations, tokens and rewards of a request that was answered."""
         self._queue_s.observe(result.timings.queue)
         self._generate_s.observe(result.timings.generate)
         self._score_s.observe(result.timings.score)
+        self._select_s.observe(result.timings.select)
         self._request_s.observe(result.timings.total)
+        self._candidate_s.observe(result.candidate_s)
+        tokens = {
+            "prompt": result.prompt_tokens,
+            "generated": result.generated_tokens,
+            "scored": result.scored_tokens,
+        }
+        for kind, num_tokens in tokens.items():
+            self._request_tokens.labels(kind).observe(num_tokens)
+        self._prompt_tokens.inc(result.prompt_tokens)
         self.observe_scored_tokens(result.scored_tokens)
+        self._answers.labels(result.ranked_by, result.stopped_by).inc()
         winner = result.selection.winner
         rewards = [one.reward for one in result.selection.ranking if math.isfinite(one.reward)]
+        if result.reward_model is not None and not rewards and result.stopped_by != "deadline":
+            self.observe_reward_failure(result.ranked_by)
         if math.isfinite(winner.reward):
             self._winner_reward.labels(result.reward_model).observe(winner.reward)
             self._reward_gain.labels(result.reward_model).observe(winner.reward - sum(rewards) / len(rewards))
@@ -119,6 +197,21 @@ class Metrics:
         self._batch_sequences.observe(num_sequences)
         self._batch_tokens.observe(num_tokens)
 
+    def observe_restart(self, recovery_s: float) -> None:
+        """An engine is ready again, `recovery_s` after the last one died."""
+        self._engine_restarts.inc()
+        self._engine_recovery_s.observe(recovery_s)
+
+    def observe_admission(self, running_candidates: int, queued_candidates: int, queued_tokens: int) -> None:
+        """The line for admission has moved."""
+        self._running.set(running_candidates)
+        self._queued.set(queued_candidates)
+        self._queued_tokens.set(queued_tokens)
+
+    def observe_shed(self, reason: ShedReason) -> None:
+        """One request was refused with 429."""
+        self._shed.labels(reason).inc()
+
     def observe_request(self, endpoint: str, status: int) -> None:
         """One HTTP request ended; `endpoint` is a route, never a raw path, so that clients cannot add series."""
         self._requests.labels(endpoint, str(status)).inc()
@@ -130,8 +223,33 @@ class Metrics:
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(name, documentation, labels, registry=self.registry)
 
+    def _gauge(self, name: str, documentation: str) -> Gauge:
+        return Gauge(name, documentation, registry=self.registry)
+
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, documentation, labels, buckets=buckets, registry=self.registry)
+
+
+def merged(expositions: Mapping[str, bytes]) -> bytes:
+    """The expositions of several processes as one; the label `replica` tells where each series was counted."""
+    families: dict[str, Metric] = {}
+    for replica, exposition in expositions.items():
+        for family in text_string_to_metric_families(exposition.decode()):
+            same = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                same.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    return generate_latest(_Collected(list(families.values())))
+
+
+class _Collected(CollectorRegistry):
+    """Families that were collected elsewhere."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        super().__init__()
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
 
 
 class CandidateTally:

@@ -13,6 +13,15 @@ from server.wire import Wire
 REFERENCE = "#/components/schemas/{model}"
 
 
+SECURITY_SCHEMES = {"key": {"type": "http", "scheme": "bearer", "description": "A key from `nbest keys new`."}}
+PROMETHEUS_TEXT = {"description": "Prometheus text exposition", "content": {"text/plain": {}}}
+
+
+def security(*, required: bool) -> list[dict[str, Any]]:
+    """Whether requests need a key."""
+    return [{"key": []}] if required else [{}, {"key": []}]
+
+
 def hand_read_schemas() -> dict[str, Any]:
     """The JSON schemas that `takes` and `replies` refer to, by name."""
     _, document = models_json_schema(
@@ -35,17 +44,19 @@ def takes(model: type[Wire]) -> dict[str, Any]:
 
 
 def replies(
-    model: type[BaseModel], *errors: int, chunk: type[BaseModel] | None = None
+    model: type[BaseModel], *statuses: int, chunk: type[BaseModel] | None = None, needs_key: bool = True
 ) -> dict[int | str, dict[str, Any]]:
     """A reply of this model, with `stream` events that each hold a chunk, and these errors in OpenAI's envelope."""
     answer: dict[str, Any] = {"model": model, "description": "The answer"}
     if chunk is not None:
         answer["description"] = "The answer; with stream: true, events that each hold a chunk, then [DONE]"
         answer["content"] = {"text/event-stream": {"schema": _event_of(chunk)}}
-    documented: dict[int | str, dict[str, Any]] = {200: answer}
-    for status in errors:
-        documented[status] = {"model": ErrorReply, "description": HTTPStatus(status).phrase}
-    return documented
+    return {200: answer, **errors(*statuses, *([401] if needs_key else []))}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Replies in OpenAI's envelope."""
+    return {status: {"model": ErrorReply, "description": HTTPStatus(status).phrase} for status in sorted(statuses)}
 
 
 def _event_of(chunk: type[BaseModel]) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class BestOfNRequest:
 class Timings:
     """Seconds of one request; generating and scoring overlap, so the parts do not add up to `total`.
 
-    `queue` ends when the first candidate is under way, `generate` is from then to the last candidate, `score` the time
-    in which at least one scorer call was out, `select` the selection alone.
+    `queue` is the wait for admission and until the first candidate is under way, `generate` is from then to the last
+    candidate, `score` the time in which at least one scorer call was out, `select` the selection alone.
     """
 
     queue: float
@@ -59,7 +59,8 @@ class BestOfNResult:
     completed + failed + cancelled = best_of. `ranked_by` tells what ordered the candidates: the reward or the votes for
     an answer, as the strategy does it, or what stood in for them: after a reward failure the fallback that the request
     asked for, where there is no answer to vote on the reward, and without one the order of drawing.
-    `reward_model` is None where the strategy asks none.
+    `reward_model` is None where the strategy asks none. `candidate_s` is what the request cost the engine: the seconds
+    that each candidate was under way, added up, whether it completed, failed or was cancelled.
     """
 
     selection: Selection
@@ -75,6 +76,7 @@ class BestOfNResult:
     generated_tokens: int
     scored_tokens: int
     prompt_tokens_cut: int
+    candidate_s: float
     timings: Timings
 
 
@@ -86,31 +88,41 @@ class BestOfN:
         self.scorers = scorers
 
     async def run(
-        self, request: BestOfNRequest, on_candidate: Callable[[Outcome], None] | None = None, *, growth: bool = True
+        self,
+        request: BestOfNRequest,
+        on_candidate: Callable[[Outcome], None] | None = None,
+        *,
+        growth: bool = True,
+        queued_s: float = 0.0,
     ) -> BestOfNResult:
         """Answers one request: each candidate is scored as soon as it has finished, while others are still written.
 
         `on_candidate` hears of every candidate that finishes or fails, and with `growth` for `best_of` 1 also of its
-        growth, which costs the engine a message a token.
+        growth, which costs the engine a message a token. `queued_s` is how long the request has waited for admission
+        before; it counts towards its deadline and its timings.
         Cancelling this coroutine cancels the candidates in the engine.
 
         Raises:
             server.errors.NbestError: see there.
         """
-        started_s = queued_s = generated_s = time.perf_counter()
+        began_s = generated_s = time.perf_counter()
+        arrived_s = began_s - queued_s
         scorer = None if request.strategy in WITHOUT_REWARDS else self.scorer(request.reward_model)
         scoring = Scoring(scorer, request.prompt)
         completed: list[Candidate] = []
         failed: list[FailedCandidate] = []
+        candidate_s = 0.0
         stopped_by: StoppedBy = "all"
         snapshots = growth and on_candidate is not None and request.best_of == 1
         sampling = sampling_for(scorer, request.sampling)
         generation = self.generator.generate(request.prompt, sampling, request.best_of, snapshots=snapshots)
-        deadline = asyncio.timeout(request.deadline_s)
+        deadline = asyncio.timeout(None if request.deadline_s is None else request.deadline_s - queued_s)
         try:
             async with deadline, generation:
-                queued_s = time.perf_counter()
+                began_s = generated_s = time.perf_counter()
                 async for outcomes in generation:
+                    previous_s, generated_s = generated_s, time.perf_counter()
+                    candidate_s += (request.best_of - len(completed) - len(failed)) * (generated_s - previous_s)
                     finished = [one for one in outcomes if isinstance(one, Candidate) and one.finish_reason]
                     scoring.start(finished)
                     completed += [as_asked(one, request.sampling) for one in finished]
@@ -118,7 +130,6 @@ class BestOfN:
                     if on_candidate is not None:
                         for outcome in outcomes:
                             on_candidate(as_asked(outcome, request.sampling))
-                    generated_s = time.perf_counter()
                 await scoring.finish()
         except TimeoutError:
             if not deadline.expired():  # somebody else's time was up
@@ -133,12 +144,13 @@ class BestOfN:
         choose = partial(_select, request, scoring, completed, stopped_by)
         ranking, ranked_by = await asyncio.to_thread(choose) if request.strategy in READ_TEXTS else choose()
         ended_s = time.perf_counter()
+        cancelled = request.best_of - len(completed) - len(failed)
         return BestOfNResult(
             selection=ranking,
             best_of=request.best_of,
             completed=len(completed),
             failed=len(failed),
-            cancelled=request.best_of - len(completed) - len(failed),
+            cancelled=cancelled,
             strategy=request.strategy,
             reward_model=scorer.name if scorer else None,
             ranked_by=ranked_by,
@@ -147,12 +159,13 @@ class BestOfN:
             generated_tokens=sum(one.num_tokens for one in completed),
             scored_tokens=scoring.scored_tokens,
             prompt_tokens_cut=scoring.prompt_tokens_cut,
+            candidate_s=candidate_s + cancelled * (selecting_s - generated_s),
             timings=Timings(
-                queue=queued_s - started_s,
-                generate=generated_s - queued_s,
+                queue=began_s - arrived_s,
+                generate=generated_s - began_s,
                 score=scoring.busy_s,
                 select=ended_s - selecting_s,
-                total=ended_s - started_s,
+                total=ended_s - arrived_s,
             ),
         )
 

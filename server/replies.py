@@ -101,12 +101,13 @@ class Reply(ABC):
             generated_tokens=result.generated_tokens,
             scored_tokens=result.scored_tokens,
             prompt_tokens_cut=result.prompt_tokens_cut,
+            candidate_s=result.candidate_s,
             kl_upper_bound=kl_upper_bound(result.best_of - result.failed),
             timings_s=TimingsReply.model_validate(result.timings, from_attributes=True),
         )
         if self._return_candidates:
             drawn = sorted(result.selection.ranking, key=lambda one: one.candidate.index)
-            reply.candidates = [_candidate(one) for one in drawn]
+            reply.candidates = [candidate_reply(one) for one in drawn]
         return reply
 
     def _chosen(self, result: BestOfNResult) -> enumerate[ScoredCandidate]:
@@ -212,7 +213,8 @@ def error_reply(error: NbestError) -> ErrorReply:
     return ErrorReply(error=ErrorBody(message=error.message, type=error.type, param=error.param, code=error.code))
 
 
-def _candidate(scored: ScoredCandidate) -> CandidateReply:
+def candidate_reply(scored: ScoredCandidate) -> CandidateReply:
+    """A candidate with its reward, as it is told."""
     candidate = scored.candidate
     return CandidateReply(
         index=candidate.index,

@@ -62,6 +62,10 @@ class NBestReply(BaseModel):
     prompt_tokens_cut: int = Field(
         description="Tokens of the prompt, the oldest, that the reward model left out to fit the longest candidate."
     )
+    candidate_s: float = Field(
+        description="What the request cost the engine: seconds that each candidate was under way, added up, whether it "
+        "completed, failed or was cancelled. Divided by timings_s.generate: how many ran side by side."
+    )
     kl_upper_bound: float = Field(
         description="log N - (N-1)/N nats with N = best_of - failed: the furthest the choice moves from the policy. "
         "Candidates cut off by a deadline count, since being fast is part of what was selected for."

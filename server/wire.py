@@ -99,12 +99,30 @@ def parse(body: bytes, model: type[Request]) -> Request:
     Raises:
         BadRequestError: it is not JSON, or not such a request; the message is for the client.
     """
+    return validated(parse_object(body, "body"), model)
+
+
+def parse_object(text: bytes, called: str) -> dict[str, Any]:
+    """The JSON object in a text, which errors call by that name.
+
+    Raises:
+        BadRequestError: it is not JSON, or something other than an object.
+    """
     try:
-        document = from_json(body, allow_inf_nan=False)
+        document = from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        raise BadRequestError(f"The body is not valid JSON: {error}.") from None
+        raise BadRequestError(f"The {called} is not valid JSON: {error}.") from None
     if not isinstance(document, dict):
-        raise BadRequestError("The body is not a JSON object; send an object with the fields of the request.")
+        raise BadRequestError(f"The {called} is not a JSON object; send an object with the fields of the request.")
+    return document
+
+
+def validated(document: dict[str, Any], model: type[Request]) -> Request:
+    """The request in a JSON object.
+
+    Raises:
+        BadRequestError: it is not such a request; the message is for the client.
+    """
     try:
         return model.model_validate(document)
     except ValidationError as error:

@@ -7,7 +7,7 @@ from typing import Self
 
 from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
 from reranker.scorers.base import Needs, Scores, ScoringError
-from server.errors import NbestError, NotReadyError
+from server.errors import EngineDiedError, NbestError, NotReadyError
 from server.generation.base import Outcome, Sampling
 
 
@@ -16,7 +16,7 @@ class ScriptedGenerator:
 
     One word is one token; a token's log-probability is -1 nat. Words come `word_delay_s` apart where growth is asked
     for. `refusal` is raised instead of starting. `cancelled` collects the indexes whose work was stopped before it
-    finished; `calls` what was asked.
+    finished; `calls` what was asked. `die` is the death of the engine under everything it does.
     """
 
     model = "scripted"
@@ -36,6 +36,8 @@ class ScriptedGenerator:
         self.cancelled: list[int] = []
         self.calls: list[tuple[Prompt, Sampling, int]] = []
         self.ready = True
+        self.closed = False
+        self.running: set[ScriptedGeneration] = set()
 
     def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> "ScriptedGeneration":
         self.calls.append((prompt, sampling, n))
@@ -47,6 +49,12 @@ class ScriptedGenerator:
 
     async def close(self) -> None:
         self.ready = False
+        self.closed = True
+
+    def die(self) -> None:
+        self.ready = False
+        for generation in self.running:
+            generation.fail(EngineDiedError("the scripted engine died"))
 
 
 class ScriptedGeneration:
@@ -60,18 +68,21 @@ class ScriptedGeneration:
         self._snapshots = snapshots
         self._awaited = set(range(n))  # neither ended nor cancelled, as far as the reader knows
         self._writers: dict[int, asyncio.Task[None]] = {}
-        self._outcomes: asyncio.Queue[Outcome | None] = asyncio.Queue()  # None: look again, one was cancelled
+        # None: look again, one was cancelled
+        self._outcomes: asyncio.Queue[Outcome | NbestError | None] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         await self._generator.check_ready()
         if self._generator.refusal is not None:
             raise self._generator.refusal
         self._writers = {index: asyncio.create_task(self._write(index)) for index in sorted(self._awaited)}
+        self._generator.running.add(self)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._generator.running.discard(self)
         for index in self._writers:
             await self.cancel(index)
 
@@ -80,7 +91,10 @@ class ScriptedGeneration:
             arrived = [await self._outcomes.get()]
             while not self._outcomes.empty():
                 arrived.append(self._outcomes.get_nowait())
-            outcomes = [one for one in arrived if one is not None and one.index in self._awaited]
+            for one in arrived:
+                if isinstance(one, NbestError):
+                    raise one
+            outcomes = [one for one in arrived if isinstance(one, Outcome) and one.index in self._awaited]
             self._awaited -= {one.index for one in outcomes if isinstance(one, FailedCandidate) or one.finish_reason}
             if outcomes:
                 yield outcomes
@@ -90,6 +104,9 @@ class ScriptedGeneration:
             self._generator.cancelled.append(index)
         self._awaited.discard(index)
         self._outcomes.put_nowait(None)
+
+    def fail(self, error: NbestError) -> None:
+        self._outcomes.put_nowait(error)
 
     async def _write(self, index: int) -> None:
         await asyncio.sleep(self._generator.delays_s.get(index, 0))

@@ -56,6 +56,7 @@ async def test_the_account() -> None:
     account = (await chat())["nbest"]
     timings = account.pop("timings_s")
     assert account.pop("kl_upper_bound") == pytest.approx(math.log(3) - 2 / 3)
+    assert 0 < account.pop("candidate_s") <= 3 * timings["generate"]
     assert account == {
         "best_of": 3,
         "completed": 3,
@@ -129,6 +130,21 @@ async def test_a_deadline_is_labelled_and_what_it_cut_off_was_compared() -> None
     assert (account["stopped_by"], account["completed"], account["cancelled"]) == ("deadline", 2, 1)
     assert account["kl_upper_bound"] == pytest.approx(math.log(3) - 2 / 3)
     assert generator.cancelled == [2]
+
+
+async def test_a_deadline_with_nothing_finished_is_504() -> None:
+    generator = ScriptedGenerator(FILMS, delays_s=dict.fromkeys(range(4), 60))
+    async with client_over(generator) as client:
+        reply = await client.post("/v1/chat/completions", json=HELLO | {"nbest": {"deadline_s": 0.05}})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
+async def test_a_reward_failure_is_an_error_and_no_answer() -> None:
+    async with client_over(ScriptedGenerator(FILMS), ScriptedScorer(fails=True)) as client:
+        reply = await client.post("/v1/chat/completions", json=HELLO)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "reward_failed")
+    assert list(reply.json()) == ["error"]
+    assert reply.headers["Retry-After"] == "5"
 
 
 async def test_the_request_chooses_its_reward_model() -> None:
@@ -245,10 +261,35 @@ async def test_metrics_after_three_requests() -> None:
         "nbest_candidates_in_flight 0.0",
         "nbest_generated_tokens_total 3.0",
         "nbest_scored_tokens_total 5.0",  # 1 + 2 in the chat, 2 in the score request
+        "nbest_prompt_tokens_total 7.0",
+        "nbest_ready 1.0",
+        'nbest_answers_total{ranked_by="reward",stopped_by="all"} 1.0',
         'nbest_winner_reward_count{reward_model="scripted-reward"} 1.0',
         'nbest_reward_gain_sum{reward_model="scripted-reward"} 2.25',  # 2.5 over the mean of 2.5 and -2
     ]:
         assert line in exposition
+
+
+async def test_reward_failures_are_counted_by_what_became_of_the_request() -> None:
+    metrics = Metrics()
+    app = app_over(pipeline(ScriptedGenerator(FILMS), ScriptedScorer(fails=True)), metrics)
+    async with client_of(app) as client:
+        for policy in ("error", "first", "first", "logprob"):
+            await client.post("/v1/chat/completions", json=HELLO | {"nbest": {"on_reward_failure": policy}})
+        await client.post("/v1/score", json={"prompt": "x", "candidates": ["dull"]})
+        await client.post("/v1/chat/completions", json=HELLO | {"nbest": {"strategy": "majority"}})
+    counted = {
+        ended_as: metrics.registry.get_sample_value("nbest_reward_failures_total", {"ended_as": ended_as})
+        for ended_as in ("error", "first", "logprob")
+    }
+    assert counted == {"error": 2, "first": 2, "logprob": 1}
+
+
+async def test_a_scrape_tells_whether_the_engine_is_ready() -> None:
+    generator = ScriptedGenerator(FILMS)
+    async with client_over(generator) as client:
+        generator.ready = False
+        assert "nbest_ready 0.0" in (await client.get("/metrics")).text.splitlines()
 
 
 async def test_a_plain_answer_asks_the_engine_for_no_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:

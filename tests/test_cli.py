@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -30,9 +32,10 @@ from server.pipeline import BestOfN
 from tests.doubles import ScriptedGenerator, ScriptedScorer
 
 @contextlib.asynccontextmanager
-async def start(settings, on_batch=None):
+async def start(settings, *hooks):
     {start}
-    yield BestOfN(ScriptedGenerator(["a", "abc", "ab"]), {{"length": ScriptedScorer()}})
+    generator = ScriptedGenerator(["a", "abc", "ab"], delays_s={{3: 5, 4: 3600}})
+    yield BestOfN(generator, {{"length": ScriptedScorer()}})
     {stop}
 
 if __name__ == "__main__":
@@ -52,7 +55,8 @@ WAITING_FOR_IT = "    await asyncio.to_thread(engine.join)"
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("NBEST_")}
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("NBEST_")}
+    return bare | {"PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}  # children then have it as an argument
 
 
 def nbest(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -185,6 +189,56 @@ def test_it_says_where_it_serves_answers_there_and_ctrl_c_ends_it(serve: Serve) 
     assert f"curl {url}/v1/chat/completions" in server.said
 
 
+class Draining:
+    """A request that is under way when the server is told to stop. Its fourth candidate takes 5 s, a fifth an hour."""
+
+    def __init__(self, server: Server, best_of: int) -> None:
+        url = server.wait_for(r"at (http://127\.0\.0\.1:\d+)$")
+        body = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}], "best_of": best_of}
+        self.ask = partial(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=30)
+        self._asking = ThreadPoolExecutor(1)
+        self.answer = self._asking.submit(self.ask)
+        self.until(lambda: f"nbest_candidates_in_flight {best_of - 3}.0" in httpx.get(f"{url}/metrics").text)
+        server.process.send_signal(signal.SIGTERM)
+        self.until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        self.health = httpx.get(f"{url}/health")
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            time.sleep(0.02)
+
+
+def test_sigterm_refuses_what_comes_and_finishes_what_is_under_way(serve: Serve) -> None:
+    server = serve(ENGINE_PROCESS)
+    engine = int(server.wait_for(r"engine (\d+)"))
+    draining = Draining(server, best_of=4)
+    refused = draining.ask()
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+    assert refused.json()["error"]["message"] == "The engine is stopping; try again in a few seconds."
+    assert draining.health.status_code == 200
+    answer = draining.answer.result()
+    assert (answer.status_code, answer.json()["nbest"]["completed"]) == (200, 4)
+    assert server.process.wait(timeout=30) == 0, server.said
+    assert not is_running(engine)
+    assert "Traceback" not in server.said
+
+
+def test_what_outlasts_drain_s_is_told_to_come_back(serve: Serve, environment: dict[str, str]) -> None:
+    environment["NBEST_DRAIN_S"] = "1"
+    server = serve()
+    answer = Draining(server, best_of=5).answer.result()
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert server.process.wait(timeout=30) == 0, server.said
+
+
+def test_a_second_signal_does_not_wait(serve: Serve) -> None:
+    server = serve()
+    draining = Draining(server, best_of=5)
+    server.process.send_signal(signal.SIGTERM)
+    assert draining.answer.result().status_code == 503
+    assert server.process.wait(timeout=30) == 0, server.said
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ended_while_starting_it_leaves_no_process_behind(serve: Serve, number: signal.Signals) -> None:
     server = serve(ENGINE_PROCESS + WAITING_FOR_IT)
@@ -208,3 +262,23 @@ def test_an_engine_that_does_not_start_ends_the_server_with_the_reason(serve: Se
     assert server.process.wait(timeout=30) == 1
     assert "Error: The server did not start: the weights are unreadable" in server.said
     assert "Traceback" not in server.said
+
+
+def test_metrics_have_a_port_of_their_own_and_a_server_without_keys_warns(
+    serve: Serve, environment: dict[str, str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment |= {"NBEST_METRICS_PORT": str(port), "NBEST_HOST": "0.0.0.0"}
+    server = serve()
+    url = server.wait_for(r"at (http://127\.0\.0\.1:\d+)$")
+    assert "Warning: whoever reaches this address may use the server" in server.said
+    assert httpx.get(f"{url}/metrics").status_code == 404
+    assert "nbest_requests_total" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 404
+
+
+def test_a_missing_keys_file_is_told_before_anything_is_loaded(environment: dict[str, str]) -> None:
+    result = nbest("serve", "--port", "0", "--keys-file", "no/such.toml", environment=environment)
+    assert result.returncode == 2
+    assert result.stderr == ("Error: The keys file no/such.toml does not exist; make it with `nbest keys new NAME`.\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ConfigError, flag_of, load_settings, unknown_variables
+from server.config import ConfigError, flag_of, load_settings, replica_range, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -150,3 +150,24 @@ def test_a_judge_needs_an_address_unless_it_is_the_policy_itself() -> None:
     flags = {"reward_models": ["a=judge:large"], "judge_base_url": "https://judge/v1"}
     assert load_settings(flags).reward_models == {"a": "judge:large"}
     assert load_settings({"reward_models": ["a=pairwise:judge:self"]}).judge_base_url is None
+
+
+@pytest.mark.parametrize(("replicas", "bounds"), [("2", (2, 2)), (3, (3, 3)), ("1-4", (1, 4))])
+def test_replicas_are_a_number_or_a_range(replicas: str | int, bounds: tuple[int, int]) -> None:
+    assert replica_range(load_settings({"scorer_replicas": replicas}).scorer_replicas) == bounds
+
+
+@pytest.mark.parametrize("replicas", ["0", "4-1", "many", "1-", "-2", ""])
+def test_other_numbers_of_replicas_are_refused(replicas: str) -> None:
+    with pytest.raises(ConfigError, match=r"--router-replicas .* should read N or MIN-MAX .*, such as 2 or 1-4"):
+        load_settings({"router_replicas": replicas})
+
+
+def test_a_cluster_to_join_needs_ray() -> None:
+    with pytest.raises(ConfigError, match="add --ray or leave ray_address out"):
+        load_settings({"ray_address": "auto"})
+
+
+def test_a_port_of_its_own_for_metrics_is_refused_on_ray() -> None:
+    with pytest.raises(ConfigError, match="metrics stands on the main port there"):
+        load_settings({"ray": True, "metrics_port": 9000})

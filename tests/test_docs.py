@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from scripts import docs
+from scripts import docs, reliability
+from scripts.reliability import PROMISES
 from server.cli import app
 from server.config import Settings, flag_of, is_secret, variable_of
 
@@ -98,3 +99,16 @@ def test_readme_names_commands_that_exist() -> None:
             assert any(" ".join(words[:length]) in known for length in range(len(words), 0, -1)), (
                 f"README says `{line}`, and there is no such command"
             )
+
+
+@pytest.mark.parametrize("test", [test for promise in PROMISES for test in promise.tests if "::" in test])
+def test_every_promise_names_tests_that_exist(test: str) -> None:
+    file, *_, name = test.split("::")
+    assert f"def {name}(" in (ROOT / "tests" / file).read_text()
+
+
+def test_promises_without_a_result_say_so_and_other_results_bring_their_own() -> None:
+    assert reliability.NOT_YET in reliability.table(lambda _: None)
+    overload = {"promises": [{"promise": "Nobody waits.", "tests": ["a.py::b"], "measured": "p95 1.5 times"}]}
+    table = reliability.table(lambda name: overload if name == "overload" else None)
+    assert table.endswith("| Nobody waits. | `a.py::b` | p95 1.5 times |\n")

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from server import doctor
+from server import auth, doctor
 from server.cli import app
 from server.config import ConfigError, Settings
 from server.doctor import Finding, Report
@@ -102,11 +102,11 @@ def test_a_model_that_is_nowhere_stops_serve_with_the_way_out(
 def test_a_port_in_use_is_a_problem() -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        (finding,) = doctor.check_port(Settings(port=port))
+        (finding,) = doctor.check_ports(Settings(port=port))
     assert finding.level == "problem"
     assert finding.found == f"Cannot listen on 127.0.0.1:{port}: Address already in use"
     assert finding.remedy.startswith("choose another")
-    (finding,) = doctor.check_port(Settings(port=port))
+    (finding,) = doctor.check_ports(Settings(port=port))
     assert finding.level == "ok"
 
 
@@ -197,3 +197,22 @@ def test_the_exit_code_and_the_json_agree(spec: str, code: int, model: str) -> N
     assert result.exit_code == code, report
     assert report["can_serve"] is (code == 0)
     assert {"subject", "found", "level", "remedy"} == set(report["findings"][0])
+
+
+def test_the_port_of_metrics_is_looked_at_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        findings = list(doctor.check_ports(Settings(port=0, metrics_port=port)))
+    assert [(one.subject, one.level) for one in findings] == [("port", "ok"), ("metrics port", "problem")]
+
+
+def test_keys_are_counted_and_a_file_that_is_none_of_keys_is_a_problem(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    (missing,) = doctor.check_keys(Settings(keys_file=file))
+    assert (missing.level, missing.remedy) == ("problem", "make it with `nbest keys new NAME`")
+    auth.new_key(file, "alice")
+    (found,) = doctor.check_keys(Settings(keys_file=file))
+    assert (found.level, found.found) == ("ok", f"1 in {file}")
+    file.write_text("keys = [")
+    (broken,) = doctor.check_keys(Settings(keys_file=file))
+    assert (broken.level, broken.remedy) == ("problem", "correct it")

@@ -18,13 +18,26 @@ PACKAGES = ("reranker", "server", "training", "benchmarks", "scripts")
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("reranker",),
-    ("server.errors", "server.config"),
+    ("server.errors", "server.config", "server.request_record", "server.logs"),
     ("server.generation",),
-    ("server.scoring", "server.selecting", "server.pipeline", "server.batch"),
+    ("server.scoring", "server.selecting", "server.pipeline"),
     ("server.metrics",),
     ("server.wire", "server.schema_parts", "server.schemas", "server.reply_schemas", "server.replies"),
-    ("server.admission", "server.connection", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
-    ("server.deployments", "server.assembly", "server.launch", "server.doctor"),
+    ("server.offline",),
+    ("server.admission", "server.budgets", "server.auth"),
+    ("server.connection", "server.gate", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
+    ("server.tracing",),
+    (
+        "server.assembly",
+        "server.http_protocol",
+        "server.draining",
+        "server.handles",
+        "server.launch",
+        "server.batch",
+        "server.deployments",
+        "server.cluster",
+        "server.doctor",
+    ),
     ("server.cli",),
 )
 """A module imports from its own layer and those above it in this list."""
@@ -35,10 +48,11 @@ ONLY_FOR_THE_COMMAND = ("training", "benchmarks")
 
 FENCES: dict[str, tuple[str, ...]] = {
     "vllm": ("server.generation.vllm_engine",),
-    "ray.serve": ("server.deployments",),
+    "ray.serve": ("server.deployments", "server.handles"),
     "fastapi": ("server.app",),
     "starlette": ("server.app",),
     "prometheus_client": ("server.metrics",),
+    "opentelemetry": ("server.tracing",),
 }
 """Library -> the modules that may import it."""
 
@@ -125,8 +139,9 @@ def test_every_import_respects_the_order_and_the_fences() -> None:
         ("training/a.py", "import benchmarks.quality", "nothing but the command"),
         ("server/pipeline.py", "from vllm import LLM", "only server.generation.vllm_engine may import vllm"),
         ("benchmarks/a.py", "import vllm", "only server.generation.vllm_engine may import vllm"),
-        ("server/app.py", "from ray import serve", "only server.deployments may import ray.serve"),
+        ("server/app.py", "from ray import serve", "only server.deployments, server.handles may import ray.serve"),
         ("server/cli.py", "import starlette.responses", "only server.app may import starlette"),
+        ("server/app.py", "import opentelemetry.trace", "only server.tracing may import opentelemetry"),
         ("server/app.py", "import prometheus_client", "only server.metrics may import prometheus_client"),
         ("reranker/a.py", "import ray", "reranker knows no HTTP server"),
         ("server/pipeline.py", "import scripts.docs", "scripts are for developers"),
@@ -181,10 +196,10 @@ def test_every_imported_library_is_declared() -> None:
     assert not undeclared, "not in pyproject.toml:\n" + "\n".join(sorted(undeclared))
 
 
-@pytest.mark.parametrize("module", ["reranker.selection", "server.cli", "server.config"])
+@pytest.mark.parametrize("module", ["reranker.selection", "server.cli", "server.config", "server.app"])
 def test_a_light_import_stays_light(module: str) -> None:
     """Selecting needs no tensors, and `nbest --help` must not wait for an engine."""
-    heavy = "{'torch', 'vllm', 'ray', 'transformers'}"
+    heavy = "{'torch', 'vllm', 'ray', 'transformers', 'opentelemetry'}"
     program = f"import sys, {module}; print(*sorted({heavy} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == [], f"import {module} pulls in {result.stdout}"

@@ -1,6 +1,7 @@
 """Each collector after a few scripted requests, with numbers worked by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +32,7 @@ def result(*rewards: float) -> BestOfNResult:
         generated_tokens=len(rewards),
         scored_tokens=11,
         prompt_tokens_cut=0,
+        candidate_s=6.0,
         timings=Timings(queue=0.5, generate=2.0, score=0.75, select=0.25, total=4.0),
     )
 
@@ -82,10 +84,25 @@ def test_a_refused_request_started_no_candidates(metrics: Metrics) -> None:
 def test_an_answer_adds_its_durations_and_scored_tokens(metrics: Metrics) -> None:
     metrics.observe_answer(result(1.0))
     metrics.observe_answer(result(1.0))
-    for stage, seconds in {"queue": 0.5, "generate": 2.0, "score": 0.75, "request": 4.0}.items():
+    for stage, seconds in {"queue": 0.5, "generate": 2.0, "score": 0.75, "select": 0.25, "request": 4.0}.items():
         assert value(metrics, f"nbest_{stage}_seconds_count") == 2
         assert value(metrics, f"nbest_{stage}_seconds_sum") == 2 * seconds
     assert value(metrics, "nbest_scored_tokens_total") == 22
+
+
+def test_an_answer_adds_its_cost_in_seconds_and_tokens(metrics: Metrics) -> None:
+    metrics.observe_answer(result(1.0, 0.0))
+    assert value(metrics, "nbest_request_candidate_seconds_sum") == 6
+    costs = {"prompt": 3, "generated": 2, "scored": 11}
+    for kind, tokens in costs.items():
+        assert value(metrics, "nbest_request_tokens_sum", kind=kind) == tokens
+    assert value(metrics, "nbest_prompt_tokens_total") == 3
+    assert value(metrics, "nbest_answers_total", ranked_by="reward", stopped_by="all") == 1
+
+
+def test_an_answer_that_a_deadline_left_without_rewards_is_no_reward_failure(metrics: Metrics) -> None:
+    metrics.observe_answer(replace(result(math.nan), stopped_by="deadline", ranked_by="first"))
+    assert value(metrics, "nbest_reward_failures_total", ended_as="first") == 0
 
 
 def test_reward_gain_is_the_winner_minus_the_mean(metrics: Metrics) -> None:

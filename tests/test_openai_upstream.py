@@ -122,3 +122,20 @@ async def test_a_failing_top_up_fails_only_its_candidates() -> None:
     generator, _ = upstream(lambda body: next(answers))
     outcomes = await drawn(generator, 2)
     assert [type(one) for one in outcomes] == [Candidate, FailedCandidate]
+
+
+async def test_an_upstream_that_sends_no_json_fails_its_candidates() -> None:
+    def answer(_: dict[str, Any]) -> httpx2.Response:
+        return httpx2.Response(200, text="data: hello\n\n", headers={"content-type": "text/event-stream"})
+
+    outcomes = await drawn(upstream(answer)[0], 2)
+    reason = "The upstream server sent an event that is not JSON. Try again."
+    assert outcomes == [FailedCandidate(0, reason), FailedCandidate(1, reason)]
+
+
+async def test_a_stream_of_another_shape_ends_in_an_error_and_not_in_silence() -> None:
+    def answer(_: dict[str, Any]) -> httpx2.Response:
+        return httpx2.Response(200, text='data: {"choices": 3}\n\n', headers={"content-type": "text/event-stream"})
+
+    with pytest.raises((TypeError, AttributeError)):
+        await drawn(upstream(answer)[0], 1)

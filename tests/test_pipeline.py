@@ -1,20 +1,22 @@
 """The pipeline over scripted doubles: three candidates, rewards you can compare in your head."""
 
 import asyncio
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from reranker.candidate import Candidate, Prompt
+from reranker.candidate import Candidate, FailedCandidate, Prompt
 from reranker.scorers.base import Scores
 from server.errors import BadRequestError, DeadlineError, GenerationError, RewardError
 from server.generation.base import Outcome, Sampling
 from server.pipeline import BestOfN, BestOfNRequest, BestOfNResult
 from server.selecting import SelectionOptions, Strategy
-from tests.doubles import ScriptedGenerator, ScriptedScorer
+from tests.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
 
 NAN = math.nan
 
@@ -50,6 +52,27 @@ async def test_all_candidates_failed_is_an_error_with_the_reason() -> None:
 async def test_tokens_are_counted_over_all_candidates() -> None:
     result = await pipeline(ScriptedGenerator(["one", "one two", "one two three"])).run(request())
     assert (result.prompt_tokens, result.generated_tokens, result.scored_tokens) == (7, 6, 6)
+
+
+async def test_candidate_seconds_count_each_candidate_until_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that every look at it moves on by a second."""
+
+    class OneAfterTheOther(ScriptedGeneration):
+        async def __aiter__(self) -> AsyncIterator[list[Outcome]]:
+            yield [Candidate(0, "early", 1, finish_reason="stop")]
+            yield [FailedCandidate(1, "scripted")]
+            await asyncio.Event().wait()  # the third never ends
+
+    generator = ScriptedGenerator(["unused"])
+    monkeypatch.setattr(
+        generator, "generate", lambda prompt, sampling, n, **_: OneAfterTheOther(generator, sampling, n, False)
+    )
+    clock_s = itertools.count()
+    monkeypatch.setattr("server.pipeline.time", SimpleNamespace(perf_counter=lambda: float(next(clock_s))))
+    result = await pipeline(generator).run(request(deadline_s=0.05, strategy="majority"))
+    # Under way at 1 s; the first ends at 2 s (3 candidates x 1 s), the second at 3 s (2 x 1 s), the deadline at 4 s.
+    assert (result.completed, result.failed, result.cancelled) == (1, 1, 1)
+    assert result.candidate_s == 3 + 2 + 1
 
 
 async def test_the_first_finished_candidate_is_scored_while_the_others_are_written() -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reranker.rows import TableError, table_rows
+
 Source = str | Path
 
 
@@ -49,15 +51,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
     try:
-        with ParquetFile(path) as table:
-            rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
-    except ArrowException as error:
-        raise DataSourceError(f"{path} is not a table that can be read: {error}") from error
+        yield from table_rows(path)
+    except TableError as error:
+        raise DataSourceError(str(error)) from error
 
 
 def _data_set(name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -110,6 +110,7 @@ class OpenAIGeneration:
     async def __aenter__(self) -> Self:
         stream = await self._generator.stream(self._prompt, self._sampling, self._n)
         self._filling = asyncio.create_task(self._fill(stream))
+        self._filling.add_done_callback(self._filled)
         return self
 
     async def __aexit__(
@@ -138,6 +139,11 @@ class OpenAIGeneration:
         for index in sorted(self._outcomes.expected):
             self._outcomes.put(FailedCandidate(index, reason))
 
+    def _filled(self, filling: asyncio.Task[None]) -> None:
+        """A bug must end the iteration too, or whoever iterates would wait forever."""
+        if not filling.cancelled() and (error := filling.exception()):
+            self._outcomes.fail(error)
+
     async def _draw(self, first: int, count: int) -> None:
         """Candidates first … first + count − 1 from a request of their own, with a seed of their own."""
         seed = self._sampling.seed
@@ -161,6 +167,8 @@ class OpenAIGeneration:
                             self._outcomes.put(one.candidate(choice.finish_reason))
         except openai.APIError as error:
             raise _translated(error) from error
+        except ValueError:  # not chained: it holds the event
+            raise GenerationError("The upstream server sent an event that is not JSON. Try again.") from None
         return len(growing)
 
 

@@ -35,8 +35,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
-from server.errors import BadRequestError, ContextLengthError, NotReadyError
+from server.errors import BadRequestError, ContextLengthError, EngineDiedError
 from server.generation.base import Outcome, Sampling
+from server.generation.engine_processes import EngineProcesses, give_up, started
 from server.generation.outcomes import Outcomes
 
 GIB = 1 << 30
@@ -76,11 +77,14 @@ class EngineLoad(StatLoggerBase):
 class VllmGenerator:
     """Samples a policy with vLLM's `AsyncLLM`; made by `create`."""
 
-    def __init__(self, model: str, engine: AsyncLLM, tokenizer: Any, load: EngineLoad) -> None:
+    def __init__(
+        self, model: str, engine: AsyncLLM, tokenizer: Any, load: EngineLoad, processes: EngineProcesses
+    ) -> None:
         self.model = model
         self.load = load
         self.cancelled_total = 0
         self._engine = engine
+        self._processes = processes
         self._tokenizer = tokenizer
         self._max_model_len: int = engine.model_config.max_model_len
         # A tokenizer must not be used from two threads at once, so encoding has exactly one.
@@ -98,9 +102,14 @@ class VllmGenerator:
         kv_cache_gib: float = 2.0,
         block_size: int | None = None,
         max_num_seqs: int = 128,
+        tensor_parallel_size: int = 1,
+        on_ray: bool = False,
         trust_remote_code: bool = False,
     ) -> Self:
-        """Loads the model at `path` (a directory or hub id) and starts the engine; 20 to 35 s on a CPU."""
+        """Loads the model at `path` (a directory or hub id) and starts the engine; 20 to 35 s on a CPU.
+
+        `tensor_parallel_size` devices hold a part of the model each; `on_ray` says that this process is a Ray actor.
+        """
         on_cpu = device == "cpu"
         # The engine's own log is some hundred lines a start; VLLM_LOGGING_LEVEL=INFO brings them back.
         logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
@@ -122,16 +131,28 @@ class VllmGenerator:
             block_size=block_size if on_cpu else None,
             kv_cache_memory_bytes=int(kv_cache_gib * GIB) if on_cpu else None,
             max_num_seqs=max_num_seqs,
+            tensor_parallel_size=tensor_parallel_size,
+            # On Ray the shards are actors, placed in the bundles that the replica of this process was given.
+            distributed_executor_backend="ray" if on_ray and tensor_parallel_size > 1 else None,
             enable_prefix_caching=True,
+            # A seeded prompt that is read in pieces ends the engine on a CPU ("CPU Generator does not use offset"), so
+            # there it waits until all of it fits a step. A step is then at least as large as the context.
+            enable_chunked_prefill=False if on_cpu else None,
             enforce_eager=on_cpu,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
         )
-        engine, tokenizer = await asyncio.gather(
+        before = started()
+        starting = asyncio.gather(
             asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=[lambda config, index: load]),
             asyncio.to_thread(AutoTokenizer.from_pretrained, path, trust_remote_code=trust_remote_code),
         )
-        generator = cls(name, engine, tokenizer, load)
+        try:
+            engine, tokenizer = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await give_up(starting, before)  # a thread cannot be cancelled
+            raise
+        generator = cls(name, engine, tokenizer, load, EngineProcesses.since(before))
         try:
             await generator._warm_up()
         except BaseException:
@@ -152,7 +173,7 @@ class VllmGenerator:
         try:
             await self._engine.check_health()
         except EngineDeadError as error:
-            raise NotReadyError("The engine has stopped; restart the server.") from error
+            raise EngineDiedError("The engine has died; try again in a few seconds.") from error
 
     @property
     def unfinished(self) -> int:
@@ -162,6 +183,7 @@ class VllmGenerator:
     async def close(self) -> None:
         self._engine.shutdown()
         self._encoding.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._processes.end)
 
     async def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's token ids, through the model's own chat template for a conversation.
@@ -273,7 +295,7 @@ class VllmGeneration:
                 else:
                     self._outcomes.put(candidate)
         except EngineDeadError:
-            self._outcomes.fail(NotReadyError("The engine stopped while it was answering; try again."))
+            self._outcomes.fail(EngineDiedError("The engine died while it was answering; try again in a few seconds."))
         except (VLLMClientError, ValueError) as error:
             self._outcomes.fail(BadRequestError(f"The engine refuses this request: {error}"))
         except Exception as error:  # noqa: BLE001 (one candidate's failure is the reply's to count, not the request's end)

@@ -14,7 +14,9 @@ import uvicorn
 from server import assembly
 from server.app import create_app
 from server.config import Settings
+from server.generation.supervised import SupervisedGenerator
 from server.generation.vllm_engine import VllmGenerator
+from server.http_protocol import bounded_by
 from server.launch import address_of, listen
 from server.metrics import Metrics
 from server.pipeline import BestOfN
@@ -29,19 +31,24 @@ class Served:
     url: str
     settings: Settings
     pipelines: list[BestOfN] = field(default_factory=list)
+    loops: list[asyncio.AbstractEventLoop] = field(default_factory=list)
 
     @property
     def generator(self) -> VllmGenerator:
-        return cast(VllmGenerator, self.pipelines[0].generator)
+        return cast(VllmGenerator, cast(SupervisedGenerator, self.pipelines[0].generator).engine)
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series of /metrics; 0 while it has none."""
-        pairs = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
-        wanted = f"{name}{{{pairs}}}" if pairs else name
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
-            if line.startswith(f"{wanted} "):
-                return float(line.split()[-1])
-        return 0.0
+        return metric(self.url, name, **labels)
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """The value of one series of /metrics; 0 while it has none."""
+    pairs = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
+    wanted = f"{name}{{{pairs}}}" if pairs else name
+    for line in httpx.get(f"{url}/metrics", timeout=30).text.splitlines():
+        if line.startswith(f"{wanted} "):
+            return float(line.split()[-1])
+    return 0.0
 
 
 def eventually(holds: Any, timeout_s: float = 10) -> bool:
@@ -62,10 +69,10 @@ def serve(settings: Settings) -> Iterator[Served]:
     served = Served(f"http://{address_of(listener)}", settings)
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        return _remembered(assembly.start(settings, metrics.observe_batch), served)
+        return _remembered(assembly.start(settings, metrics.observe_batch, metrics.observe_restart), served)
 
     app = create_app(start, settings, metrics, on_start_failure=failures.append)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, http=bounded_by(settings), log_level="warning", lifespan="on"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     try:
@@ -80,7 +87,7 @@ def serve(settings: Settings) -> Iterator[Served]:
 
 def is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/ready").status_code == 200
+        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -89,4 +96,5 @@ def is_ready(url: str) -> bool:
 async def _remembered(started: AbstractAsyncContextManager[BestOfN], served: Served) -> AsyncIterator[BestOfN]:
     async with started as pipeline:
         served.pipelines.append(pipeline)
+        served.loops.append(asyncio.get_running_loop())
         yield pipeline

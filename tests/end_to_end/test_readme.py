@@ -7,11 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from server.launch import address_of, listen
-from tests.end_to_end.served import START_TIMEOUT_S, eventually, is_ready
+from tests.end_to_end.process import nbest_serve
 
 pytestmark = pytest.mark.engine
 
@@ -27,22 +25,11 @@ def snippets(language: str, containing: str) -> list[str]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Where `nbest serve` answers; on leaving, Ctrl-C must end it and its children."""
-    with listen("127.0.0.1", 0) as probe:
-        address = address_of(probe)
-    nbest = Path(sys.executable).with_name("nbest")
-    server = subprocess.Popen([nbest, "serve", "--port", address.split(":")[1]], stderr=subprocess.PIPE, text=True)
-    try:
-        assert eventually(lambda: is_ready(f"http://{address}") or server.poll() is not None, START_TIMEOUT_S)
-        assert server.poll() is None, server.stderr and server.stderr.read()
-        yield address
-        children = psutil.Process(server.pid).children(recursive=True)
-        server.send_signal(signal.SIGINT)
-        assert server.wait(30) in {0, 130}
-        _, left = psutil.wait_procs(children, timeout=10)  # multiprocessing's resource tracker ends by itself with us
+    with nbest_serve() as served:
+        yield served.url.removeprefix("http://")
+        code, left = served.stop(signal.SIGINT)
+        assert code in {0, 130}
         assert not left
-    finally:
-        server.kill()
-        server.communicate()
 
 
 @pytest.mark.parametrize("snippet", snippets("bash", "curl"))

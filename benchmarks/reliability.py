@@ -1,0 +1,166 @@
+"""What becomes of requests when something goes wrong, in figures: the measured column of docs/reliability.md.
+
+Three faults, each on `nbest serve` or the same server in this process, with the default models:
+
+- killed: the engine's process is killed with 20 requests in flight; how many are lost, and the seconds until `/ready`;
+- cancelled: 1,000 requests whose clients hang up while the engine writes; what is left of them, in the gauge, in the
+  engine and as memory, and the seconds from a hang-up to the engine's own count being zero;
+- stopped: SIGTERM with requests under way; how many were answered, what new ones are told, the exit code, what is left.
+
+    python -m benchmarks.reliability [killed] [cancelled] [stopped]
+
+Writes benchmarks/results/reliability.json, leaving the faults that were not asked for as they are there.
+"""
+
+import argparse
+import asyncio
+import collections
+import json
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import psutil
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.birth import RESULTS, birth_certificate
+from benchmarks.stats import hand_in
+from server.config import Settings
+from tests.end_to_end.process import nbest_serve
+from tests.end_to_end.served import START_TIMEOUT_S, Served, eventually, serve
+
+MODEL = "smollm2-135m-instruct"
+WORK = {"model": MODEL, "prompt": "I saw this film and", "best_of": 2, "max_tokens": 100}
+ENDLESS = WORK | {"best_of": 4, "max_tokens": 900, "logit_bias": {"2": -100, "0": -100}}
+"""Nothing that would end it is ever drawn; the engine would write for a minute."""
+FLAGS = ("--max-model-len", "1024", "--kv-cache-gib", "1", "--drain-s", "60")
+TOGETHER = 20
+"""Requests in flight at a time."""
+
+
+async def ask_all(url: str, bodies: list[dict[str, Any]], timeout_s: float) -> list[int | str]:
+    """All at once: the status of each, or the name of what went wrong."""
+
+    async def status(client: httpx.AsyncClient, body: dict[str, Any]) -> int | str:
+        try:
+            return (await client.post("/v1/completions", json=body)).status_code
+        except httpx.TransportError as error:
+            return type(error).__name__
+
+    async with httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=httpx.Limits(max_connections=None)) as client:
+        return list(await asyncio.gather(*(status(client, body) for body in bodies)))
+
+
+def counted(statuses: list[int | str]) -> dict[str, int]:
+    return {str(status): count for status, count in collections.Counter(statuses).items()}
+
+
+def killed(rounds: int) -> dict[str, Any]:
+    """The engine is killed under load, several times in a row; sound engines, so every death is a first one."""
+    recovery_s: list[float] = []
+    statuses: list[int | str] = []
+    healthy = []
+    with nbest_serve(*FLAGS) as served, ThreadPoolExecutor(1) as load:
+        for number in range(rounds):
+            if number:
+                time.sleep(60)  # `Patience.sound_after_s`
+            asking = load.submit(asyncio.run, ask_all(served.url, [WORK] * TOGETHER, START_TIMEOUT_S))
+            assert eventually(lambda: served.metric("nbest_candidates_in_flight") > TOGETHER, 60)
+            served.engine().kill()
+            killed_s = time.perf_counter()
+            assert eventually(lambda: not served.is_ready(), 60)
+            healthy.append(served.is_healthy())
+            assert eventually(served.is_ready, START_TIMEOUT_S)
+            recovery_s.append(time.perf_counter() - killed_s)
+            statuses += asking.result()
+        return {
+            "in_flight": TOGETHER,
+            "rounds": rounds,
+            "statuses": counted(statuses),
+            "lost": sum(status not in {200, 503} for status in statuses),
+            "recovery_s": {"median": statistics.median(recovery_s), "low": min(recovery_s), "high": max(recovery_s)},
+            "health_stayed_up": all(healthy),
+            "engine_restarts": served.metric("nbest_engine_restarts_total"),
+            "in_flight_after": served.metric("nbest_candidates_in_flight"),
+        }
+
+
+def cancelled(num_requests: int) -> dict[str, Any]:
+    """Requests whose clients hang up, `TOGETHER` at a time; the first tenth of them warms the process up."""
+    idle_s: list[float] = []
+    rss_mib: list[float] = []
+    settings = Settings(max_model_len=1024, kv_cache_gib=1)
+    with serve(settings) as served:
+        statuses: list[int | str] = []
+        for _ in track(range(num_requests // TOGETHER), "Hanging up", console=Console(stderr=True)):
+            statuses += asyncio.run(ask_all(served.url, [ENDLESS] * TOGETHER, timeout_s=1.0))
+            hung_up_s = time.perf_counter()
+            assert eventually(lambda: is_idle(served), 60)
+            idle_s.append(time.perf_counter() - hung_up_s)
+            rss_mib.append(psutil.Process().memory_info().rss / 2**20)
+        warm = max(len(rss_mib) // 10, 1)
+        return {
+            "requests": num_requests,
+            "candidates_each": ENDLESS["best_of"],
+            "statuses": counted(statuses),
+            "engine_idle_after_s": {"median": statistics.median(idle_s), "high": max(idle_s)},
+            "cancelled_in_the_engine": served.generator.cancelled_total,
+            "unfinished_in_the_engine": served.generator.unfinished,
+            "in_flight_after": served.metric("nbest_candidates_in_flight"),
+            "memory": {
+                "after_warm_up_mib": rss_mib[warm],
+                "at_the_end_mib": rss_mib[-1],
+                "growth": rss_mib[-1] / rss_mib[warm] - 1,
+            },
+        }
+
+
+def is_idle(served: Served) -> bool:
+    load = served.generator.load
+    return served.generator.unfinished == load.running == load.waiting == 0
+
+
+def stopped() -> dict[str, Any]:
+    """SIGTERM with requests under way."""
+    with nbest_serve(*FLAGS) as served, ThreadPoolExecutor(2) as load:
+        asking = load.submit(asyncio.run, ask_all(served.url, [WORK] * TOGETHER, 120))
+        assert eventually(lambda: served.metric("nbest_candidates_in_flight") > TOGETHER, 60)
+        begun_s = time.perf_counter()
+        stopping = load.submit(served.stop)
+        assert eventually(lambda: not served.is_ready(), 60)
+        refused = httpx.post(f"{served.url}/v1/completions", json=WORK, timeout=60)
+        code, left = stopping.result()
+        return {
+            "in_flight": TOGETHER,
+            "statuses": counted(asking.result()),
+            "new_requests_get": refused.status_code,
+            "seconds": time.perf_counter() - begun_s,
+            "exit_code": code,
+            "processes_left": len(left),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", nargs="*", help="killed, cancelled, stopped; all of them when none is named")
+    parser.add_argument("--rounds", type=int, default=3, help="times the engine is killed")
+    parser.add_argument("--requests", type=int, default=1000, help="requests whose clients hang up")
+    flags = parser.parse_args()
+    measures = {
+        "killed": lambda: killed(flags.rounds),
+        "cancelled": lambda: cancelled(flags.requests),
+        "stopped": stopped,
+    }
+    path = RESULTS / "reliability.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    for fault in flags.faults or measures:
+        result[fault] = measures[fault]() | {"birth": birth_certificate(flags=vars(flags))}
+    result["birth"] = birth_certificate(flags=vars(flags))
+    hand_in("reliability", result)
+
+
+if __name__ == "__main__":
+    main()

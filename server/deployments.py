@@ -1,0 +1,314 @@
+"""The three deployments of nbest on Ray Serve: generator, scorer and router.
+
+    client -> Serve's proxy -> router (the HTTP application) -> generator (an engine)
+                                                             -> scorer (all scorers; a judge asks the generator)
+
+Each replica builds the plain class that also serves in one process and forwards its methods; `server.handles` is the
+other end of each call. Batching and cancelling stay in the plain classes, so both modes batch and cancel alike.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from reranker.candidate import Candidate, Prompt
+from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
+from reranker.scorers.spec import OWN_POLICY
+from server import assembly, logs
+from server.app import create_app
+from server.config import ConfigError, Settings, load_settings, replica_range
+from server.connection import App, Message, Receive, Scope, Send
+from server.errors import NbestError
+from server.generation.base import Generation, Generator, Outcome, Sampling
+from server.handles import Group, RemoteGenerator, connect_scorers
+from server.launch import StartError, tracing_of
+from server.metrics import Metrics, merged
+from server.pipeline import BestOfN
+
+APP_NAME = "nbest"
+GENERATOR, SCORER, ROUTER = "generator", "scorer", "router"
+SNAPSHOT_INTERVAL_S = 0.02
+"""A growing candidate is told so often at most, whatever the number of tokens in between."""
+MAX_ONGOING_REQUESTS = 4096
+"""Beyond every load that is let in: how much that may be is for the router to say, where the client gets a reason."""
+ROUTER_ONGOING_REQUESTS = 100
+"""Connections that one router replica is to hold, where their number follows the load."""
+SCORER_ONGOING_CALLS = 16
+"""Groups under way that keep one scorer replica busy: some computed, as many waiting for the next batch."""
+HEALTH_CHECK_PERIOD_S = 2
+"""Three failed checks in a row have a replica replaced."""
+DRAIN_POLL_S = 0.5
+CLOSING_S = 5
+"""What a replica may take to free its models after the last request."""
+METRICS_TIMEOUT_S = 8
+"""Below the ten seconds that Prometheus waits for a scrape by default."""
+
+StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
+StartScorers = Callable[
+    [Settings, Generator, Callable[[int, int], None]], AbstractAsyncContextManager[Mapping[str, Scorer]]
+]
+
+
+class GeneratorReplica:
+    """One generator, for instance an engine with the actors of its tensor-parallel shards."""
+
+    async def __init__(self, settings: Settings, start: StartGenerator) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.configure(settings.log_level, settings.log_format)
+        self._resources = AsyncExitStack()
+        self._generator = await self._resources.enter_async_context(start(settings))
+        self._under_way: dict[str, Generation] = {}
+
+    async def model(self) -> str:
+        return self._generator.model
+
+    async def generate(
+        self, request_id: str, prompt: Prompt, sampling: Sampling, n: int, snapshots: bool
+    ) -> AsyncIterator[Group | NbestError]:
+        """Groups of outcomes, the first of them empty; closing the stream cancels what still runs."""
+        try:
+            async with self._generator.generate(prompt, sampling, n, snapshots=snapshots) as generation:
+                self._under_way[request_id] = generation
+                yield Group([], generation.prompt_tokens)
+                async for outcomes in generation:
+                    yield Group(latest(outcomes), generation.prompt_tokens)
+                    if snapshots:
+                        await asyncio.sleep(SNAPSHOT_INTERVAL_S)
+        except NbestError as error:
+            yield error
+        finally:
+            self._under_way.pop(request_id, None)
+
+    async def cancel(self, request_id: str, index: int) -> None:
+        """Stops one candidate; does nothing in the replicas that do not have the request."""
+        if request_id in self._under_way:
+            await self._under_way[request_id].cancel(index)
+
+    async def check_ready(self) -> NbestError | None:
+        try:
+            await self._generator.check_ready()
+        except NbestError as error:
+            return error
+        return None
+
+    async def check_health(self) -> None:
+        """Serve asks now and then: it replaces a replica whose engine has died."""
+        await self._generator.check_ready()
+
+    async def __del__(self) -> None:
+        await self._resources.aclose()
+
+
+class ScorerReplica:
+    """All scorers of the settings; each batches the groups of all requests that come to this replica."""
+
+    async def __init__(self, settings: Settings, generator: DeploymentHandle, start: StartScorers) -> None:  # type: ignore[misc]
+        logs.configure(settings.log_level, settings.log_format)
+        self._metrics = Metrics()
+        self._resources = AsyncExitStack()
+        own_policy = RemoteGenerator(generator, OWN_POLICY)
+        self._scorers = await self._resources.enter_async_context(
+            start(settings, own_policy, self._metrics.observe_batch)
+        )
+
+    async def needs(self) -> dict[str, Needs]:
+        return {name: scorer.needs for name, scorer in self._scorers.items()}
+
+    async def score(self, name: str, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores | ScoringError:
+        try:
+            return await self._scorers[name].score(prompt, candidates)
+        except ScoringError as error:
+            return error
+
+    async def metrics(self) -> tuple[str, bytes]:
+        return _replica_id(), self._metrics.render()
+
+    async def __del__(self) -> None:
+        await self._resources.aclose()
+
+
+@serve.ingress()
+class RouterReplica:
+    """The HTTP application over the other two deployments."""
+
+    def __init__(self, settings: Settings, generator: DeploymentHandle, scorer: DeploymentHandle) -> None:
+        logs.configure(settings.log_level, settings.log_format)
+        self._settings = settings
+        self._tracing = tracing_of(settings)
+        self._generator = generator
+        self._scorer = scorer
+        self._metrics = Metrics()
+
+    def __serve_build_asgi_app__(self) -> App:
+        app = create_app(
+            self._pipeline,
+            self._settings,
+            self._metrics,
+            exposition=self._exposition,
+            trace_requests=self._tracing.requests if self._tracing is not None else None,
+        )
+        return without_request_id(app)
+
+    async def metrics(self) -> tuple[str, bytes]:
+        return _replica_id(), self._metrics.render()
+
+    def _pipeline(self) -> AbstractAsyncContextManager[BestOfN]:
+        return self._connected() if self._tracing is None else self._tracing.over(self._connected())
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[BestOfN]:
+        scorers = await connect_scorers(self._scorer)
+        yield BestOfN(await RemoteGenerator.connect(self._generator), scorers)
+
+    async def _exposition(self) -> bytes:
+        """The metrics of all router and scorer replicas, so that it does not matter which router is scraped."""
+        routers = serve.get_deployment_handle(ROUTER, serve.get_replica_context().app_name)
+        told = await asyncio.gather(
+            *(
+                handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
+                for handle in (routers, self._scorer)
+            ),
+            return_exceptions=True,
+        )
+        answers = [one for answer in told if isinstance(answer, list) for one in answer]
+        return merged(dict([await self.metrics(), *(one for one in answers if not isinstance(one, BaseException))]))
+
+
+def application(
+    settings: Settings,
+    start_generator: StartGenerator = assembly.started_generator,
+    start_scorers: StartScorers = assembly.started_scorers,
+) -> Any:
+    """The Serve application of these settings."""
+    generator = _deployment(
+        GeneratorReplica,
+        GENERATOR,
+        settings,
+        settings.generator_replicas,
+        # So many requests of the default size fill the engine's batch.
+        target_ongoing=max(1, settings.max_num_seqs // settings.default_best_of),
+        **generator_resources(settings),
+    ).bind(settings, start_generator)
+    scorer = _deployment(
+        ScorerReplica,
+        SCORER,
+        settings,
+        settings.scorer_replicas,
+        target_ongoing=SCORER_ONGOING_CALLS,
+        ray_actor_options={"num_cpus": settings.scorer_cpus, "num_gpus": settings.scorer_gpus},
+    ).bind(settings, generator, start_scorers)
+    return _deployment(
+        RouterReplica,
+        ROUTER,
+        settings,
+        settings.router_replicas,
+        target_ongoing=ROUTER_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},  # it only waits
+    ).bind(settings, generator, scorer)
+
+
+def from_config(values: Mapping[str, Any]) -> Any:
+    """The application whose settings stand under `args` of a Serve config file; the environment counts as ever."""
+    return application(load_settings({**values, "ray": True}))
+
+
+@contextmanager
+def deployed(app: Any, settings: Settings, port: int) -> Iterator[None]:
+    """The application on the cluster of this process, reached at `port`, until the block is left.
+
+    Raises:
+        ConfigError: the cluster already has one.
+        StartError: a replica did not come up.
+    """
+    before = serve.status()
+    if APP_NAME in before.applications:
+        raise ConfigError(
+            f"The Ray cluster already serves an application named {APP_NAME}; stop that one, or join another cluster "
+            "with --ray-address."
+        )
+    logging.getLogger("ray.serve").setLevel(settings.log_level.upper())
+    try:
+        serve.start(
+            proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
+            http_options={"host": settings.host, "port": port},
+        )
+        try:
+            serve.run(app, name=APP_NAME)
+        except RuntimeError as error:
+            raise StartError(f"The server did not start: {error}") from error
+        yield
+    finally:
+        with suppress(TimeoutError):  # requests under way have had their time
+            serve.delete(APP_NAME)
+        if not before.proxies:
+            serve.shutdown()
+
+
+def reserved_cpus(settings: Settings) -> float:
+    """The cores that all replicas reserve together when there are as many as the settings allow."""
+    engine = settings.generator_cpus + (settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else 0)
+    return (
+        replica_range(settings.generator_replicas)[1] * engine
+        + replica_range(settings.scorer_replicas)[1] * settings.scorer_cpus
+    )
+
+
+def _deployment(
+    replica: type, name: str, settings: Settings, replicas: str, *, target_ongoing: int, **resources: Any
+) -> Any:
+    fewest, most = replica_range(replicas)
+    scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": target_ongoing}
+    return serve.deployment(
+        name=name,
+        **({"num_replicas": fewest} if fewest == most else {"autoscaling_config": scaling}),
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.drain_s + CLOSING_S,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        max_constructor_retry_count=1,  # what cannot be loaded is told at once, not after three tries
+        **resources,
+    )(replica)
+
+
+def generator_resources(settings: Settings) -> dict[str, Any]:
+    """Of one engine: its own process, and with tensor parallelism a bundle for the actor of each further device."""
+    itself = {"num_cpus": settings.generator_cpus, "num_gpus": settings.generator_gpus}
+    if settings.tensor_parallel_size == 1:
+        return {"ray_actor_options": itself}
+    shard = {"CPU": 1, "GPU": settings.generator_gpus}
+    return {
+        "ray_actor_options": itself | {"num_gpus": 0},
+        "placement_group_bundles": [{"CPU": settings.generator_cpus}, *[shard] * settings.tensor_parallel_size],
+    }
+
+
+def _replica_id() -> str:
+    replica = serve.get_replica_context().replica_id
+    return f"{replica.deployment_id.name}-{replica.unique_id}"
+
+
+def without_request_id(app: App) -> App:
+    """The app without an id in its replies: Serve's proxy gives each request one, and tells it in the reply itself."""
+
+    async def replying(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    return replying
+
+
+def latest(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Of each growing candidate only the last look, which holds all the earlier ones; in the order of their news."""
+    by_index: dict[int, Outcome] = {}
+    for outcome in outcomes:
+        by_index.pop(outcome.index, None)
+        by_index[outcome.index] = outcome
+    return list(by_index.values())

@@ -1,0 +1,87 @@
+"""`nbest serve` as a process of its own, as users run it, and a look at what it is made of from outside."""
+
+import contextlib
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from server.launch import address_of, listen
+from tests.end_to_end.served import START_TIMEOUT_S, eventually, is_ready, metric
+
+NBEST = Path(sys.executable).with_name("nbest")
+EXIT_TIMEOUT_S = 60
+
+
+@dataclass
+class ServeProcess:
+    """A running `nbest serve`. What it says goes to a file, so that it never waits for a reader."""
+
+    url: str
+    process: psutil.Popen
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def metric(self, name: str, **labels: str) -> float:
+        return metric(self.url, name, **labels)
+
+    def is_ready(self) -> bool:
+        return is_ready(self.url)
+
+    def is_healthy(self) -> bool:
+        return httpx.get(f"{self.url}/health", timeout=30).status_code == 200
+
+    def children(self) -> list[psutil.Process]:
+        return list(self.process.children(recursive=True))
+
+    def named(self, name: str) -> psutil.Process | None:
+        """The child process of that name, if there is one: vLLM calls its own VLLM::EngineCore and VLLM::Worker."""
+        for child in self.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.name() == name:
+                    return child
+        return None
+
+    def engine(self) -> psutil.Process:
+        core = self.named("VLLM::EngineCore")
+        assert core is not None, self.said()
+        return core
+
+    def shared_memory(self) -> set[str]:
+        """The segments that its engine maps."""
+        return {mapped.path for mapped in self.engine().memory_maps() if mapped.path.startswith("/dev/shm/psm_")}
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, list[psutil.Process]]:
+        """The exit code, and the children that have not ended."""
+        children = self.children()
+        self.process.send_signal(number)
+        code = self.process.wait(EXIT_TIMEOUT_S)
+        _, left = psutil.wait_procs(children, timeout=10)  # multiprocessing's resource tracker ends by itself with it
+        return code, [one for one in left if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+@contextlib.contextmanager
+def nbest_serve(*flags: str) -> Iterator[ServeProcess]:
+    """`nbest serve` on a free port, ready; killed on leaving, unless it has been stopped by then."""
+    with listen("127.0.0.1", 0) as probe:
+        address = address_of(probe)
+    with tempfile.NamedTemporaryFile("w", prefix="nbest-serve-", suffix=".log") as log:
+        process = psutil.Popen([NBEST, "serve", "--port", address.split(":")[1], *flags], stderr=log)
+        served = ServeProcess(f"http://{address}", process, Path(log.name))
+        try:
+            assert eventually(lambda: served.is_ready() or process.poll() is not None, START_TIMEOUT_S)
+            assert process.poll() is None, served.said()
+            yield served
+        finally:
+            if process.poll() is None:
+                for one in [*served.children(), process]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
+            process.wait()

@@ -1,0 +1,95 @@
+"""Offline runs on the engine and the reward model of the session's server, which is asked for the same beside them."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from rich.console import Console
+
+from server import assembly, batch
+from server.batch import BatchOptions
+from server.generation.base import Outcome
+from server.offline.export import ExportOptions, run_export
+from server.pipeline import BestOfNRequest, BestOfNResult
+from tests.end_to_end.served import Served
+from tests.offline_runs import records, write_lines
+
+pytestmark = pytest.mark.engine
+
+OPENINGS = ("This film is", "I saw this movie last night and", "The acting in this picture is", "The screenplay")
+
+
+class Lent:
+    """The server's pipeline, which lives in the loop of another thread, as `nbest batch` uses one."""
+
+    def __init__(self, served: Served) -> None:
+        self.generator = served.generator
+        self.scorers = served.pipelines[0].scorers
+        self._pipeline = served.pipelines[0]
+        self._loop = served.loops[0]
+
+    async def run(self, request: BestOfNRequest, heard: Callable[[Outcome], None], *, growth: bool) -> BestOfNResult:
+        here = asyncio.get_running_loop()
+
+        def told(outcome: Outcome) -> None:
+            here.call_soon_threadsafe(heard, outcome)
+
+        running = self._pipeline.run(request, told, growth=growth)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(running, self._loop))
+
+
+@pytest.fixture
+def run_batch(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    @asynccontextmanager
+    async def start(*_: Any) -> AsyncIterator[Lent]:
+        yield Lent(served)
+
+    monkeypatch.setattr(assembly, "start", start)
+
+    def run(lines: list[Any], **options: Any) -> Path:
+        source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out"
+        batch.batch(served.settings, BatchOptions(str(source), out, **options), Console(quiet=True))
+        return out
+
+    return run
+
+
+def test_offline_gives_what_the_server_gives_for_the_same_seed(
+    run_batch: Callable[..., Path], client: openai.OpenAI, tmp_path: Path
+) -> None:
+    out = run_batch([{"prompt": opening} for opening in OPENINGS], defaults={"best_of": 4, "max_tokens": 12}, seed=3)
+    found = records(out)
+    assert len(found) == len(OPENINGS)
+    for record in found.values():
+        reply: Any = client.completions.create(
+            model=record["model"],
+            prompt=record["prompt"],
+            max_tokens=12,
+            seed=record["seed"],
+            extra_body={"best_of": 4, "nbest": {"return_candidates": True}},
+        )
+        theirs = reply.nbest["candidates"]
+        assert [one["text"] for one in record["candidates"]] == [one["text"] for one in theirs]
+        assert record["winner"]["text"] == reply.choices[0].text
+        for measure in ("reward", "cumulative_logprob"):
+            assert [one[measure] for one in record["candidates"]] == pytest.approx(
+                [one[measure] for one in theirs], abs=1e-3
+            )
+    run_export(out, tmp_path / "pairs.jsonl", ExportOptions("preference"))
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [pair["prompt"] for pair in pairs] == list(OPENINGS)
+    assert all(pair["margin"] > 0 for pair in pairs)
+
+
+def test_seeded_prompts_beyond_a_step_of_the_engine_do_not_stop_it(run_batch: Callable[..., Path]) -> None:
+    """Some 300 tokens each and many at once: together more than the engine reads in one step."""
+    lines = [
+        {"prompt": f"{number}. " + "A review of a film I saw. " * 40, "nbest": {"reward_model": "likely"}}
+        for number in range(12)
+    ]
+    assert len(records(run_batch(lines, defaults={"best_of": 2, "max_tokens": 2}))) == 12

@@ -1,0 +1,73 @@
+"""`nbest serve --ray` with the real engine and the real reward model: the same answers, and nothing left behind."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from server.config import flag_of
+from tests.end_to_end.process import nbest_serve
+from tests.end_to_end.served import START_TIMEOUT_S, Served
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_TIMEOUT_S + 120)]
+
+MODEL = "smollm2-135m-instruct"
+AS_IN_ONE_PROCESS = ("dtype", "max_model_len", "kv_cache_gib", "max_num_seqs", "max_best_of")
+"""Settings that decide what a seed gives."""
+
+
+@pytest.fixture(scope="module")
+def url(served: Served) -> Iterator[str]:
+    """Where it answers; on leaving, SIGTERM must end it and all of Ray, with exit code 0."""
+    same = [word for name in AS_IN_ONE_PROCESS for word in (flag_of(name), str(getattr(served.settings, name)))]
+    with nbest_serve("--ray", *same) as process:
+        yield process.url
+        assert process.stop() == (0, [])
+        assert "Ready after" in process.said()
+        assert "Traceback" not in process.said()
+
+
+def complete(url: str, **fields: Any) -> Any:
+    extension = {"best_of": 6, "nbest": {"return_candidates": True}}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        return client.completions.create(
+            model=MODEL, prompt="This film is", max_tokens=12, extra_body=extension, **fields
+        )
+
+
+def test_a_seed_gives_the_candidates_the_rewards_and_the_winner_of_one_process(url: str, served: Served) -> None:
+    here, there = complete(served.url, seed=7), complete(url, seed=7)
+    ours, theirs = here.nbest["candidates"], there.nbest["candidates"]
+    assert [one["text"] for one in theirs] == [one["text"] for one in ours]
+    assert [one["reward"] for one in theirs] == pytest.approx([one["reward"] for one in ours], abs=1e-4)
+    assert there.choices[0].text == max(theirs, key=lambda one: one["reward"])["text"] == here.choices[0].text
+    assert there.usage == here.usage
+
+
+def test_tokens_are_streamed(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        chunks = list(
+            client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "Write one sentence about a film you saw."}],
+                max_tokens=8,
+                stream=True,
+                extra_body={"best_of": 1},
+            )
+        )
+    assert len([chunk for chunk in chunks if chunk.choices[0].delta.content]) > 1
+    assert chunks[-1].choices[0].finish_reason in {"stop", "length"}
+
+
+def test_scoring_batches_are_counted_in_the_scorers_replica(url: str) -> None:
+    complete(url)
+    exposition = httpx.get(f"{url}/metrics").text
+    counts = {
+        line.partition('replica="')[2].partition("-")[0]: float(line.split()[-1])
+        for line in exposition.splitlines()
+        if line.startswith("nbest_score_batch_sequences_count")
+    }
+    assert counts["scorer"] >= 1
+    assert counts["router"] == 0
