@@ -18,6 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from scripts import figures
+from scripts.markdown import table
 from server.app import create_app
 from server.cli import app as command
 from server.config import ENV_PREFIX, OTHER_VARIABLES, Settings, flag_of, is_secret, variable_of
@@ -119,13 +120,6 @@ def metrics_page() -> str:
 Written by `make docs` from `server/metrics.py`; `GET /metrics` serves them in Prometheus' text format.
 
 {table(("name", "type", "labels", "formula and unit"), rows)}"""
-
-
-def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    heading = tuple(heading)
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What README and docs/benchmarks.md say in figures, made from benchmarks/results and from the code alone.
+"""What the pages say in figures, made from benchmarks/results and from the code alone.
 
 The prose of those pages is written by hand; each `<!-- name -->` … `<!-- /name -->` in it is filled from here.
 """
@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from scripts import model_card
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,6 +118,10 @@ def router() -> str:
     return "| request | CPU ms, mean ± standard deviation | least |\n|---|---|---|\n" + "".join(rows)
 
 
+def card(block: Callable[[Any], str]) -> Callable[[], str]:
+    return lambda: block(result("reward_movie-sentiment"))
+
+
 def births() -> str:
     """Where each figure comes from."""
     lines = ["| result | command | commit | date | machine |\n|---|---|---|---|---|\n"]
@@ -164,10 +170,17 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "scoring": scoring,
     "router": router,
+    "card-accuracy": card(model_card.accuracy),
+    "card-by-gap": card(model_card.by_gap),
+    "card-counts": card(model_card.counts),
     "births": births,
     "tree": tree,
 }
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "reranker" / "pretrained" / "movie-sentiment" / "README.md",
+)
 """The pages that have blocks."""

@@ -38,8 +38,8 @@ def test_what_is_generated_is_up_to_date() -> None:
 def test_a_stale_page_fails_the_check_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "docs").mkdir()
     for name, text in docs.pages().items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["docs", "--check"])

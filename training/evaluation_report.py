@@ -35,7 +35,7 @@ def _plot_reliability(axes: Axes, evaluation: RewardEvaluation) -> None:
 
 
 def _plot_accuracy(axes: Axes, evaluation: RewardEvaluation) -> None:
-    shown = {"all pairs": evaluation.overall, "length alone": evaluation.length_alone}
+    shown = {"overall": evaluation.overall, "length alone": evaluation.length_alone}
     if len(evaluation.by_gap) > 1:
         shown |= {f"gap {name}": accuracy for name, accuracy in evaluation.by_gap.items()}
     measured = {name: (accuracy.accuracy, accuracy.low, accuracy.high) for name, accuracy in shown.items()}
