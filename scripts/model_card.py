@@ -16,7 +16,7 @@ def accuracy(found: dict[str, Any]) -> str:
         for name, measured in data_sets(found).items()
         for scorer, one in measured["scorers"].items()
     ]
-    return table(("snippets", "scorer", "gap 1 and more", "less than on films", "gap below 1"), rows)
+    return table(("snippets", "scorer", "gap 1 and more", "points against films", "gap below 1"), rows)
 
 
 def by_gap(found: dict[str, Any]) -> str:
@@ -36,12 +36,14 @@ def counts(found: dict[str, Any]) -> str:
     for name, measured in data_sets(found).items():
         one = next(iter(measured["scorers"].values()))
         close = one["by_gap"][CLOSE]["comparisons"]
-        rows.append((name, *(f"{count:,}" for count in (measured["snippets"], one["comparisons"], close))))
-    return table(("snippets from", "snippets", "pairs, gap 1 and more", "pairs, gap below 1"), rows)
+        told = (measured["snippets"], measured["drawn_from"], one["comparisons"], close)
+        rows.append((name, *(f"{count:,}" for count in told)))
+    return table(("snippets from", "measured on", "drawn from", "pairs, gap 1 and more", "pairs, gap below 1"), rows)
 
 
 def data_sets(found: dict[str, Any]) -> dict[str, Any]:
-    films = {"snippets": found["data"]["test_snippets"], "scorers": found["test"]}
+    count = found["data"]["test_snippets"]
+    films = {"snippets": count, "drawn_from": count, "scorers": found["test"]}
     return {FILMS: films, **found["other_domains"]}
 
 
@@ -54,4 +56,4 @@ def percent(one: dict[str, float] | None) -> str:
 
 
 def away(one: dict[str, float], on_films: dict[str, float]) -> str:
-    return "" if one is on_films else f"{on_films['accuracy'] - one['accuracy']:.1f} points"
+    return "" if one is on_films else f"{one['accuracy'] - on_films['accuracy']:+.1f}"
