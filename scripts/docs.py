@@ -17,7 +17,7 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from scripts import figures
+from scripts import dashboard, figures
 from scripts.markdown import table
 from server.app import create_app
 from server.cli import app as command
