@@ -121,6 +121,7 @@ class Builder:
                 self._copy(stage, argument.split())
             case "USER":
                 stage.user = argument
+                stage.environment["HOME"] = home_of(argument, stage.files)
             case "ENTRYPOINT" | "CMD":
                 stage.start += json.loads(argument)
             case "HEALTHCHECK":
@@ -146,6 +147,12 @@ class Builder:
                 shutil.copy2(there, into)
 
 
+def home_of(user: str, files: Path) -> str:
+    """The home directory of a user by number, as the stage's list of users has it."""
+    users = [line.split(":") for line in (files / "etc/passwd").read_text().splitlines()]
+    return next(fields[5] for fields in users if fields[2] == user)
+
+
 def python_image(files: Path) -> None:
     """What `python:3.11-slim` has beyond a bare system: a Python in /usr/local, without any packages."""
     own = Path(sys.base_prefix)
@@ -163,6 +170,7 @@ def mount(stage: Stage) -> None:
     for options, inside in (
         (["-t", "overlay", "overlay", "-o", f"lowerdir=/,upperdir={upper},workdir={work}"], ""),
         (["-t", "proc", "proc"], "proc"),
+        (["--rbind", "/sys"], "sys"),
         (["--rbind", "/dev"], "dev"),
     ):
         subprocess.run(["mount", *options, str(stage.files / inside)], check=True)
