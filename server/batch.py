@@ -8,7 +8,6 @@ to rerank no engine is started. A signal stops the run between two writes: what 
 import asyncio
 import contextlib
 import json
-import logging
 import signal
 import sys
 import time
@@ -22,7 +21,7 @@ import uvloop
 from rich.console import Console
 
 from reranker.scorers.spec import OWN_POLICY, JudgeSpec, parse_all
-from server import assembly
+from server import assembly, logs
 from server.config import ConfigError, Settings
 from server.generation.base import Generator
 from server.launch import loaded
@@ -139,7 +138,7 @@ def _run(
     start: Callable[[], AbstractAsyncContextManager[Models]],
     console: Console,
 ) -> dict[str, Any]:
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_level, settings.log_format)  # keeps prompts out of the lines of libraries
     begun_s = time.perf_counter()
     with directory.locked(options.out):
         spooled = options.source == STDIN
