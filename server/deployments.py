@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -23,12 +24,14 @@ from server import assembly, logs
 from server.app import create_app
 from server.config import ConfigError, Settings, load_settings, replica_range
 from server.connection import App, Message, Receive, Scope, Send
-from server.errors import NbestError
+from server.errors import NbestError, NotReadyError
 from server.generation.base import Generation, Generator, Outcome, Sampling
+from server.generation.weights import Change, version_at
 from server.handles import Group, RemoteGenerator, connect_scorers
 from server.launch import StartError, tracing_of
 from server.metrics import Metrics, merged
 from server.pipeline import BestOfN
+from server.weights_record import Loaded, Record, RecordOnRay, WeightsRecord
 
 APP_NAME = "nbest"
 GENERATOR, SCORER, ROUTER = "generator", "scorer", "router"
@@ -48,6 +51,8 @@ CLOSING_S = 5
 METRICS_TIMEOUT_S = 8
 """Below the ten seconds that Prometheus waits for a scrape by default."""
 
+log = logging.getLogger("nbest")
+
 StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
 StartScorers = Callable[
     [Settings, Generator, Callable[[int, int], None]], AbstractAsyncContextManager[Mapping[str, Scorer]]
@@ -57,11 +62,16 @@ StartScorers = Callable[
 class GeneratorReplica:
     """One generator, for instance an engine with the actors of its tensor-parallel shards."""
 
-    async def __init__(self, settings: Settings, start: StartGenerator) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, settings: Settings, start: StartGenerator, record: WeightsRecord) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.configure(settings.log_level, settings.log_format)
         self._resources = AsyncExitStack()
         self._generator = await self._resources.enter_async_context(start(settings))
         self._under_way: dict[str, Generation] = {}
+        self._record = record
+        self._versions: dict[Change, str] = {}
+        if settings.adapter is not None:
+            self._versions["load_adapter"] = version_at("load_adapter", settings.adapter)
+        await self._follow_record()
 
     async def model(self) -> str:
         return self._generator.model
@@ -98,6 +108,44 @@ class GeneratorReplica:
     async def check_health(self) -> None:
         """Serve asks now and then: it replaces a replica whose engine has died."""
         await self._generator.check_ready()
+        await self._follow_record()
+
+    async def weights_there(self, change: Change, path: str) -> str | NbestError:
+        """The version of what would be loaded from there on this machine."""
+        try:
+            return await asyncio.to_thread(version_at, change, Path(path))
+        except NbestError as error:
+            return error
+
+    async def change_weights(self, change: Change, path: str) -> str | NbestError:
+        try:
+            self._versions[change] = await getattr(self._generator, change)(path)
+        except NbestError as error:
+            return error
+        return self._versions[change]
+
+    async def record_change(self, change: Change, loaded: Loaded) -> Record:
+        """Notes what all replicas are to serve; the record before that."""
+        before = self._record.read()
+        self._record.write(before | {change: loaded})
+        return before
+
+    async def restore_record(self, record: Record) -> None:
+        self._record.write(record)
+
+    async def _follow_record(self) -> None:
+        """Makes up for the changes that this replica was not there to hear of."""
+        for change, loaded in self._record.read().items():
+            if self._versions.get(change) == loaded.version:
+                continue
+            found = await self.change_weights(change, loaded.path)
+            if isinstance(found, NotReadyError):
+                continue  # the next health check tries again
+            if isinstance(found, NbestError):
+                log.error("What the other replicas serve cannot be loaded here: %s", found)
+            elif found != loaded.version:
+                log.error("%s has changed since it was loaded; load it again, so that all serve the same.", loaded.path)
+            self._versions[change] = loaded.version  # so that it is said once
 
     async def __del__(self) -> None:
         await self._resources.aclose()
@@ -192,7 +240,7 @@ def application(
         # So many requests of the default size fill the engine's batch.
         target_ongoing=max(1, settings.max_num_seqs // settings.default_best_of),
         **generator_resources(settings),
-    ).bind(settings, start_generator)
+    ).bind(settings, start_generator, RecordOnRay())
     scorer = _deployment(
         ScorerReplica,
         SCORER,

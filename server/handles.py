@@ -23,15 +23,19 @@ from ray.serve.handle import DeploymentHandle
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
-from server.errors import EngineDiedError, NbestError, NotReadyError
+from server.errors import BadRequestError, EngineDiedError, NbestError, NotReadyError
 from server.generation.base import Outcome, Sampling
 from server.generation.outcomes import Outcomes
+from server.generation.weights import Change
+from server.weights_record import Loaded, Record
 
 CHECK_TIMEOUT_S = 5
 """A replica that has not said in this time that it is ready is not; without any the call would wait for one."""
 START_TIMEOUT_S = 15
 """Longest wait for a replica that takes a request: short beside an engine's start, long beside a queue of prompts."""
 RETRY_INTERVAL_S = 1
+CHANGE_TIMEOUT_S = 600
+"""Longest wait for replicas that change their weights, which first finish what they draw with the ones before."""
 
 log = logging.getLogger("nbest")
 
@@ -66,8 +70,51 @@ class RemoteGenerator:
         if refusal is not None:
             raise refusal
 
+    async def load_adapter(self, path: str) -> str:
+        return await self._change("load_adapter", path)
+
+    async def reload_weights(self, path: str) -> str:
+        return await self._change("reload_weights", path)
+
     async def close(self) -> None:
         """Nothing is held here: the deployment ends with its application."""
+
+    async def _change(self, change: Change, path: str) -> str:
+        """Changes the weights of every replica, or of none.
+
+        First each says what it would load, since a folder that is shared may not be. Then it is written down what is
+        to be served, for replicas that come or are replaced, and each does it.
+        """
+        versions = set(await self._all("weights_there", change, path))
+        if len(versions) > 1:
+            raise BadRequestError(f"{path} is not the same on every machine; put it into a folder that they share.")
+        before: Record = await self._one("record_change", change, Loaded(path, versions.pop()))
+        try:
+            served = await self._all("change_weights", change, path)
+        except BadRequestError:
+            await self._one("restore_record", before)
+            raise
+        return str(served[0])
+
+    async def _one(self, method: str, *arguments: Any) -> Any:
+        with gone_is(NotReadyError("No generator replica answers; try again in a few seconds.")):
+            return await self.handle.options(method_name=method).remote(*arguments)
+
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        """What every replica answers; those that die meanwhile are replaced, and say nothing.
+
+        Raises:
+            NbestError: one of them refuses, or none is there.
+        """
+        told = self.handle.broadcast(method, *arguments)
+        answers = await told.results_async(timeout_s=CHANGE_TIMEOUT_S, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, NbestError | RayTaskError):
+                raise answer
+        alive = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not alive:
+            raise NotReadyError("No generator replica answers; try again in a few seconds.")
+        return alive
 
 
 class RemoteGeneration:

@@ -173,6 +173,12 @@ class _TracedGenerator:
     async def check_ready(self) -> None:
         await self._traced.check_ready()
 
+    async def load_adapter(self, path: str) -> str:
+        return await self._traced.load_adapter(path)
+
+    async def reload_weights(self, path: str) -> str:
+        return await self._traced.reload_weights(path)
+
     async def close(self) -> None:
         await self._traced.close()
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,9 +15,11 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from reranker.candidate import Candidate, FailedCandidate, Prompt
 from server import deployments
 from server.config import ConfigError, Settings
-from server.errors import NotReadyError
+from server.errors import BadRequestError, NotReadyError
 from server.generation.base import Outcome, Sampling
+from server.generation.weights import CONFIG, WEIGHTS, version_at
 from server.handles import Group, RemoteGenerator, gone_is
+from server.weights_record import Loaded, Record
 from tests.doubles import ScriptedGenerator
 from tests.modes import MODES, PATIENCE_S, Server, generator_handle
 
@@ -225,7 +228,46 @@ def test_a_scorer_replica_that_dies_is_a_reward_failure_and_is_replaced(server: 
     assert text_of(server.chat("films")) == "great fun"
 
 
-async def replica_of(generator: ScriptedGenerator) -> deployments.GeneratorReplica:
+def adapter_files(path: Path, content: str) -> str:
+    """A directory with the files of an adapter; what is in them matters to nobody here."""
+    path.mkdir(exist_ok=True)
+    for name in (CONFIG, WEIGHTS):
+        (path / name).write_text(content)
+    return str(path)
+
+
+@on_ray_alone
+async def test_an_adapter_is_loaded_by_every_replica_once(server: Server, tmp_path: Path) -> None:
+    generator = await RemoteGenerator.connect(generator_handle())
+    path = adapter_files(tmp_path / "v1", "one")
+    version = await generator.load_adapter(path)
+    assert version == version_at("load_adapter", Path(path))
+    assert server.witness.hear("loaded", path, 2) == [0, 0]
+
+
+@on_ray_alone
+async def test_a_refusal_of_an_adapter_comes_from_the_replica(server: Server, tmp_path: Path) -> None:
+    generator = await RemoteGenerator.connect(generator_handle())
+    with pytest.raises(BadRequestError, match="does not fit"):
+        await generator.load_adapter(adapter_files(tmp_path / "unfit", "x"))
+    with pytest.raises(BadRequestError, match="cannot be read"):
+        await generator.load_adapter(str(tmp_path / "nowhere"))
+
+
+class DictRecord:
+    """`WeightsRecord` in this process."""
+
+    def __init__(self, record: Record | None = None) -> None:
+        self.record = record or {}
+
+    def read(self) -> Record:
+        return dict(self.record)
+
+    def write(self, record: Record) -> None:
+        self.record = record
+
+
+async def replica_of(generator: ScriptedGenerator, record: DictRecord | None = None) -> deployments.GeneratorReplica:
     """The replica's class as Serve makes it, without Serve."""
 
     @asynccontextmanager
@@ -233,7 +275,7 @@ async def replica_of(generator: ScriptedGenerator) -> deployments.GeneratorRepli
         yield generator
 
     replica = object.__new__(deployments.GeneratorReplica)
-    await replica.__init__(Settings(), start)  # type: ignore[misc]
+    await replica.__init__(Settings(), start, record or DictRecord())  # type: ignore[misc]
     return replica
 
 
@@ -244,6 +286,34 @@ async def test_serve_hears_of_an_engine_that_has_died() -> None:
     generator.ready = False
     with pytest.raises(NotReadyError):
         await replica.check_health()
+
+
+async def test_a_replica_that_comes_later_loads_what_the_others_serve() -> None:
+    generator = ScriptedGenerator(["a"])
+    await replica_of(generator, DictRecord({"load_adapter": Loaded("/shared/v2", "version-1")}))
+    assert generator.adapters == ["/shared/v2"]
+
+
+async def test_a_replica_that_missed_a_change_makes_up_for_it_at_the_next_health_check() -> None:
+    generator, record = ScriptedGenerator(["a"]), DictRecord()
+    replica = await replica_of(generator, record)
+    await replica.check_health()
+    assert generator.adapters == []
+    before = await replica.record_change("load_adapter", Loaded("/shared/v1", "version-1"))
+    for _ in range(2):
+        await replica.check_health()
+    assert generator.adapters == ["/shared/v1"]
+    assert before == {}
+
+
+async def test_an_adapter_that_changed_under_a_new_replica_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    generator = ScriptedGenerator(["a"])
+    replica = await replica_of(generator, DictRecord({"load_adapter": Loaded("/shared/v1", "as it was")}))
+    await replica.check_health()
+    assert generator.adapters == ["/shared/v1"]
+    assert [record.message for record in caplog.records] == [
+        "/shared/v1 has changed since it was loaded; load it again, so that all serve the same."
+    ]
 
 
 async def test_the_first_group_is_empty_and_tells_that_generation_has_started() -> None:

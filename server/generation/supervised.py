@@ -9,7 +9,8 @@ holds the running engine and the way to start another, and watches. When the eng
   had. A candidate that was handed on while it grew cannot be taken back, so its request fails with that same error; so
   does every request when the next engine is not to come at once, for then nobody knows how long the wait would be.
 
-Deadlines and hang-ups need nothing here: both cancel the waiting like any other work.
+Deadlines and hang-ups need nothing here: both cancel the waiting like any other work. Neither do weights that were
+loaded while an engine ran: `start` gives them to the next one, and a request that is drawn again is drawn with them.
 """
 
 import asyncio
@@ -95,6 +96,12 @@ class SupervisedGenerator:
 
     async def check_ready(self) -> None:
         await self.engine.check_ready()
+
+    async def load_adapter(self, path: str) -> str:
+        return await self.engine.load_adapter(path)
+
+    async def reload_weights(self, path: str) -> str:
+        return await self.engine.reload_weights(path)
 
     async def successor(self, dead: Generator) -> Generator:
         """The engine after one that a request has seen die.
