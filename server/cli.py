@@ -323,6 +323,63 @@ def export(
 
 
 @app.command()
+def improve(
+    prompts: Annotated[str, typer.Option(help="Training prompts: lines of prompt or messages, as nbest batch reads.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; one that stopped goes on there.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of sampling and fine-tuning.")] = 2,
+    held_out: Annotated[str | None, typer.Option(help="Prompts to measure on; default: a share of the others.")] = None,
+    holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="That share, chosen by hash of the prompt.")] = 0.2,
+    model: Annotated[str, typer.Option(help="Policy: prepared name, directory or hub id.")] = "smollm2-135m-instruct",
+    reward_model: Annotated[str, typer.Option(metavar="NAME=SPEC", help="What chooses and measures.")] = (
+        "movie-sentiment=movie-sentiment"
+    ),
+    best_of: Annotated[int, typer.Option(min=1, help="Candidates of a training prompt.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a candidate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Temperature of sampling.")] = 1.0,
+    top_fraction: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of the winners to keep, of the highest reward.")
+    ] = None,
+    evaluation_samples: Annotated[int, typer.Option(min=1, help="Samples of a held-out prompt.")] = 4,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the winners of a round.")] = 2.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Winners a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate of a round.")] = 2e-4,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Decides what is drawn, and the order of training.")] = 0,
+) -> None:
+    """Teach a policy what best-of-n chooses: sample N, keep the winners, fine-tune, measure, repeat.
+
+    Every round's samples, winners, weights and measurements stay in OUT/round-K. Stopped or killed at any moment, the
+    same command goes on; more --rounds go on from the last. Settings of the engine come from NBEST_ variables.
+    """
+    from training.checkpoints import CheckpointError
+    from training.data_source import DataSourceError
+    from training.errors import TrainingError
+    from training.improve import Improvement, table_lines
+    from training.improve import improve as run
+    from training.preference_data import DataError
+
+    settings = Improvement(
+        model=model,
+        reward_model=reward_model,
+        best_of=best_of,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_fraction=top_fraction,
+        evaluation_samples=evaluation_samples,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        lora_rank=lora_rank,
+        seed=seed,
+    )
+    try:
+        table = run(prompts, out, settings, rounds, held_out=held_out, holdout=holdout)
+    except (CheckpointError, DataError, DataSourceError, TrainingError, OSError) as error:
+        raise CommandError(str(error)) from error
+    typer.echo("\n".join(table_lines(table)))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(f"nbest {metadata.version('nbest')}")

@@ -77,7 +77,10 @@ def exported(tmp_path: Path, results: list[dict[str, Any]], options: ExportOptio
 
 def test_sft_has_the_winners_in_the_order_of_the_input(tmp_path: Path) -> None:
     rows = exported(tmp_path, [result(2, [1, 3]), result(1, [5, 4])], ExportOptions("sft"))
-    assert rows == [{"prompt": "prompt 1", "completion": "1-5"}, {"prompt": "prompt 2", "completion": "2-3"}]
+    assert rows == [
+        {"prompt": "prompt 1", "completion": "1-5", "finish_reason": "stop"},
+        {"prompt": "prompt 2", "completion": "2-3", "finish_reason": "stop"},
+    ]
 
 
 def test_a_preference_is_the_best_against_the_worst(tmp_path: Path) -> None:
@@ -89,6 +92,8 @@ def test_a_preference_is_the_best_against_the_worst(tmp_path: Path) -> None:
         "chosen_score": 5,
         "rejected_score": -1,
         "margin": 6,
+        "chosen_finish_reason": "stop",
+        "rejected_finish_reason": "stop",
     }
 
 
@@ -131,11 +136,11 @@ def test_conversations_and_texts_are_turned_into_each_other(tmp_path: Path) -> N
     asked = [{"role": "user", "content": "hi"}]
     talk, text = result(1, [1], messages=asked), result(2, [2])
     (row,) = exported(tmp_path, [talk], ExportOptions("sft"))
-    assert row == {"prompt": asked, "completion": [{"role": "assistant", "content": "1-1"}]}
+    assert (row["prompt"], row["completion"]) == (asked, [{"role": "assistant", "content": "1-1"}])
     rows = exported(tmp_path, [talk, text], ExportOptions("sft", form="conversational"))
     assert [row["prompt"] for row in rows] == [asked, [{"role": "user", "content": "prompt 2"}]]
     rows = exported(tmp_path, [talk, text], ExportOptions("sft", form="plain"))
-    assert rows == [{"prompt": "hi", "completion": "1-1"}, {"prompt": "prompt 2", "completion": "2-2"}]
+    assert [(row["prompt"], row["completion"]) for row in rows] == [("hi", "1-1"), ("prompt 2", "2-2")]
     with pytest.raises(OfflineError, match="Some prompts are conversations and some are texts"):
         exported(tmp_path, [talk, text], ExportOptions("sft"))
 

@@ -84,7 +84,7 @@ def test_a_bad_line_is_refused_with_its_number_and_reason(line: Any, reason: str
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no preferences"):
+    with pytest.raises(DataError, match="holds no rows"):
         read(tmp_path)
 
 

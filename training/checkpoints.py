@@ -30,20 +30,33 @@ def start(directory: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
     if newest is None:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        (directory / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+        write_run(directory, run)
         return None
     if not resume:
         raise CheckpointError(
             f"{directory} holds checkpoints of a run that did not end: go on from the last with --resume, "
             "or choose another --out"
         )
+    require_same_run(directory, run)
+    return newest
+
+
+def require_same_run(directory: Path, run: dict[str, Any]) -> None:
+    """Compares a run with the one that `directory` was begun with.
+
+    Raises:
+        CheckpointError: they differ.
+    """
     begun = json.loads((directory / RUN_FILE).read_text())
     if changed := sorted(name for name in run.keys() | begun.keys() if run.get(name) != begun.get(name)):
         raise CheckpointError(
-            f"the checkpoints in {directory} belong to a run with another {', '.join(changed)}: "
+            f"{directory} belongs to a run with another {', '.join(changed)}: "
             "resume it as it was begun, or choose another --out"
         )
-    return newest
+
+
+def write_run(directory: Path, run: dict[str, Any]) -> None:
+    (directory / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
 
 
 def _newest(directory: Path) -> Path | None:

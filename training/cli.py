@@ -16,12 +16,17 @@ from reranker.device import Device
 if TYPE_CHECKING:
     from training.pair_accuracy import PairAccuracy
 
-train_app = typer.Typer(help="Train models on preferences.", no_args_is_help=True)
+train_app = typer.Typer(help="Train a reward model or a policy.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Measure models on held-out data.", no_args_is_help=True)
 
 DATA_HELP = (
     "Preferences: a JSONL or Parquet file, or a Hugging Face data set as DIRECTORY or ORG/NAME, with :SPLIT if it has "
     "several. Columns: prompt (optional), chosen, rejected, margin (optional); or text, rating."
+)
+
+DEMONSTRATIONS_HELP = (
+    "Demonstrations, from the same places as preferences. Columns: prompt, completion, finish_reason (optional); or "
+    "messages; or text. nbest export --format sft writes such a file."
 )
 
 
@@ -50,7 +55,7 @@ class DtypeOption(StrEnum):
 
 @train_app.callback()
 def _train() -> None:
-    """Train models on preferences."""
+    """Train a reward model or a policy."""
 
 
 @evaluate_app.callback()
@@ -126,6 +131,134 @@ def train_reward_command(
     typer.echo(f"Serve it with: nbest serve --reward-model NAME={out / settings.weights_name}")
 
 
+_PolicyOut = Annotated[Path, typer.Option(help="Directory for the weights, metrics and checkpoints.")]
+_Policy = Annotated[str, typer.Option(help="Policy to train: prepared name, directory or hub id.")]
+_Full = Annotated[bool, typer.Option("--full", help="Train all weights and write OUT/model, not an adapter.")]
+_Merge = Annotated[
+    bool, typer.Option("--merge", help="Also write OUT/model, the base model with the adapter added to it.")
+]
+_LoraRank = Annotated[int, typer.Option(min=1, help="Rank of the adapters.")]
+_Epochs = Annotated[float, typer.Option(min=0.0, help="Passes over the data.")]
+_BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step.")]
+_MicroBatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Rows computed at once, if a batch does not fit in memory.")
+]
+_LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Highest learning rate, which decays to 0.")]
+_MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and completion; default: the model's.")]
+_Validation = Annotated[str | None, typer.Option(help="Held-out data; default: a share of the data.")]
+_Holdout = Annotated[float, typer.Option(min=0.0, max=0.9, help="That share, chosen by hash of the prompt.")]
+_Dtype = Annotated[DtypeOption, typer.Option(help="What the policy computes in.")]
+_GradientCheckpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to hold fewer.")
+]
+_CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps after which all is saved to go on from.")]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT, or start if there is none.")
+]
+_Seed = Annotated[int, typer.Option(help="Decides the adapters' start and the order of the data.")]
+
+
+@train_app.command("sft")
+def train_sft_command(
+    data: Annotated[str, typer.Option(help=DEMONSTRATIONS_HELP)],
+    out: _PolicyOut,
+    model: _Policy = "smollm2-135m-instruct",
+    full: _Full = False,
+    merge: _Merge = False,
+    lora_rank: _LoraRank = 16,
+    epochs: _Epochs = 1.0,
+    batch_size: _BatchSize = 16,
+    micro_batch_size: _MicroBatchSize = None,
+    learning_rate: _LearningRate = None,
+    max_length: _MaxLength = None,
+    validation: _Validation = None,
+    holdout: _Holdout = 0.1,
+    dtype: _Dtype = DtypeOption.AUTO,
+    gradient_checkpointing: _GradientCheckpointing = False,
+    checkpoint_every: _CheckpointEvery = 500,
+    resume: _Resume = False,
+    seed: _Seed = 0,
+) -> None:
+    """Fine-tune a policy on demonstrations, such as the winners of best-of-n.
+
+    The learning rate is 2e-4 unless it is given, with --full 1e-5.
+    """
+    with _errors_in_a_sentence():
+        from training.policy import PolicyTraining, RunOptions
+        from training.sft import train_sft
+
+        settings = PolicyTraining(
+            base_model=model,
+            full=full,
+            lora_rank=lora_rank,
+            epochs=epochs,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            learning_rate=learning_rate if learning_rate is not None else 1e-5 if full else 2e-4,
+            max_length=max_length,
+            dtype=dtype.value,
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+        )
+        options = RunOptions(checkpoint_every, resume=resume, merge=merge)
+        written = train_sft(data, out, settings, options, validation_data=validation, holdout=holdout)
+    _tell_policy(written, model)
+
+
+@train_app.command("dpo")
+def train_dpo_command(
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    out: _PolicyOut,
+    model: _Policy = "smollm2-135m-instruct",
+    beta: Annotated[float, typer.Option(min=0.0, help="Price of a nat away from the policy as it was.")] = 0.1,
+    full: _Full = False,
+    merge: _Merge = False,
+    lora_rank: _LoraRank = 16,
+    epochs: _Epochs = 1.0,
+    batch_size: _BatchSize = 16,
+    micro_batch_size: _MicroBatchSize = None,
+    learning_rate: _LearningRate = None,
+    max_length: _MaxLength = None,
+    validation: _Validation = None,
+    holdout: _Holdout = 0.1,
+    dtype: _Dtype = DtypeOption.AUTO,
+    gradient_checkpointing: _GradientCheckpointing = False,
+    checkpoint_every: _CheckpointEvery = 500,
+    resume: _Resume = False,
+    seed: _Seed = 0,
+) -> None:
+    """Fine-tune a policy on preferences by DPO.
+
+    The learning rate is 5e-5 unless it is given, with --full 5e-7.
+    """
+    with _errors_in_a_sentence():
+        from training.dpo import DPOTraining, train_dpo
+        from training.policy import RunOptions
+
+        settings = DPOTraining(
+            base_model=model,
+            full=full,
+            lora_rank=lora_rank,
+            epochs=epochs,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            learning_rate=learning_rate if learning_rate is not None else 5e-7 if full else 5e-5,
+            max_length=max_length,
+            dtype=dtype.value,
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+            beta=beta,
+        )
+        options = RunOptions(checkpoint_every, resume=resume, merge=merge)
+        written = train_dpo(data, out, settings, options, validation_data=validation, holdout=holdout)
+    _tell_policy(written, model)
+
+
+def _tell_policy(written: Path, base_model: str) -> None:
+    named = f"--model {written}" if written.name == "model" else f"--model {base_model} --adapter {written}"
+    typer.echo(f"Serve it with: nbest serve {named}")
+
+
 @evaluate_app.command("reward")
 def evaluate_reward_command(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
@@ -173,11 +306,20 @@ def _errors_in_a_sentence() -> Iterator[None]:
     from reranker.reward_model import RewardModelError
     from training.checkpoints import CheckpointError
     from training.data_source import DataSourceError
+    from training.errors import TrainingError
     from training.preference_data import DataError
 
     try:
         yield
-    except (CheckpointError, DataError, DataSourceError, RewardModelError, PreparationError, OSError) as error:
+    except (
+        CheckpointError,
+        DataError,
+        DataSourceError,
+        RewardModelError,
+        PreparationError,
+        TrainingError,
+        OSError,
+    ) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
     except ModuleNotFoundError as error:

@@ -21,8 +21,8 @@ from training.evaluate_reward import score_all
 from training.movie_ratings import write_splits
 from training.movie_sentiment import RECIPE, birth
 from training.pair_accuracy import pair_accuracy
+from training.precision import computes_bfloat16
 from training.preference_data import read_rows, render_rows
-from training.reward import computes_bfloat16
 
 RIDGE = 1000.0
 """Penalty on standardised features."""

@@ -15,8 +15,9 @@ from reranker.prepared import resolve
 from reranker.rendering import Rendered, pad
 from reranker.reward_model import make_renderer
 from training.evaluate_reward import score_all
+from training.precision import computes_bfloat16
 from training.preference_data import Row, ordered_pairs, render_rows
-from training.reward import RewardTraining, bradley_terry_loss, computes_bfloat16
+from training.reward import RewardTraining, bradley_terry_loss
 
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.1

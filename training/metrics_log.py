@@ -5,7 +5,7 @@ interrupted run ends as that of one that was not.
 """
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +13,58 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from training.pair_accuracy import PairAccuracy
-
 LOG_EVERY_STEPS = 10
 
 
+OF_EVERY_TRAINER = {"epoch": "epoch", "loss": "loss", "learning_rate": "learning_rate"}
+
+
 class MetricsLog(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Writes the loss every few steps, and what `validate` measures after every epoch."""
+    """Writes what the trainer logs every few steps, and what `validate` measures after every epoch.
 
-    columns = ("step", "epoch", "loss", "learning_rate", "validation_pair_accuracy")
+    `measures` are the columns beside step, epoch, loss and learning rate, those worth a picture. Those that `logged`
+    names (the trainer's name -> the column) come from the trainer.
+    """
 
-    def __init__(self, out: Path, validate: Callable[[], PairAccuracy] | None) -> None:
-        self.last_validation: PairAccuracy | None = None
+    def __init__(
+        self,
+        out: Path,
+        measures: Iterable[str],
+        validate: Callable[[], Mapping[str, float]] | None = None,
+        *,
+        logged: Mapping[str, str] | None = None,
+    ) -> None:
         self._out = out
+        self._measures = tuple(measures)
         self._validate = validate
+        self._logged = OF_EVERY_TRAINER | dict(logged or {})
         self._rows: list[dict[str, float]] = []
+        self._validated = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._rows = self._read_up_to(state.global_step) if state.global_step else []
         self._writer = SummaryWriter(self._out / "tensorboard", purge_step=state.global_step + 1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self._add(state.global_step, {name: logs[name] for name in ("epoch", "loss", "learning_rate")})
+        values = {column: logs[name] for name, column in self._logged.items() if name in logs} if logs else {}
+        if values.keys() - {"epoch"}:  # the trainer's last line is about the whole run
+            self._add(state.global_step, values)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._validate:
-            self.last_validation = self._validate()
-            self._add(
-                state.global_step,
-                {"epoch": state.epoch, "validation_pair_accuracy": self.last_validation.accuracy},
-            )
+            self._add(state.global_step, {"epoch": state.epoch, **self._validate()})
+            self._validated = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._validate and self.last_validation is None:  # resumed after the last step
-            self.last_validation = self._validate()
+        if self._validate and not self._validated:  # resumed after the last step
+            self._validate()
         self._writer.close()
-        plot_metrics(self._rows, self._out / "metrics.png")
+        plot_metrics(self._rows, ("loss", *self._measures), self._out / "metrics.png")
 
     def _add(self, step: int, values: dict[str, float]) -> None:
         self._rows.append({"step": step} | values)
         with (self._out / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, ("step", *OF_EVERY_TRAINER.values(), *self._measures))
             writer.writeheader()
             writer.writerows(self._rows)
         for name, value in values.items():
@@ -70,10 +80,10 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         return [row | {"step": int(row["step"])} for row in values if row["step"] <= step]
 
 
-def plot_metrics(rows: list[dict[str, float]], path: Path) -> None:
-    """Loss and validation pair accuracy over steps."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "validation_pair_accuracy"), strict=True):
+def plot_metrics(rows: list[dict[str, float]], measures: tuple[str, ...], path: Path) -> None:
+    """A panel for each measure, over steps."""
+    figure = Figure(figsize=(4 * len(measures), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(measures)), measures, strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot([step for step, _ in points], [value for _, value in points], marker="." if len(points) < 20 else "")
         axes.set_xlabel("step")

@@ -2,10 +2,11 @@
 
 Each line of a JSONL file, or row of a table (see `training.data_source`), is one of
 
-    {"prompt"?, "chosen", "rejected", "margin"?}
+    {"prompt"?, "chosen", "rejected", "margin"?, "chosen_finish_reason"?, "rejected_finish_reason"?}
         which of two answers is better, in TRL's columns. `prompt` is a string or messages; `chosen` and `rejected` are
         strings or messages. Messages without a `prompt` hold it: all turns before the last, the same in both. `margin`
-        is by how much the better one should win, as a difference of rewards.
+        is by how much the better one should win, as a difference of rewards. A finish reason `length` tells of a text
+        that it does not end by itself.
     {"prompt", "chosen": [...], "rejected": [...], "subset"?}
         right and wrong answers to what a user asked, as strings: RewardBench 2's columns. Each right one compares with
         each wrong one.
@@ -20,7 +21,7 @@ own with an infinite gap; all rated texts are one group. Every row is checked be
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,9 @@ from training.data_source import Source, read_records
 
 RATED_GROUP = -1
 """The group of all rated texts; a pair's group is the number of its line."""
+
+CUT = "length"
+"""The finish reason of a text whose end is not its own."""
 
 GAP_ROUNDING = 1e-6
 """Two ratings that differ by a gap in decimals may differ by a hair less in binary: 2.3 - 1.3 < 1."""
@@ -51,7 +55,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line: answers to one prompt, with their ratings. `group` says which other rows' texts it compares with."""
+    """One line: answers to one prompt, with their ratings. `group` says which other rows' texts it compares with.
+
+    `cut` are the indexes of texts that do not end by themselves: their generation was cut by its length.
+    """
 
     line: int
     prompt: Prompt
@@ -60,6 +67,7 @@ class Row:
     group: int
     margin: float = 0.0
     subset: str = ""
+    cut: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +80,8 @@ class Example:
     margin: float = 0.0
 
 
-def read_rows(source: Source) -> list[Row]:
-    """All preferences of a source.
+def read_rows(source: Source, row_of: Callable[[int, dict[str, Any]], Row] | None = None) -> list[Row]:
+    """All rows of a source, which are preferences unless `row_of` (number, fields) reads something else.
 
     Raises:
         DataError: some rows are wrong, or there is none.
@@ -84,11 +92,11 @@ def read_rows(source: Source) -> list[Row]:
     errors: list[tuple[int, str]] = []
     for number, content in read_records(source):
         try:
-            rows.append(_row(number, json.loads(content) if isinstance(content, str) else content))
+            rows.append((row_of or _preference)(number, _fields(content)))
         except (ValueError, TypeError) as error:
             errors.append((number, str(error)))
     if not rows and not errors:
-        errors.append((1, "the source holds no preferences"))
+        errors.append((1, "the source holds no rows"))
     if errors:
         raise DataError(source, errors)
     return rows
@@ -161,10 +169,14 @@ def ordered_pairs(ratings_N: torch.Tensor, groups_N: torch.Tensor, min_gap: floa
     return better_K[order_K], worse_K[order_K]
 
 
-def _row(line: int, fields: Any) -> Row:
+def _fields(content: Any) -> dict[str, Any]:
+    fields = json.loads(content) if isinstance(content, str) else content
     if not isinstance(fields, dict):
         raise TypeError("not a JSON object")
-    fields = {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _preference(line: int, fields: dict[str, Any]) -> Row:
     keys = set(fields)
     if {"chosen", "rejected"} <= keys:
         if _are_texts(fields["chosen"]):
@@ -173,9 +185,11 @@ def _row(line: int, fields: Any) -> Row:
         if chosen == rejected:
             raise ValueError("chosen and rejected are the same")
         margin = _number(fields, "margin") if "margin" in fields else 0.0
-        return Row(line, prompt, (chosen, rejected), (math.inf, 0.0), line, margin)
+        reasons = (fields.get("chosen_finish_reason"), fields.get("rejected_finish_reason"))
+        cut = frozenset(index for index, reason in enumerate(reasons) if reason == CUT)
+        return Row(line, prompt, (chosen, rejected), (math.inf, 0.0), line, margin, cut=cut)
     if {"text", "rating"} <= keys and "prompt" not in keys:  # a rated text stands for itself; a prompt would be lost
-        return Row(line, Prompt(text=""), (_text(fields, "text"),), (_number(fields, "rating"),), RATED_GROUP)
+        return Row(line, Prompt(text=""), (text_of(fields, "text"),), (_number(fields, "rating"),), RATED_GROUP)
     raise ValueError(
         f"the fields are {', '.join(sorted(keys)) or 'none'}; a line has prompt (optional), chosen, rejected and "
         "margin (optional), or text and rating"
@@ -193,7 +207,7 @@ def _best_of_n_row(line: int, fields: dict[str, Any]) -> Row:
     if both := set(chosen) & set(rejected):
         raise ValueError(f"chosen and rejected both hold {min(both)!r}")
     asked = fields.get("prompt")
-    messages = (Message("user", asked),) if isinstance(asked, str) else _messages({"prompt": asked}, "prompt")
+    messages = (Message("user", asked),) if isinstance(asked, str) else messages_of({"prompt": asked}, "prompt")
     ratings = (math.inf,) * len(chosen) + (0.0,) * len(rejected)
     return Row(
         line, Prompt(messages=messages), (*chosen, *rejected), ratings, line, subset=str(fields.get("subset", ""))
@@ -204,12 +218,12 @@ def _pair(fields: dict[str, Any]) -> tuple[Prompt, str, str]:
     if isinstance(fields["chosen"], str):
         prompt = fields.get("prompt", "")
         return (
-            Prompt(text=prompt) if isinstance(prompt, str) else Prompt(messages=_messages(fields, "prompt")),
-            _text(fields, "chosen"),
-            _text(fields, "rejected"),
+            Prompt(text=prompt) if isinstance(prompt, str) else Prompt(messages=messages_of(fields, "prompt")),
+            text_of(fields, "chosen"),
+            text_of(fields, "rejected"),
         )
-    *asked, chosen = _messages(fields, "chosen")
-    *asked_too, rejected = _messages(fields, "rejected")
+    *asked, chosen = messages_of(fields, "chosen")
+    *asked_too, rejected = messages_of(fields, "rejected")
     if asked != asked_too:
         raise ValueError("chosen and rejected differ before their last message, so they answer different prompts")
     if chosen.role != "assistant" or rejected.role != "assistant":
@@ -218,7 +232,7 @@ def _pair(fields: dict[str, Any]) -> tuple[Prompt, str, str]:
     if isinstance(prompt, str):
         asked = [Message("user", prompt), *asked]
     elif prompt:
-        asked = [*_messages(fields, "prompt"), *asked]
+        asked = [*messages_of(fields, "prompt"), *asked]
     if not asked:
         raise ValueError("there is no prompt, neither as prompt nor before the last message")
     return Prompt(messages=tuple(asked)), chosen.content, rejected.content
@@ -231,13 +245,13 @@ def _number(fields: dict[str, Any], name: str) -> float:
     return float(value)
 
 
-def _text(fields: dict[str, Any], name: str) -> str:
+def text_of(fields: dict[str, Any], name: str) -> str:
     if not isinstance(fields[name], str):
         raise TypeError(f"{name} is not a string")
     return str(fields[name])
 
 
-def _messages(fields: dict[str, Any], name: str) -> tuple[Message, ...]:
+def messages_of(fields: dict[str, Any], name: str) -> tuple[Message, ...]:
     return tuple(_each_message(fields[name], name))
 
 

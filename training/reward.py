@@ -43,7 +43,9 @@ from training.data_source import Source
 from training.evaluate_reward import score_all
 from training.metrics_log import LOG_EVERY_STEPS, MetricsLog
 from training.pair_accuracy import PairAccuracy, pair_accuracy
+from training.precision import Precision, takes_bfloat16
 from training.preference_data import DataError, Example, has_comparison, hold_out, ordered_pairs, read_rows, render_rows
+from training.whole_directory import appearing_whole
 
 Method = Literal["lora", "head", "full"]
 
@@ -74,7 +76,7 @@ class RewardTraining:
     min_gap: float = 1.0
     center: float = 0.0
     max_length: int | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     seed: int = 0
 
     @property
@@ -154,12 +156,16 @@ def train_reward(
     run = asdict(settings) | {"data": hashlib.sha256(repr((rows, held_out)).encode()).hexdigest()}
     checkpoint = checkpoints.start(out / "checkpoints", run, resume=resume)
 
-    def validate() -> PairAccuracy:
+    last_validation: PairAccuracy | None = None
+
+    def validate() -> dict[str, float]:
+        nonlocal last_validation
         rewards = iter(_scores(model, [r for example in validation for r in example.rendered], pad_id, settings))
         rewards_by_row = [tuple(next(rewards) for _ in example.rendered) for example in validation]
-        return pair_accuracy(rewards_by_row, validation, min_gap=settings.min_gap)
+        last_validation = pair_accuracy(rewards_by_row, validation, min_gap=settings.min_gap)
+        return {"validation_pair_accuracy": last_validation.accuracy}
 
-    log = MetricsLog(out, validate if validation else None)
+    log = MetricsLog(out, ("validation_pair_accuracy",), validate if validation else None)
     trainer = RewardTrainer(
         settings,
         model=model,
@@ -174,7 +180,7 @@ def train_reward(
     config = _measured_config(model, examples, pad_id, settings)
     _save(model, renderer.tokenizer if settings.method == "full" else None, config, out / settings.weights_name)
     shutil.rmtree(out / "checkpoints")
-    return log.last_validation
+    return last_validation
 
 
 def _training_arguments(
@@ -287,15 +293,9 @@ def _trainable(classifier: Any, settings: RewardTraining) -> Any:
 
 def _forward(model: Any, inputs: dict[str, torch.Tensor], settings: RewardTraining) -> torch.Tensor:
     device = inputs["input_ids"].device.type
-    low = settings.dtype == "bfloat16" or (settings.dtype == "auto" and computes_bfloat16(device))
-    with torch.autocast(device, torch.bfloat16, enabled=low):
+    with torch.autocast(device, torch.bfloat16, enabled=takes_bfloat16(settings.dtype, device)):
         classifier = model if settings.method == "full" else model.get_base_model()
         return forward_rewards(classifier, inputs["input_ids"], inputs["attention_mask"])
-
-
-def computes_bfloat16(device: str) -> bool:
-    """Whether bfloat16 is faster than float32: on GPUs and on CPUs with instructions for it; elsewhere it is slower."""
-    return device != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
 def _measured_config(model: Any, examples: list[Example], pad_id: int, settings: RewardTraining) -> RewardConfig:
@@ -332,12 +332,8 @@ def _scores(model: Any, rendered_N: list[Rendered], pad_id: int, settings: Rewar
 
 def _save(model: Any, tokenizer: Any | None, config: RewardConfig, directory: Path) -> None:
     """The weights, whole or not at all; with the tokenizer where they stand without their base model."""
-    unfinished = directory.with_name(directory.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-    if tokenizer is not None:
-        tokenizer.save_pretrained(unfinished)
-    config.save(unfinished)
-    shutil.rmtree(directory, ignore_errors=True)
-    unfinished.rename(directory)
+    with appearing_whole(directory) as unfinished:
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        config.save(unfinished)

@@ -45,6 +45,7 @@ from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt,
 from server.errors import BadRequestError, ContextLengthError, EngineDiedError
 from server.generation.adapter_fit import Shapes, policy_shapes
 from server.generation.base import Outcome, Sampling
+from server.generation.encoding import encode_prompt
 from server.generation.engine_adapters import MAX_VERSIONS, EngineAdapters, EngineRefusedError, LoadedAdapter
 from server.generation.engine_processes import EngineProcesses, give_up, started
 from server.generation.outcomes import Outcomes
@@ -290,7 +291,8 @@ class VllmGenerator:
             BadRequestError: there is no chat template, it refuses the conversation, or nothing is left to continue.
             ContextLengthError: no room is left for a single new token.
         """
-        token_ids = await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, prompt)
+        loop = asyncio.get_running_loop()
+        token_ids = await loop.run_in_executor(self._encoding, encode_prompt, self._tokenizer, prompt)
         if not token_ids:
             raise BadRequestError("The prompt is empty; say at least one word.", param="prompt")
         if len(token_ids) >= self._max_model_len:
@@ -300,16 +302,6 @@ class VllmGenerator:
                 param="messages" if prompt.messages else "prompt",
             )
         return token_ids
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if prompt.text is not None:
-            return list(self._tokenizer(prompt.text)["input_ids"])
-        conversation = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        try:
-            encoded = self._tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise BadRequestError(f"The chat template refuses this conversation: {error}", param="messages") from error
-        return list(encoded["input_ids"])
 
     def params(self, sampling: Sampling, index: int, prompt_tokens: int, kind: RequestOutputKind) -> SamplingParams:
         """vLLM's parameters for candidate `index`; the chosen tokens' log-probabilities are always asked for."""

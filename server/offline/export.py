@@ -1,7 +1,7 @@
 """From the results of a run to a file that TRL's trainers load, with a card beside it.
 
-    sft          prompt, completion                                                       the winners
-    preference   prompt, chosen, rejected, chosen_score, rejected_score, margin           pairs of candidates
+    sft          prompt, completion, finish_reason                                        the winners
+    preference   prompt, chosen, rejected, chosen_score, rejected_score, margin, …        pairs of candidates
     raw          custom_id, prompt, completion, reward, index, num_tokens, …              every candidate
 
 Rows stand in the order of the input, whichever order they were answered in, so the same results give the same bytes.
@@ -134,7 +134,9 @@ def _rows(results: _Results, options: ExportOptions) -> Iterator[ExportRow]:
 
 def _winner(result: Result, options: ExportOptions) -> Iterator[ExportRow]:
     prompt, wrap = _dressed(result.asked, options.form)
-    yield ExportRow({"prompt": prompt, "completion": wrap(result.winner.text)}, result.winner.reward)
+    winner = result.winner
+    columns = {"prompt": prompt, "completion": wrap(winner.text), "finish_reason": winner.finish_reason}
+    yield ExportRow(columns, winner.reward)
 
 
 def _pairs(result: Result, options: ExportOptions) -> Iterator[ExportRow]:
@@ -149,6 +151,8 @@ def _pairs(result: Result, options: ExportOptions) -> Iterator[ExportRow]:
             "chosen_score": better,
             "rejected_score": worse,
             "margin": better - worse,
+            "chosen_finish_reason": chosen.finish_reason,
+            "rejected_finish_reason": rejected.finish_reason,
         }
         longer = (len(chosen.text) > len(rejected.text)) - (len(chosen.text) < len(rejected.text))
         yield ExportRow(columns, better, better - worse, longer)

@@ -1,0 +1,22 @@
+"""A prompt becomes the token ids that a policy continues: the same where it is served and where it is trained."""
+
+from typing import Any
+
+from reranker.candidate import Prompt
+from server.errors import BadRequestError
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The prompt's token ids, through the model's own chat template for a conversation.
+
+    Raises:
+        BadRequestError: there is no chat template, or it refuses the conversation.
+    """
+    if prompt.text is not None:
+        return list(tokenizer(prompt.text)["input_ids"])
+    conversation = [{"role": message.role, "content": message.content} for message in prompt.messages]
+    try:
+        encoded = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise BadRequestError(f"The chat template refuses this conversation: {error}", param="messages") from error
+    return list(encoded["input_ids"])
