@@ -241,6 +241,8 @@ class VllmGenerator:
         return await self.adapters.load(path)
 
     async def reload_weights(self, path: str) -> str:
+        if self.adapters.are_possible:  # vLLM reloads a model that is wrapped for adapters to other weights than these
+            raise BadRequestError("Weights are reloaded only by a server started without --adapter and --adapter-root.")
         weights = await asyncio.to_thread(full_weights, Path(path))
         if await asyncio.to_thread(self._shapes_of, path) != await asyncio.to_thread(self._shapes_of, self._policy):
             raise BadRequestError(f"{path} is a model of another shape than the policy; give weights of this one.")
@@ -273,10 +275,9 @@ class VllmGenerator:
 
     def weights_version(self, loaded: LoadedAdapter | None) -> str | None:
         """What a candidate that ends now was drawn with; full weights change only while none is drawn."""
-        parts = [self._reloaded.version] if self._reloaded else []
         if loaded is not None:
-            parts.append(loaded.adapter.version)
-        return "+".join(parts) or None
+            return loaded.adapter.version
+        return self._reloaded.version if self._reloaded else None
 
     async def close(self) -> None:
         await self.adapters.close()
