@@ -37,7 +37,13 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
 from server.errors import BadRequestError, ContextLengthError, EngineDiedError
 from server.generation.base import Outcome, Sampling
-from server.generation.engine_processes import EngineProcesses, give_up, started
+from server.generation.engine_processes import (
+    ENDS_WITH_ITS_OWNER,
+    OWNER_VARIABLE,
+    EngineProcesses,
+    give_up,
+    started,
+)
 from server.generation.outcomes import Outcomes
 
 GIB = 1 << 30
@@ -124,6 +130,8 @@ class VllmGenerator:
             # By default vLLM leaves a core to the front end; with few cores that is a large share of all there is.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
         load = EngineLoad()
+        shards_are_actors = on_ray and tensor_parallel_size > 1
+        os.environ[OWNER_VARIABLE] = str(os.getpid())
         arguments = AsyncEngineArgs(
             model=path,
             dtype=pick_dtype(device) if dtype == "auto" else dtype,
@@ -132,8 +140,10 @@ class VllmGenerator:
             kv_cache_memory_bytes=int(kv_cache_gib * GIB) if on_cpu else None,
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
-            # On Ray the shards are actors, placed in the bundles that the replica of this process was given.
-            distributed_executor_backend="ray" if on_ray and tensor_parallel_size > 1 else None,
+            # On Ray the shards are actors, placed in the bundles that the replica of this process was given. Ray ends
+            # those with their owner, wherever they run.
+            distributed_executor_backend="ray" if shards_are_actors else None,
+            worker_extension_cls="" if shards_are_actors else ENDS_WITH_ITS_OWNER,
             enable_prefix_caching=True,
             # A seeded prompt that is read in pieces ends the engine on a CPU ("CPU Generator does not use offset"), so
             # there it waits until all of it fits a step. A step is then at least as large as the context.
