@@ -60,6 +60,10 @@ class KeyEntry(BaseModel):
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_day: Annotated[int, Field(ge=1)] | None = None
 
+    @property
+    def has_budgets(self) -> bool:
+        return any((self.requests_per_minute, self.tokens_per_minute, self.tokens_per_day))
+
 
 class KeysFile(BaseModel):
     """The whole file."""

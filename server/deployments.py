@@ -9,6 +9,7 @@ other end of each call. Batching and cancelling stay in the plain classes, so bo
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -21,6 +22,7 @@ from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
 from reranker.scorers.spec import OWN_POLICY
 from server import assembly, logs
 from server.app import create_app
+from server.auth import read_keys
 from server.config import ConfigError, Settings, load_settings, replica_range
 from server.connection import App, Message, Receive, Scope, Send
 from server.errors import NbestError
@@ -46,6 +48,8 @@ DRAIN_POLL_S = 0.5
 CLOSING_S = 5
 """What a replica may take to free its models after the last request."""
 METRICS_TIMEOUT_S = 8
+ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*: (.+)", re.MULTILINE)
+"""How a traceback ends, with what the error says."""
 """Below the ten seconds that Prometheus waits for a scrape by default."""
 
 StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
@@ -183,7 +187,12 @@ def application(
     start_generator: StartGenerator = assembly.started_generator,
     start_scorers: StartScorers = assembly.started_scorers,
 ) -> Any:
-    """The Serve application of these settings."""
+    """The Serve application of these settings.
+
+    Raises:
+        ConfigError: keys have budgets, and there may be several routers.
+    """
+    _check_budgets(settings)
     generator = _deployment(
         GeneratorReplica,
         GENERATOR,
@@ -217,6 +226,19 @@ def from_config(values: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
+def _check_budgets(settings: Settings) -> None:
+    """Each router counts alone, so a budget would be granted once by each of them."""
+    routers = replica_range(settings.router_replicas)[1]
+    if routers == 1 or settings.keys_file is None:
+        return
+    for name, key in read_keys(settings.keys_file).items():
+        if key.has_budgets:
+            raise ConfigError(
+                f"The key {name} in {settings.keys_file} has a budget, and each of {routers} routers would grant it in "
+                "full; set --router-replicas 1, or take the budgets out."
+            )
+
+
 def deployed(app: Any, settings: Settings, port: int) -> Iterator[None]:
     """The application on the cluster of this process, reached at `port`, until the block is left.
 
@@ -239,7 +261,9 @@ def deployed(app: Any, settings: Settings, port: int) -> Iterator[None]:
         try:
             serve.run(app, name=APP_NAME)
         except RuntimeError as error:
-            raise StartError(f"The server did not start: {error}") from error
+            statuses = serve.status().applications[APP_NAME].deployments.items()
+            told = {name: one.message for name, one in statuses if one.status != "HEALTHY"}
+            raise StartError(f"The server did not start: {reason_of_failed_start(told) or error}") from error
         yield
     finally:
         with suppress(TimeoutError):  # requests under way have had their time
@@ -254,6 +278,14 @@ def reserved_cpus(settings: Settings) -> float:
     return (
         replica_range(settings.generator_replicas)[1] * engine
         + replica_range(settings.scorer_replicas)[1] * settings.scorer_cpus
+def reason_of_failed_start(told: Mapping[str, str]) -> str | None:
+    """Of what Serve tells of deployments that did not come up, the error at the end of the first traceback."""
+    for name, message in told.items():
+        if errors := ERROR_LINE.findall(message):
+            return f"{name}: {errors[-1]}"
+    return None
+
+
     )
 
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from reranker.candidate import Candidate, FailedCandidate, Prompt
-from server import deployments
+from server import auth, deployments
 from server.config import ConfigError, Settings
 from server.errors import NotReadyError
 from server.generation.base import Outcome, Sampling
@@ -264,6 +265,30 @@ def test_a_split_engine_reserves_a_bundle_for_itself_and_one_for_each_device() -
         "ray_actor_options": {"num_cpus": 3, "num_gpus": 0},
         "placement_group_bundles": [{"CPU": 3}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}],
     }
+
+
+def test_of_a_failed_start_the_error_is_told_and_no_traceback() -> None:
+    told = """The deployment failed to start 1 times in a row. Error:
+ray::ServeReplica:nbest:generator.initialize_and_get_metadata() (pid=1)
+  File "replica.py", line 9, in initialize_and_get_metadata
+    raise RuntimeError(traceback.format_exc()) from None
+RuntimeError: Traceback (most recent call last):
+  File "engine.py", line 3, in create
+server.errors.NotReadyError: There is no model in /x; correct --model.
+"""
+    waiting = {"scorer": "Waiting for 1 replicas.", "generator": told}
+    assert deployments.reason_of_failed_start(waiting) == "generator: There is no model in /x; correct --model."
+    assert deployments.reason_of_failed_start({"scorer": "Waiting for 1 replicas."}) is None
+
+
+def test_budgets_that_several_routers_would_each_grant_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    auth.new_key(file, "alice")
+    deployments.application(Settings(ray=True, router_replicas="1-2", keys_file=file))
+    auth.new_key(file, "bob", tokens_per_day=1000)
+    deployments.application(Settings(ray=True, keys_file=file))
+    with pytest.raises(ConfigError, match=r"The key bob .* each of 2 routers would grant it in full; set --router"):
+        deployments.application(Settings(ray=True, router_replicas="1-2", keys_file=file))
 
 
 def test_all_replicas_together_reserve_what_they_need_at_most() -> None:
