@@ -26,6 +26,7 @@ from server.auth import read_keys
 from server.config import ConfigError, Settings, load_settings, replica_range
 from server.connection import App, Message, Receive, Scope, Send
 from server.errors import NbestError
+from server.failover import FailoverGenerator, ReplicatedBestOfN
 from server.generation.base import Generation, Generator, Outcome, Sampling
 from server.handles import Group, RemoteGenerator, connect_scorers
 from server.launch import StartError, tracing_of
@@ -47,9 +48,9 @@ HEALTH_CHECK_PERIOD_S = 2
 DRAIN_POLL_S = 0.5
 CLOSING_S = 5
 """What a replica may take to free its models after the last request."""
-METRICS_TIMEOUT_S = 8
 ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*: (.+)", re.MULTILINE)
 """How a traceback ends, with what the error says."""
+METRICS_TIMEOUT_S = 8
 """Below the ten seconds that Prometheus waits for a scrape by default."""
 
 StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
@@ -114,7 +115,7 @@ class ScorerReplica:
         logs.configure(settings.log_level, settings.log_format)
         self._metrics = Metrics()
         self._resources = AsyncExitStack()
-        own_policy = RemoteGenerator(generator, OWN_POLICY)
+        own_policy = FailoverGenerator(RemoteGenerator(generator, OWN_POLICY))
         self._scorers = await self._resources.enter_async_context(
             start(settings, own_policy, self._metrics.observe_batch)
         )
@@ -122,11 +123,15 @@ class ScorerReplica:
     async def needs(self) -> dict[str, Needs]:
         return {name: scorer.needs for name, scorer in self._scorers.items()}
 
-    async def score(self, name: str, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores | ScoringError:
+    async def score(
+        self, name: str, prompt: Prompt, candidates: Sequence[Candidate]
+    ) -> AsyncIterator[Scores | ScoringError | None]:
+        """Nothing, which says that the call has come, and then the scores; closing the stream cancels the scoring."""
+        yield None
         try:
-            return await self._scorers[name].score(prompt, candidates)
+            yield await self._scorers[name].score(prompt, candidates)
         except ScoringError as error:
-            return error
+            yield error
 
     async def metrics(self) -> tuple[str, bytes]:
         return _replica_id(), self._metrics.render()
@@ -166,7 +171,8 @@ class RouterReplica:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[BestOfN]:
         scorers = await connect_scorers(self._scorer)
-        yield BestOfN(await RemoteGenerator.connect(self._generator), scorers)
+        generator = FailoverGenerator(await RemoteGenerator.connect(self._generator))
+        yield ReplicatedBestOfN(generator, scorers, self._scorer.needs.remote)
 
     async def _exposition(self) -> bytes:
         """The metrics of all router and scorer replicas, so that it does not matter which router is scraped."""
@@ -220,12 +226,6 @@ def application(
     ).bind(settings, generator, scorer)
 
 
-def from_config(values: Mapping[str, Any]) -> Any:
-    """The application whose settings stand under `args` of a Serve config file; the environment counts as ever."""
-    return application(load_settings({**values, "ray": True}))
-
-
-@contextmanager
 def _check_budgets(settings: Settings) -> None:
     """Each router counts alone, so a budget would be granted once by each of them."""
     routers = replica_range(settings.router_replicas)[1]
@@ -239,6 +239,12 @@ def _check_budgets(settings: Settings) -> None:
             )
 
 
+def from_config(values: Mapping[str, Any]) -> Any:
+    """The application whose settings stand under `args` of a Serve config file; the environment counts as ever."""
+    return application(load_settings({**values, "ray": True}))
+
+
+@contextmanager
 def deployed(app: Any, settings: Settings, port: int) -> Iterator[None]:
     """The application on the cluster of this process, reached at `port`, until the block is left.
 
@@ -272,12 +278,6 @@ def deployed(app: Any, settings: Settings, port: int) -> Iterator[None]:
             serve.shutdown()
 
 
-def reserved_cpus(settings: Settings) -> float:
-    """The cores that all replicas reserve together when there are as many as the settings allow."""
-    engine = settings.generator_cpus + (settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else 0)
-    return (
-        replica_range(settings.generator_replicas)[1] * engine
-        + replica_range(settings.scorer_replicas)[1] * settings.scorer_cpus
 def reason_of_failed_start(told: Mapping[str, str]) -> str | None:
     """Of what Serve tells of deployments that did not come up, the error at the end of the first traceback."""
     for name, message in told.items():
@@ -286,6 +286,12 @@ def reason_of_failed_start(told: Mapping[str, str]) -> str | None:
     return None
 
 
+def reserved_cpus(settings: Settings) -> float:
+    """The cores that all replicas reserve together when there are as many as the settings allow."""
+    engine = settings.generator_cpus + (settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else 0)
+    return (
+        replica_range(settings.generator_replicas)[1] * engine
+        + replica_range(settings.scorer_replicas)[1] * settings.scorer_cpus
     )
 
 

@@ -20,6 +20,7 @@ from server.generation.base import Outcome, Sampling
 from server.handles import Group, RemoteGenerator, gone_is
 from tests.doubles import ScriptedGenerator
 from tests.modes import MODES, PATIENCE_S, Server, generator_handle
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
@@ -34,10 +35,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 def until_ready(server: Server) -> None:
     transport = httpx.HTTPTransport(retries=5)
     with httpx.Client(transport=transport, base_url=server.url, timeout=PATIENCE_S) as client:
-        for _ in range(1000):
-            if client.get("/ready").is_success:
-                return
-    pytest.fail("the server did not become ready")
+        assert eventually(lambda: client.get("/ready").is_success, PATIENCE_S)
 
 
 def text_of(reply: httpx.Response) -> Any:
@@ -212,17 +210,19 @@ def test_a_second_application_of_the_name_is_refused(server: Server) -> None:
 
 
 @on_ray_alone
-def test_a_generator_replica_that_dies_is_worth_a_retry(server: Server) -> None:
+def test_a_request_that_kills_two_generator_replicas_is_told_to_come_back(server: Server) -> None:
     reply = server.chat("dies")
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
     assert reply.headers["retry-after"] == "5"
+    until_ready(server)
     assert text_of(server.chat("films")) == "great fun"
 
 
 @on_ray_alone
-def test_a_scorer_replica_that_dies_is_a_reward_failure_and_is_replaced(server: Server) -> None:
+def test_candidates_that_kill_two_scorer_replicas_are_a_reward_failure(server: Server) -> None:
     reply = server.chat("films", nbest={"reward_model": "dying", "on_reward_failure": "first"})
     assert (text_of(reply), reply.json()["nbest"]["ranked_by"]) == ("dull", "first")
+    until_ready(server)
     assert text_of(server.chat("films")) == "great fun"
 
 

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "server.http_protocol",
         "server.draining",
         "server.handles",
+        "server.failover",
         "server.launch",
         "server.batch",
         "server.deployments",
