@@ -242,13 +242,13 @@ class Endpoints:
 
     async def ready(self) -> Response:
         """Whether a request sent now would be answered."""
-        await self._lifecycle.pipeline.generator.check_ready()
+        await self._lifecycle.pipeline.check_ready()
         return _json(Status(status="ready"))
 
     async def prometheus(self) -> Response:
         """The metrics, for Prometheus to scrape."""
         try:
-            await self._lifecycle.pipeline.generator.check_ready()
+            await self._lifecycle.pipeline.check_ready()
             self._metrics.observe_ready(True)
         except NotReadyError:
             self._metrics.observe_ready(False)

@@ -63,6 +63,10 @@ class KeyEntry(BaseModel):
     tokens_per_day: Annotated[int, Field(ge=1)] | None = None
     admin: bool = False
 
+    @property
+    def has_budgets(self) -> bool:
+        return any((self.requests_per_minute, self.tokens_per_minute, self.tokens_per_day))
+
 
 class KeysFile(BaseModel):
     """The whole file."""

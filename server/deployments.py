@@ -9,6 +9,7 @@ other end of each call. Batching and cancelling stay in the plain classes, so bo
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -22,9 +23,11 @@ from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
 from reranker.scorers.spec import OWN_POLICY
 from server import assembly, logs
 from server.app import create_app
+from server.auth import read_keys
 from server.config import ConfigError, Settings, load_settings, replica_range
 from server.connection import App, Message, Receive, Scope, Send
 from server.errors import NbestError, NotReadyError
+from server.failover import FailoverGenerator, ReplicatedBestOfN
 from server.generation.base import Generation, Generator, Outcome, Sampling
 from server.generation.weights import Change, version_at
 from server.handles import Group, RemoteGenerator, connect_scorers
@@ -48,6 +51,8 @@ HEALTH_CHECK_PERIOD_S = 2
 DRAIN_POLL_S = 0.5
 CLOSING_S = 5
 """What a replica may take to free its models after the last request."""
+ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*: (.+)", re.MULTILINE)
+"""How a traceback ends, with what the error says."""
 METRICS_TIMEOUT_S = 8
 """Below the ten seconds that Prometheus waits for a scrape by default."""
 
@@ -158,7 +163,7 @@ class ScorerReplica:
         logs.configure(settings.log_level, settings.log_format)
         self._metrics = Metrics()
         self._resources = AsyncExitStack()
-        own_policy = RemoteGenerator(generator, OWN_POLICY)
+        own_policy = FailoverGenerator(RemoteGenerator(generator, OWN_POLICY))
         self._scorers = await self._resources.enter_async_context(
             start(settings, own_policy, self._metrics.observe_batch)
         )
@@ -166,11 +171,15 @@ class ScorerReplica:
     async def needs(self) -> dict[str, Needs]:
         return {name: scorer.needs for name, scorer in self._scorers.items()}
 
-    async def score(self, name: str, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores | ScoringError:
+    async def score(
+        self, name: str, prompt: Prompt, candidates: Sequence[Candidate]
+    ) -> AsyncIterator[Scores | ScoringError | None]:
+        """Nothing, which says that the call has come, and then the scores; closing the stream cancels the scoring."""
+        yield None
         try:
-            return await self._scorers[name].score(prompt, candidates)
+            yield await self._scorers[name].score(prompt, candidates)
         except ScoringError as error:
-            return error
+            yield error
 
     async def metrics(self) -> tuple[str, bytes]:
         return _replica_id(), self._metrics.render()
@@ -210,7 +219,8 @@ class RouterReplica:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[BestOfN]:
         scorers = await connect_scorers(self._scorer)
-        yield BestOfN(await RemoteGenerator.connect(self._generator), scorers)
+        generator = FailoverGenerator(await RemoteGenerator.connect(self._generator))
+        yield ReplicatedBestOfN(generator, scorers, self._scorer.needs.remote)
 
     async def _exposition(self) -> bytes:
         """The metrics of all router and scorer replicas, so that it does not matter which router is scraped."""
@@ -231,7 +241,12 @@ def application(
     start_generator: StartGenerator = assembly.started_generator,
     start_scorers: StartScorers = assembly.started_scorers,
 ) -> Any:
-    """The Serve application of these settings."""
+    """The Serve application of these settings.
+
+    Raises:
+        ConfigError: keys have budgets, and there may be several routers.
+    """
+    _check_budgets(settings)
     generator = _deployment(
         GeneratorReplica,
         GENERATOR,
@@ -257,6 +272,19 @@ def application(
         target_ongoing=ROUTER_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},  # it only waits
     ).bind(settings, generator, scorer)
+
+
+def _check_budgets(settings: Settings) -> None:
+    """Each router counts alone, so a budget would be granted once by each of them."""
+    routers = replica_range(settings.router_replicas)[1]
+    if routers == 1 or settings.keys_file is None:
+        return
+    for name, key in read_keys(settings.keys_file).items():
+        if key.has_budgets:
+            raise ConfigError(
+                f"The key {name} in {settings.keys_file} has a budget, and each of {routers} routers would grant it in "
+                "full; set --router-replicas 1, or take the budgets out."
+            )
 
 
 def from_config(values: Mapping[str, Any]) -> Any:
@@ -287,13 +315,23 @@ def deployed(app: Any, settings: Settings, port: int) -> Iterator[None]:
         try:
             serve.run(app, name=APP_NAME)
         except RuntimeError as error:
-            raise StartError(f"The server did not start: {error}") from error
+            statuses = serve.status().applications[APP_NAME].deployments.items()
+            told = {name: one.message for name, one in statuses if one.status != "HEALTHY"}
+            raise StartError(f"The server did not start: {reason_of_failed_start(told) or error}") from error
         yield
     finally:
         with suppress(TimeoutError):  # requests under way have had their time
             serve.delete(APP_NAME)
         if not before.proxies:
             serve.shutdown()
+
+
+def reason_of_failed_start(told: Mapping[str, str]) -> str | None:
+    """Of what Serve tells of deployments that did not come up, the error at the end of the first traceback."""
+    for name, message in told.items():
+        if errors := ERROR_LINE.findall(message):
+            return f"{name}: {errors[-1]}"
+    return None
 
 
 def reserved_cpus(settings: Settings) -> float:

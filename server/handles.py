@@ -6,6 +6,10 @@ whole group of candidates.
 
 An expected error (`NbestError`, `ScoringError`) travels as a value, with its fields; what a call raises is the death of
 a replica, told here as an error that is worth a retry, or a bug. `server.deployments` is the other end.
+
+A call that meets a replica's death is sent once more, to another replica or the next one: at its start by the classes
+here, and in the midst of a generation by `server.failover`. Each does so only once, so that a request which kills what
+answers it comes to an end.
 """
 
 import asyncio
@@ -33,6 +37,8 @@ CHECK_TIMEOUT_S = 5
 """A replica that has not said in this time that it is ready is not; without any the call would wait for one."""
 START_TIMEOUT_S = 15
 """Longest wait for a replica that takes a request: short beside an engine's start, long beside a queue of prompts."""
+SCORER_TIMEOUT_S = 60
+"""Longest wait for a replica that takes candidates: the work on them is done, and a scorer starts in less than that."""
 RETRY_INTERVAL_S = 1
 CHANGE_TIMEOUT_S = 600
 """Longest wait for replicas that change their weights, which first finish what they draw with the ones before."""
@@ -46,6 +52,10 @@ class Group:
 
     outcomes: list[Outcome]
     prompt_tokens: int
+
+
+class ReplicaLostError(EngineDiedError):
+    """The replica that had the call is gone."""
 
 
 class RemoteGenerator:
@@ -64,9 +74,7 @@ class RemoteGenerator:
         return RemoteGeneration(self.handle, prompt, sampling, n, snapshots)
 
     async def check_ready(self) -> None:
-        with gone_is(NotReadyError("No generator replica answers; try again in a few seconds.")):
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                refusal = await self.handle.check_ready.remote()
+        refusal = await answer_soon(self.handle.check_ready.remote, "generator")
         if refusal is not None:
             raise refusal
 
@@ -134,18 +142,32 @@ class RemoteGeneration:
         self._reading: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._groups = self._handle.options(method_name="generate", stream=True).remote(self._id, *self._asked)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await self._take_one()
+                await self._begin()
         except TimeoutError:
-            self._groups.cancel()
             raise NotReadyError("No generator replica took the request; try again in a few seconds.") from None
-        except BaseException:
-            self._groups.cancel()
-            raise
         self._reading = asyncio.create_task(self._read())
         return self
+
+    async def _begin(self) -> None:
+        """Returns when a replica has begun. One whose engine has died is about to be replaced: the next is asked."""
+        has_lost_one = False
+        while True:
+            self._groups = self._handle.options(method_name="generate", stream=True).remote(self._id, *self._asked)
+            try:
+                await self._take_one()
+            except ReplicaLostError:
+                if has_lost_one:
+                    raise
+                has_lost_one = True
+            except EngineDiedError:
+                await asyncio.sleep(RETRY_INTERVAL_S)
+            except BaseException:
+                self._groups.cancel()
+                raise
+            else:
+                return
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -179,7 +201,7 @@ class RemoteGeneration:
         Raises:
             NbestError: the generator refuses the request, or its replica is no longer there.
         """
-        with gone_is(EngineDiedError("The generator's replica stopped while it was answering; try again.")):
+        with gone_is(ReplicaLostError("The generator's replica stopped while it was answering; try again.")):
             group = await anext(self._groups)
         if isinstance(group, NbestError):
             raise group
@@ -197,12 +219,30 @@ class RemoteScorer:
         self._handle = handle
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        answer = self._handle.score.remote(self.name, prompt, candidates)
         try:
-            with gone_is(ScoringError("its replica stopped while it was scoring")):
-                scores: Scores | ScoringError = await answer
-        except asyncio.CancelledError:
-            answer.cancel()
+            return await self._score(prompt, candidates)
+        except ReplicaLostError as error:
+            log.warning("Scoring again, since %s", error.message)
+        try:
+            return await self._score(prompt, candidates)
+        except ReplicaLostError as error:
+            raise ScoringError("two replicas stopped while they were scoring") from error
+
+    async def _score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
+        """Asks one replica, which says at once that it has the call and then what the scorer says."""
+        told = self._handle.options(method_name="score", stream=True).remote(self.name, prompt, candidates)
+        lost = ReplicaLostError("the scorer's replica stopped while it was scoring.")
+        try:
+            async with asyncio.timeout(SCORER_TIMEOUT_S):
+                with gone_is(lost):
+                    await anext(told)
+            with gone_is(lost):
+                scores: Scores | ScoringError = await anext(told)
+        except TimeoutError:
+            told.cancel()
+            raise ScoringError("no scorer replica took the candidates") from None
+        except BaseException:
+            told.cancel()
             raise
         if isinstance(scores, ScoringError):
             raise scores
@@ -216,6 +256,17 @@ async def connect_scorers(handle: DeploymentHandle) -> dict[str, Scorer]:
     """The scorers of the deployment by name, in the order of the settings. Waits for a replica."""
     needs: dict[str, Needs] = await _answer(handle.needs.remote)
     return {name: RemoteScorer(handle, name, each) for name, each in needs.items()}
+
+
+async def answer_soon(ask: Callable[[], Awaitable[Any]], deployment: str) -> Any:
+    """The answer of a replica that is there now.
+
+    Raises:
+        NotReadyError: there is none.
+    """
+    with gone_is(NotReadyError(f"No {deployment} replica answers; try again in a few seconds.")):
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            return await ask()
 
 
 async def _answer(ask: Callable[[], Awaitable[Any]]) -> Any:

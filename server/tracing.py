@@ -128,7 +128,11 @@ class _TracedBestOfN(BestOfN):
             _TracedGenerator(traced.generator, tracer),
             {name: _TracedScorer(scorer, tracer) for name, scorer in traced.scorers.items()},
         )
+        self._traced = traced
         self._tracer = tracer
+
+    async def check_ready(self) -> None:
+        await self._traced.check_ready()
 
     async def run(
         self,

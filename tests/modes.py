@@ -199,8 +199,8 @@ def in_process() -> Iterator[Server]:
 
 @contextmanager
 def on_ray() -> Iterator[Server]:
-    """Two routers and two generators, so that nothing holds only because there is one of each."""
-    settings = Settings(ray=True, generator_replicas="2", router_replicas="2")
+    """Two of each, so that nothing holds only because there is one of each."""
+    settings = Settings(ray=True, generator_replicas="2", scorer_replicas="2", router_replicas="2")
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     with joined_cluster(settings):

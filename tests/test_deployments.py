@@ -13,7 +13,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from reranker.candidate import Candidate, FailedCandidate, Prompt
-from server import deployments
+from server import auth, deployments
 from server.config import ConfigError, Settings
 from server.errors import BadRequestError, NotReadyError
 from server.generation.base import Outcome, Sampling
@@ -22,6 +22,7 @@ from server.handles import Group, RemoteGenerator, gone_is
 from server.weights_record import Loaded, Record
 from tests.doubles import ScriptedGenerator
 from tests.modes import MODES, PATIENCE_S, Server, generator_handle
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
@@ -36,10 +37,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 def until_ready(server: Server) -> None:
     transport = httpx.HTTPTransport(retries=5)
     with httpx.Client(transport=transport, base_url=server.url, timeout=PATIENCE_S) as client:
-        for _ in range(1000):
-            if client.get("/ready").is_success:
-                return
-    pytest.fail("the server did not become ready")
+        assert eventually(lambda: client.get("/ready").is_success, PATIENCE_S)
 
 
 def text_of(reply: httpx.Response) -> Any:
@@ -214,17 +212,19 @@ def test_a_second_application_of_the_name_is_refused(server: Server) -> None:
 
 
 @on_ray_alone
-def test_a_generator_replica_that_dies_is_worth_a_retry(server: Server) -> None:
+def test_a_request_that_kills_two_generator_replicas_is_told_to_come_back(server: Server) -> None:
     reply = server.chat("dies")
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
     assert reply.headers["retry-after"] == "5"
+    until_ready(server)
     assert text_of(server.chat("films")) == "great fun"
 
 
 @on_ray_alone
-def test_a_scorer_replica_that_dies_is_a_reward_failure_and_is_replaced(server: Server) -> None:
+def test_candidates_that_kill_two_scorer_replicas_are_a_reward_failure(server: Server) -> None:
     reply = server.chat("films", nbest={"reward_model": "dying", "on_reward_failure": "first"})
     assert (text_of(reply), reply.json()["nbest"]["ranked_by"]) == ("dull", "first")
+    until_ready(server)
     assert text_of(server.chat("films")) == "great fun"
 
 
@@ -336,6 +336,30 @@ def test_a_split_engine_reserves_a_bundle_for_itself_and_one_for_each_device() -
         "ray_actor_options": {"num_cpus": 3, "num_gpus": 0},
         "placement_group_bundles": [{"CPU": 3}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}],
     }
+
+
+def test_of_a_failed_start_the_error_is_told_and_no_traceback() -> None:
+    told = """The deployment failed to start 1 times in a row. Error:
+ray::ServeReplica:nbest:generator.initialize_and_get_metadata() (pid=1)
+  File "replica.py", line 9, in initialize_and_get_metadata
+    raise RuntimeError(traceback.format_exc()) from None
+RuntimeError: Traceback (most recent call last):
+  File "engine.py", line 3, in create
+server.errors.NotReadyError: There is no model in /x; correct --model.
+"""
+    waiting = {"scorer": "Waiting for 1 replicas.", "generator": told}
+    assert deployments.reason_of_failed_start(waiting) == "generator: There is no model in /x; correct --model."
+    assert deployments.reason_of_failed_start({"scorer": "Waiting for 1 replicas."}) is None
+
+
+def test_budgets_that_several_routers_would_each_grant_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    auth.new_key(file, "alice")
+    deployments.application(Settings(ray=True, router_replicas="1-2", keys_file=file))
+    auth.new_key(file, "bob", tokens_per_day=1000)
+    deployments.application(Settings(ray=True, keys_file=file))
+    with pytest.raises(ConfigError, match=r"The key bob .* each of 2 routers would grant it in full; set --router"):
+        deployments.application(Settings(ray=True, router_replicas="1-2", keys_file=file))
 
 
 def test_all_replicas_together_reserve_what_they_need_at_most() -> None:

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "server.draining",
         "server.weights_record",
         "server.handles",
+        "server.failover",
         "server.launch",
         "server.batch",
         "server.batch_workers",

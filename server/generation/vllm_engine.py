@@ -47,7 +47,13 @@ from server.generation.adapter_fit import Shapes, policy_shapes
 from server.generation.base import Outcome, Sampling
 from server.generation.encoding import encode_prompt
 from server.generation.engine_adapters import MAX_VERSIONS, EngineAdapters, EngineRefusedError, LoadedAdapter
-from server.generation.engine_processes import EngineProcesses, give_up, started
+from server.generation.engine_processes import (
+    ENDS_WITH_ITS_OWNER,
+    OWNER_VARIABLE,
+    EngineProcesses,
+    give_up,
+    started,
+)
 from server.generation.outcomes import Outcomes
 from server.generation.weights import FullWeights, WeightsShelf, full_weights
 
@@ -170,6 +176,8 @@ class VllmGenerator:
                 "max_loras": MIXED_VERSIONS,
                 "max_cpu_loras": MAX_VERSIONS,
             }
+        shards_are_actors = on_ray and tensor_parallel_size > 1
+        os.environ[OWNER_VARIABLE] = str(os.getpid())
         arguments = AsyncEngineArgs(
             model=path,
             dtype=pick_dtype(device) if dtype == "auto" else dtype,
@@ -178,8 +186,10 @@ class VllmGenerator:
             kv_cache_memory_bytes=int(kv_cache_gib * GIB) if on_cpu else None,
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
-            # On Ray the shards are actors, placed in the bundles that the replica of this process was given.
-            distributed_executor_backend="ray" if on_ray and tensor_parallel_size > 1 else None,
+            # On Ray the shards are actors, placed in the bundles that the replica of this process was given. Ray ends
+            # those with their owner, wherever they run.
+            distributed_executor_backend="ray" if shards_are_actors else None,
+            worker_extension_cls="" if shards_are_actors else ENDS_WITH_ITS_OWNER,
             enable_prefix_caching=True,
             # A seeded prompt that is read in pieces ends the engine on a CPU ("CPU Generator does not use offset"), so
             # there it waits until all of it fits a step. A step is then at least as large as the context.
