@@ -85,6 +85,19 @@ def _soak(results: Results) -> str | None:
     )
 
 
+def _overloaded(results: Results) -> str | None:
+    found = results("overload")
+    if found is None:
+        return None
+    at_capacity, over = (found["loads"][multiple] for multiple in ("1x", "10x"))
+    return (
+        f"p95 of those admitted at 10 times capacity {over['p95_s']:.1f} s, at capacity {at_capacity['p95_s']:.1f} s: "
+        f"{found['p95_ratio_last_to_first']:.2f} times; {over['status_429']} told to come back, "
+        f"{sum(over['failed'].values())} failed; the server's memory {over['server_peak_rss_mib']:.0f} MiB at most "
+        "(scripted engine)"
+    )
+
+
 PROMISES = (
     Promise(
         "One surviving candidate is enough for an answer, and the reply says how many failed.",
@@ -124,6 +137,16 @@ PROMISES = (
             "test_scorers_verifier.py::test_a_process_that_ends_between_calls_is_not_missed",
         ),
         _engine_killed,
+    ),
+    Promise(
+        "Overload: what is above the queue is refused with 429 and a `Retry-After` that OpenAI's client honours; who "
+        "is admitted waits no longer than the queue takes to drain.",
+        (
+            "test_admission.py::test_the_official_client_comes_back_when_it_was_told_to_and_is_served",
+            "test_admission.py::test_at_ten_times_capacity_the_admitted_wait_no_longer_than_the_queue_takes_to_drain",
+            "test_admission.py::test_over_capacity_is_429_with_the_time_to_come_back",
+        ),
+        _overloaded,
     ),
     Promise(
         "Losers and the work of clients that hang up are cancelled in the engine; nothing leaks.",
