@@ -41,7 +41,7 @@ from reranker.candidate import Candidate, Prompt
 from server import assembly
 from server.app import create_app
 from server.config import Settings
-from server.generation.base import Outcome, Sampling
+from server.generation.base import FixedWeights, Outcome, Sampling
 from server.generation.outcomes import Outcomes
 from server.http_protocol import bounded_by
 from server.launch import kill_children
@@ -66,7 +66,7 @@ class Lane:
     outcomes: Outcomes
 
 
-class FixedRateEngine:
+class FixedRateEngine(FixedWeights):
     """Gives a token to each of the first SLOTS sequences every STEP_S, whatever else happens."""
 
     model = SCRIPTED_MODEL

@@ -30,7 +30,8 @@ from benchmarks.birth import RESULTS, birth_certificate
 from benchmarks.stats import hand_in
 from server.config import Settings
 from tests.end_to_end.process import nbest_serve
-from tests.end_to_end.served import START_TIMEOUT_S, Served, eventually, serve
+from tests.end_to_end.served import START_TIMEOUT_S, Served, serve
+from tests.waiting import eventually
 
 MODEL = "smollm2-135m-instruct"
 WORK = {"model": MODEL, "prompt": "I saw this film and", "best_of": 2, "max_tokens": 100}

@@ -111,7 +111,7 @@ ROWS: dict[str, list[Panel]] = {
             "Candidates in flight",
             "short",
             "Asked of the engine and not ended, by server.",
-            {"{{instance}}": f"nbest_candidates_in_flight{{{ON}}}"},
+            {"{{instance}}": f"sum by (instance) (nbest_candidates_in_flight{{{ON}}})"},
         ),
         Panel(
             "Candidates ended",

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from functools import partial
 from http import HTTPStatus
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -46,6 +47,7 @@ from server.metrics import Metrics
 from server.pipeline import BestOfN, BestOfNRequest, BestOfNResult
 from server.replies import ChatReply, Reply, TextReply, error_reply
 from server.reply_schemas import (
+    AdapterReply,
     ChatCompletion,
     ChatCompletionChunk,
     Model,
@@ -58,7 +60,7 @@ from server.reply_schemas import (
     TextCompletionChunk,
 )
 from server.request_record import TokenCost, note_tokens
-from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
+from server.schemas import AdapterRequest, ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
 from server.streaming import error_event, stream
 from server.wire import Request as RequestModel
 from server.wire import parse, read_body
@@ -152,6 +154,14 @@ def create_app(
         response_class=Response,
         responses={**openapi.errors(401), 200: openapi.PROMETHEUS_TEXT},
     )
+    if settings.adapter_root is not None:
+        app.add_api_route(
+            "/admin/adapter",
+            endpoints.load_adapter,
+            methods=["POST"],
+            responses=openapi.replies(AdapterReply, 400, 403, 408, 413, 429, 500, 503),
+            openapi_extra=openapi.takes_flat(AdapterRequest),
+        )
     # Outermost, where the reply to a fault of ours passes too; what is added as middleware stands inside of that.
     stack: App = app.build_middleware_stack()
     app.middleware_stack = RequestRecorder(trace_requests(stack) if trace_requests else stack, metrics)
@@ -206,6 +216,14 @@ class Endpoints:
             )
         )
 
+    async def load_adapter(self, request: Request) -> Response:
+        """Serves a LoRA adapter from now on; requests under way keep the weights they began with."""
+        asked = await self._read(request, AdapterRequest)
+        path = below(self._settings.adapter_root, asked.path)
+        version = await self._lifecycle.pipeline.generator.load_adapter(str(path))
+        log.warning("The adapter %s is served now, version %s.", path, version)
+        return _json(AdapterReply(path=str(path), version=version))
+
     async def models(self) -> Response:
         """The served policy and the reward models beside it."""
         pipeline = self._lifecycle.pipeline
@@ -224,13 +242,13 @@ class Endpoints:
 
     async def ready(self) -> Response:
         """Whether a request sent now would be answered."""
-        await self._lifecycle.pipeline.generator.check_ready()
+        await self._lifecycle.pipeline.check_ready()
         return _json(Status(status="ready"))
 
     async def prometheus(self) -> Response:
         """The metrics, for Prometheus to scrape."""
         try:
-            await self._lifecycle.pipeline.generator.check_ready()
+            await self._lifecycle.pipeline.check_ready()
             self._metrics.observe_ready(True)
         except NotReadyError:
             self._metrics.observe_ready(False)
@@ -344,6 +362,17 @@ class _DocumentedApp(FastAPI):
             document["components"]["securitySchemes"] = openapi.SECURITY_SCHEMES
             document["security"] = self.security
         return super().openapi()
+
+
+def below(root: Path | None, path: str) -> Path:
+    """The path, from `root` where it is not absolute.
+
+    Raises:
+        BadRequestError: it leads elsewhere, by whatever links.
+    """
+    if root is not None and "\0" not in path and (root / path).resolve().is_relative_to(root.resolve()):
+        return root / path
+    raise BadRequestError("The adapter is not below --adapter-root; move it there.", param="path")
 
 
 def _check_served(pipeline: BestOfN, model: str, reward_model: str | None) -> None:

@@ -14,7 +14,11 @@ from server.config import Settings
 from server.generation.answering import GeneratorAsk
 from server.generation.base import Generator
 from server.generation.supervised import SupervisedGenerator
+from server.generation.weights import WeightsShelf
 from server.pipeline import BestOfN
+
+DEFAULT_LORA_RANK = 16
+"""PEFT's examples have 8 or 16."""
 
 
 @asynccontextmanager
@@ -100,12 +104,16 @@ async def _generator(settings: Settings, on_restart: Callable[[float], None] | N
 
         key = settings.api_key.get_secret_value() if settings.api_key else None
         return OpenAIGenerator.connect(str(settings.base_url), key, model=name, upstream_model=settings.model)
+    shelf = WeightsShelf()
+    if settings.adapter is not None:
+        shelf.adapter = await asyncio.to_thread(shelf.keep, settings.adapter)
+    start = partial(_engine, settings, name, shelf, _max_lora_rank(settings, shelf))
     if settings.ray:  # there Serve replaces the whole replica of an engine that has died
-        return await _engine(settings, name)
-    return await SupervisedGenerator.create(partial(_engine, settings, name), on_restart=on_restart)
+        return await start()
+    return await SupervisedGenerator.create(start, on_restart=on_restart)
 
 
-async def _engine(settings: Settings, name: str) -> Generator:
+async def _engine(settings: Settings, name: str, shelf: WeightsShelf, max_lora_rank: int | None) -> Generator:
     from reranker.device import pick_device
     from reranker.prepared import resolve
     from server.generation.vllm_engine import VllmGenerator
@@ -122,4 +130,15 @@ async def _engine(settings: Settings, name: str) -> Generator:
         tensor_parallel_size=settings.tensor_parallel_size,
         on_ray=settings.ray,
         trust_remote_code=settings.trust_remote_code,
+        max_lora_rank=max_lora_rank,
+        shelf=shelf,
     )
+
+
+def _max_lora_rank(settings: Settings, shelf: WeightsShelf) -> int | None:
+    """None where no adapter can come: what makes room for them costs every step of the engine something."""
+    if settings.adapter is None and settings.adapter_root is None:
+        return None
+    if settings.max_lora_rank is not None:
+        return settings.max_lora_rank
+    return DEFAULT_LORA_RANK if shelf.adapter is None else shelf.adapter.rank

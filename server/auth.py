@@ -5,6 +5,7 @@
     requests_per_minute = 60          # budgets are optional
     tokens_per_minute = 100000
     tokens_per_day = 5000000
+    admin = true                      # may load adapters; see `server.gate`
 
 A key is 256 random bits, so a single SHA-256 is enough at rest: slow hashes protect what people think up, and nobody
 guesses 256 bits, however fast each guess is. What is presented is hashed and compared with every hash in constant time,
@@ -19,6 +20,7 @@ the keys as they were, and the log says so.
 
 import hashlib
 import hmac
+import json
 import logging
 import os
 import re
@@ -59,6 +61,11 @@ class KeyEntry(BaseModel):
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_day: Annotated[int, Field(ge=1)] | None = None
+    admin: bool = False
+
+    @property
+    def has_budgets(self) -> bool:
+        return any((self.requests_per_minute, self.tokens_per_minute, self.tokens_per_day))
 
 
 class KeysFile(BaseModel):
@@ -87,8 +94,8 @@ def read_keys(file: Path) -> dict[str, KeyEntry]:
         raise ConfigError(f"The keys file {file} cannot be read as TOML: {error}; correct it.") from None
 
 
-def new_key(file: Path, name: str, **budgets: int | None) -> str:
-    """A new key, whose hash and budgets are appended to the file; only the caller ever has the key.
+def new_key(file: Path, name: str, *, admin: bool = False, **budgets: int | None) -> str:
+    """A new key, whose hash and rights are appended to the file; only the caller ever has the key.
 
     Raises:
         ConfigError: the name is taken or cannot be one, or the file is none of keys.
@@ -98,10 +105,10 @@ def new_key(file: Path, name: str, **budgets: int | None) -> str:
     if file.exists() and name in read_keys(file):
         raise ConfigError(f"{file} has a key {name} already; remove that first, or choose another name.")
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
-    entry = KeyEntry(sha256=digest(key), **budgets)
-    lines = [
-        f"{field} = {f'{chr(34)}{value}{chr(34)}' if isinstance(value, str) else value}"
-        for field, value in entry.model_dump(exclude_none=True).items()
+    entry = KeyEntry(sha256=digest(key), admin=admin, **budgets)
+    lines = [  # a string, a number or true: what JSON and TOML write alike
+        f"{field} = {json.dumps(value)}"
+        for field, value in entry.model_dump(exclude_none=True, exclude_defaults=True).items()
     ]
     try:
         with open(file, "a", opener=lambda path, flags: os.open(path, flags, mode=0o600)) as appended:

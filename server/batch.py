@@ -22,7 +22,7 @@ from rich.console import Console
 
 from reranker.scorers.spec import OWN_POLICY, JudgeSpec, parse_all
 from server import assembly, logs
-from server.config import ConfigError, Settings
+from server.config import ConfigError, Settings, replica_range
 from server.generation.base import Generator
 from server.launch import loaded
 from server.offline import directory, inputs
@@ -40,7 +40,16 @@ from server.pipeline import BestOfN, BestOfNResult
 
 STDIN = "-"
 SUMMARY, PLOT = "summary.json", "summary.png"
-RESULT_SETTINGS = ("model", "served_model_name", "generator", "base_url", "reward_models", "dtype", "max_model_len")
+RESULT_SETTINGS = (
+    "model",
+    "served_model_name",
+    "adapter",
+    "generator",
+    "base_url",
+    "reward_models",
+    "dtype",
+    "max_model_len",
+)
 """Settings that results depend on; a run does not go on under others unasked."""
 
 
@@ -105,6 +114,16 @@ def rerank(settings: Settings, options: BatchOptions, console: Console) -> dict[
 @asynccontextmanager
 async def _drawing(settings: Settings, console: Console) -> AsyncIterator[Models]:
     models = f"{settings.model} and {', '.join(settings.reward_models)}"
+    if settings.ray:
+        from server.batch_workers import started_workers
+
+        async with loaded(started_workers(settings, assembly.start), models, console) as workers:
+
+            async def answer(task: Task, _: OnCandidate) -> BestOfNResult:
+                return await workers.answer(task.request)
+
+            yield Models(answer, workers.check_ready)
+        return
     async with loaded(assembly.start(settings), models, console) as pipeline:
         yield drawing_models(pipeline)
 
@@ -160,7 +179,7 @@ def _run(
         ) as records:
             progress = RunProgress(console, source.rows, len(records.done))
             if len(records.done) < source.rows:
-                in_flight = options.in_flight or settings.max_num_seqs * 3 // 2
+                in_flight = options.in_flight or _in_flight(settings)
                 tasks = _tasks(source, kind, settings.max_body_bytes)
                 _until_done(_answer(start, tasks, records, progress, in_flight), records, source.rows)
             account = {
@@ -180,6 +199,16 @@ def _run(
             plot_summary(summary, options.out / PLOT)
     _tell(summary, options.out, console)
     return summary
+
+
+def _in_flight(settings: Settings) -> int:
+    """Half as many again as the engines advance, so that some always wait for a place.
+
+    Workers on Ray answer whole lines, so a place is free when its line has ended and not its candidate: twice as many.
+    """
+    if settings.ray:
+        return settings.max_num_seqs * 2 * replica_range(settings.generator_replicas)[1]
+    return settings.max_num_seqs * 3 // 2
 
 
 def _tasks(source: inputs.Source, kind: Kind, max_line_bytes: int) -> Iterator[Task | Failure]:

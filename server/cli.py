@@ -167,6 +167,7 @@ def new_key(
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Requests a minute; default: any.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Tokens a minute; default: any.")] = None,
     tokens_per_day: Annotated[int | None, typer.Option(min=1, help="Tokens a day; default: any.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="Let the key load adapters into the running server.")] = False,
 ) -> None:
     """Make a key, print it once, and append its hash and budgets to the file.
 
@@ -179,7 +180,7 @@ def new_key(
         "tokens_per_minute": tokens_per_minute,
         "tokens_per_day": tokens_per_day,
     }
-    typer.echo(auth.new_key(file, name, **budgets))
+    typer.echo(auth.new_key(file, name, admin=admin, **budgets))
     console.print(f"This is the only time the key is shown; {file} has its hash under {name}.")
 
 
@@ -260,7 +261,8 @@ def rerank(
 def _offline(command: str, settings: Settings, **options: Any) -> None:
     from server import batch as offline
     from server.doctor import require_models
-    from server.launch import kill_children
+    from server.errors import NbestError
+    from server.launch import StartError, kill_children
     from server.offline.errors import OfflineError
 
     if command == "batch":
@@ -270,6 +272,8 @@ def _offline(command: str, settings: Settings, **options: Any) -> None:
         run(settings, offline.BatchOptions(**options), console)
     except OfflineError as error:
         raise CommandError(f"{error}.") from error
+    except (NbestError, StartError) as error:  # of a model that is loaded
+        raise CommandError(str(error)) from error
     except offline.RunInterruptedError as error:
         console.print(str(error), style="yellow")
         raise typer.Exit(128 + error.number) from error

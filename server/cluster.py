@@ -39,13 +39,14 @@ def serve(settings: Settings, console: Console) -> None:
     """Serves until a signal ends it; Ctrl-C comes out as KeyboardInterrupt after everything is closed.
 
     Raises:
-        ConfigError: the address cannot be listened on, or the cluster cannot be joined.
+        ConfigError: the address cannot be listened on, the settings do not fit Ray, or the cluster cannot be joined.
         StartError: a replica did not come up.
     """
     console = prepared_console(settings, console)
     with listen(settings.host, settings.port) as listener:  # a port in use is told before anything is started
         port, url = listener.getsockname()[1], f"http://{address_of(listener)}"
         warn_if_open_to_all(settings, listener, console)
+    application = deployments.application(settings)
     begun_s = time.perf_counter()
     loading = f"Starting generator, scorer and router on Ray, loading {settings.model} …"
     try:
@@ -57,7 +58,7 @@ def serve(settings: Settings, console: Console) -> None:
                     console.print(loading)
                 stack.enter_context(joined_cluster(settings))
                 signal_handlers(_raise_signalled)  # Ray has its own for SIGTERM
-                stack.enter_context(deployments.deployed(deployments.application(settings), settings, port))
+                stack.enter_context(deployments.deployed(application, settings, port))
             console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.\n{invitation(settings, url)}")
             while True:
                 signal.pause()

@@ -106,6 +106,17 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(
         default=None, min_length=1, description="Name clients call the policy by; default: the model's."
     )
+    adapter: Path | None = Field(
+        default=None, description="LoRA adapter over the policy: a directory that PEFT has written."
+    )
+    adapter_root: Path | None = Field(
+        default=None,
+        description="Directory below which POST /admin/adapter finds adapters to load while serving; needs a key with "
+        "`admin`. docs/adapters.md.",
+    )
+    max_lora_rank: int | None = Field(
+        default=None, ge=1, le=512, description="Highest rank of an adapter; default: that of --adapter, or 16."
+    )
     reward_models: Annotated[
         dict[str, str], NoDecode, BeforeValidator(_named_specs), AfterValidator(_checked_specs)
     ] = Field(
@@ -262,6 +273,13 @@ class Settings(BaseSettings):
             raise ValueError("generator openai needs the server's address; give --base-url https://HOST/v1")
         if self.generator == "vllm" and self.base_url is not None:
             raise ValueError("base_url is only used by --generator openai; add that or leave base_url out")
+        if self.generator == "openai" and (self.adapter or self.adapter_root):
+            raise ValueError("adapters are loaded into the embedded engine only; leave adapter and adapter_root out")
+        if self.adapter_root is not None and self.keys_file is None:
+            raise ValueError(
+                "adapter_root needs a key that may load adapters; make one with `nbest keys new NAME --admin` "
+                "and give --keys-file"
+            )
         if self.ray_address is not None and not self.ray:
             raise ValueError("ray_address is only used on Ray; add --ray or leave ray_address out")
         if self.ray and self.metrics_port is not None:

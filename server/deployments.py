@@ -9,8 +9,10 @@ other end of each call. Batching and cancelling stay in the plain classes, so bo
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -21,14 +23,18 @@ from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
 from reranker.scorers.spec import OWN_POLICY
 from server import assembly, logs
 from server.app import create_app
+from server.auth import read_keys
 from server.config import ConfigError, Settings, load_settings, replica_range
 from server.connection import App, Message, Receive, Scope, Send
-from server.errors import NbestError
+from server.errors import NbestError, NotReadyError
+from server.failover import FailoverGenerator, ReplicatedBestOfN
 from server.generation.base import Generation, Generator, Outcome, Sampling
+from server.generation.weights import Change, version_at
 from server.handles import Group, RemoteGenerator, connect_scorers
 from server.launch import StartError, tracing_of
 from server.metrics import Metrics, merged
 from server.pipeline import BestOfN
+from server.weights_record import Loaded, Record, RecordOnRay, WeightsRecord
 
 APP_NAME = "nbest"
 GENERATOR, SCORER, ROUTER = "generator", "scorer", "router"
@@ -45,8 +51,12 @@ HEALTH_CHECK_PERIOD_S = 2
 DRAIN_POLL_S = 0.5
 CLOSING_S = 5
 """What a replica may take to free its models after the last request."""
+ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*: (.+)", re.MULTILINE)
+"""How a traceback ends, with what the error says."""
 METRICS_TIMEOUT_S = 8
 """Below the ten seconds that Prometheus waits for a scrape by default."""
+
+log = logging.getLogger("nbest")
 
 StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
 StartScorers = Callable[
@@ -57,11 +67,16 @@ StartScorers = Callable[
 class GeneratorReplica:
     """One generator, for instance an engine with the actors of its tensor-parallel shards."""
 
-    async def __init__(self, settings: Settings, start: StartGenerator) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, settings: Settings, start: StartGenerator, record: WeightsRecord) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.configure(settings.log_level, settings.log_format)
         self._resources = AsyncExitStack()
         self._generator = await self._resources.enter_async_context(start(settings))
         self._under_way: dict[str, Generation] = {}
+        self._record = record
+        self._versions: dict[Change, str] = {}
+        if settings.adapter is not None:
+            self._versions["load_adapter"] = version_at("load_adapter", settings.adapter)
+        await self._follow_record()
 
     async def model(self) -> str:
         return self._generator.model
@@ -98,6 +113,44 @@ class GeneratorReplica:
     async def check_health(self) -> None:
         """Serve asks now and then: it replaces a replica whose engine has died."""
         await self._generator.check_ready()
+        await self._follow_record()
+
+    async def weights_there(self, change: Change, path: str) -> str | NbestError:
+        """The version of what would be loaded from there on this machine."""
+        try:
+            return await asyncio.to_thread(version_at, change, Path(path))
+        except NbestError as error:
+            return error
+
+    async def change_weights(self, change: Change, path: str) -> str | NbestError:
+        try:
+            self._versions[change] = await getattr(self._generator, change)(path)
+        except NbestError as error:
+            return error
+        return self._versions[change]
+
+    async def record_change(self, change: Change, loaded: Loaded) -> Record:
+        """Notes what all replicas are to serve; the record before that."""
+        before = self._record.read()
+        self._record.write(before | {change: loaded})
+        return before
+
+    async def restore_record(self, record: Record) -> None:
+        self._record.write(record)
+
+    async def _follow_record(self) -> None:
+        """Makes up for the changes that this replica was not there to hear of."""
+        for change, loaded in self._record.read().items():
+            if self._versions.get(change) == loaded.version:
+                continue
+            found = await self.change_weights(change, loaded.path)
+            if isinstance(found, NotReadyError):
+                continue  # the next health check tries again
+            if isinstance(found, NbestError):
+                log.error("What the other replicas serve cannot be loaded here: %s", found)
+            elif found != loaded.version:
+                log.error("%s has changed since it was loaded; load it again, so that all serve the same.", loaded.path)
+            self._versions[change] = loaded.version  # so that it is said once
 
     async def __del__(self) -> None:
         await self._resources.aclose()
@@ -110,7 +163,7 @@ class ScorerReplica:
         logs.configure(settings.log_level, settings.log_format)
         self._metrics = Metrics()
         self._resources = AsyncExitStack()
-        own_policy = RemoteGenerator(generator, OWN_POLICY)
+        own_policy = FailoverGenerator(RemoteGenerator(generator, OWN_POLICY))
         self._scorers = await self._resources.enter_async_context(
             start(settings, own_policy, self._metrics.observe_batch)
         )
@@ -118,11 +171,15 @@ class ScorerReplica:
     async def needs(self) -> dict[str, Needs]:
         return {name: scorer.needs for name, scorer in self._scorers.items()}
 
-    async def score(self, name: str, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores | ScoringError:
+    async def score(
+        self, name: str, prompt: Prompt, candidates: Sequence[Candidate]
+    ) -> AsyncIterator[Scores | ScoringError | None]:
+        """Nothing, which says that the call has come, and then the scores; closing the stream cancels the scoring."""
+        yield None
         try:
-            return await self._scorers[name].score(prompt, candidates)
+            yield await self._scorers[name].score(prompt, candidates)
         except ScoringError as error:
-            return error
+            yield error
 
     async def metrics(self) -> tuple[str, bytes]:
         return _replica_id(), self._metrics.render()
@@ -162,7 +219,8 @@ class RouterReplica:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[BestOfN]:
         scorers = await connect_scorers(self._scorer)
-        yield BestOfN(await RemoteGenerator.connect(self._generator), scorers)
+        generator = FailoverGenerator(await RemoteGenerator.connect(self._generator))
+        yield ReplicatedBestOfN(generator, scorers, self._scorer.needs.remote)
 
     async def _exposition(self) -> bytes:
         """The metrics of all router and scorer replicas, so that it does not matter which router is scraped."""
@@ -183,7 +241,12 @@ def application(
     start_generator: StartGenerator = assembly.started_generator,
     start_scorers: StartScorers = assembly.started_scorers,
 ) -> Any:
-    """The Serve application of these settings."""
+    """The Serve application of these settings.
+
+    Raises:
+        ConfigError: keys have budgets, and there may be several routers.
+    """
+    _check_budgets(settings)
     generator = _deployment(
         GeneratorReplica,
         GENERATOR,
@@ -192,7 +255,7 @@ def application(
         # So many requests of the default size fill the engine's batch.
         target_ongoing=max(1, settings.max_num_seqs // settings.default_best_of),
         **generator_resources(settings),
-    ).bind(settings, start_generator)
+    ).bind(settings, start_generator, RecordOnRay())
     scorer = _deployment(
         ScorerReplica,
         SCORER,
@@ -209,6 +272,19 @@ def application(
         target_ongoing=ROUTER_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},  # it only waits
     ).bind(settings, generator, scorer)
+
+
+def _check_budgets(settings: Settings) -> None:
+    """Each router counts alone, so a budget would be granted once by each of them."""
+    routers = replica_range(settings.router_replicas)[1]
+    if routers == 1 or settings.keys_file is None:
+        return
+    for name, key in read_keys(settings.keys_file).items():
+        if key.has_budgets:
+            raise ConfigError(
+                f"The key {name} in {settings.keys_file} has a budget, and each of {routers} routers would grant it in "
+                "full; set --router-replicas 1, or take the budgets out."
+            )
 
 
 def from_config(values: Mapping[str, Any]) -> Any:
@@ -239,13 +315,23 @@ def deployed(app: Any, settings: Settings, port: int) -> Iterator[None]:
         try:
             serve.run(app, name=APP_NAME)
         except RuntimeError as error:
-            raise StartError(f"The server did not start: {error}") from error
+            statuses = serve.status().applications[APP_NAME].deployments.items()
+            told = {name: one.message for name, one in statuses if one.status != "HEALTHY"}
+            raise StartError(f"The server did not start: {reason_of_failed_start(told) or error}") from error
         yield
     finally:
         with suppress(TimeoutError):  # requests under way have had their time
             serve.delete(APP_NAME)
         if not before.proxies:
             serve.shutdown()
+
+
+def reason_of_failed_start(told: Mapping[str, str]) -> str | None:
+    """Of what Serve tells of deployments that did not come up, the error at the end of the first traceback."""
+    for name, message in told.items():
+        if errors := ERROR_LINE.findall(message):
+            return f"{name}: {errors[-1]}"
+    return None
 
 
 def reserved_cpus(settings: Settings) -> float:

@@ -40,6 +40,8 @@ from reranker.scorers.spec import (
 from reranker.scorers.verifier import is_there
 from server.auth import read_keys
 from server.config import ConfigError, Settings, unknown_variables
+from server.errors import BadRequestError
+from server.generation.weights import read_adapter
 from server.launch import listen
 
 GIB = 1 << 30
@@ -199,10 +201,22 @@ def check_models(settings: Settings) -> Iterator[Finding]:
     """What would be served, and whether it is there."""
     if settings.generator == "vllm":
         yield _locate("model", settings.model, PACKAGED_MODELS)
+        if settings.adapter is not None:
+            yield _check_adapter(settings.adapter)
     else:
         yield Finding("model", f"{settings.model} at {settings.base_url}")
     for name, spec in parse_all(settings.reward_models).items():
         yield _check_scorer(f"reward model {name}", spec, settings)
+
+
+def _check_adapter(path: Path) -> Finding:
+    try:
+        adapter = read_adapter(path, "", told_as=path)
+    except BadRequestError as error:
+        _, _, wrong = str(error).rstrip(".").partition(f"{path} ")
+        found, _, remedy = wrong.rpartition("; ")
+        return Finding("adapter", f"{path} {found}", "problem", remedy)
+    return Finding("adapter", f"{path}, LoRA of rank {adapter.rank}")
 
 
 def _check_scorer(subject: str, spec: ScorerSpec, settings: Settings) -> Finding:

@@ -4,6 +4,7 @@
     ├── BadRequestError             400  the request cannot be honoured; `param` names the field
     │   └── ContextLengthError      400  code context_length_exceeded
     ├── AuthenticationError         401  no key, or none that is known here
+    ├── ForbiddenError              403  the key may not do this
     ├── NotFoundError               404  no such model or path
     ├── ClientTimeoutError          408  the body did not arrive in time
     ├── TooLargeError               413  the body is over the limit
@@ -56,6 +57,13 @@ class AuthenticationError(NbestError):
 
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class ForbiddenError(NbestError):
+    """The key is known and may not do this."""
+
+    type = "invalid_request_error"
+    code = "forbidden"
 
 
 class NotFoundError(NbestError):
@@ -145,6 +153,7 @@ class DeadlineError(NbestError):
 STATUS: dict[type[NbestError], int] = {
     BadRequestError: 400,
     AuthenticationError: 401,
+    ForbiddenError: 403,
     NotFoundError: 404,
     ClientTimeoutError: 408,
     TooLargeError: 413,

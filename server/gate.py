@@ -1,7 +1,7 @@
 """What is decided about a request before its body is read: may it come in here, by this door, now.
 
     1. the door: with a port for metrics of its own, that one serves them and the probes, and the main one no metrics
-    2. the key, on every path but /health
+    2. the key, on every path but /health; below /admin one with `admin`, and without keys nobody may go there
     3. the room: so many requests of /v1 at once, each of which may hold a body of the largest size
     4. the key's requests a minute
 
@@ -14,12 +14,13 @@ from collections.abc import Callable
 from server.auth import ANYONE, Account, Keys
 from server.config import Settings
 from server.connection import App, Receive, Scope, Send
-from server.errors import NbestError, NotFoundError, OverloadedError
+from server.errors import ForbiddenError, NbestError, NotFoundError, OverloadedError
 
 ALWAYS_OPEN = "/health"
 METRICS = "/metrics"
 ON_THE_METRICS_PORT = (METRICS, "/ready", ALWAYS_OPEN)
 WORK = "/v1/"
+ADMIN = "/admin/"
 CROWDED_RETRY_AFTER_S = 1.0
 
 ACCOUNT = "nbest.account"
@@ -69,6 +70,12 @@ class Gate:
         account = ANYONE
         if self._keys is not None and path != ALWAYS_OPEN:
             account = self._keys.account(scope["headers"])
+        if path.startswith(ADMIN) and not account.entry.admin:
+            if self._keys is None:
+                raise not_served(scope["method"], path)
+            raise ForbiddenError(
+                f"The key {account.name} is no admin's; use one made with `nbest keys new NAME --admin`."
+            )
         if is_work:
             self._check_room()
             account.count_request()

@@ -6,6 +6,10 @@ whole group of candidates.
 
 An expected error (`NbestError`, `ScoringError`) travels as a value, with its fields; what a call raises is the death of
 a replica, told here as an error that is worth a retry, or a bug. `server.deployments` is the other end.
+
+A call that meets a replica's death is sent once more, to another replica or the next one: at its start by the classes
+here, and in the midst of a generation by `server.failover`. Each does so only once, so that a request which kills what
+answers it comes to an end.
 """
 
 import asyncio
@@ -23,15 +27,21 @@ from ray.serve.handle import DeploymentHandle
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
-from server.errors import EngineDiedError, NbestError, NotReadyError
+from server.errors import BadRequestError, EngineDiedError, NbestError, NotReadyError
 from server.generation.base import Outcome, Sampling
 from server.generation.outcomes import Outcomes
+from server.generation.weights import Change
+from server.weights_record import Loaded, Record
 
 CHECK_TIMEOUT_S = 5
 """A replica that has not said in this time that it is ready is not; without any the call would wait for one."""
 START_TIMEOUT_S = 15
 """Longest wait for a replica that takes a request: short beside an engine's start, long beside a queue of prompts."""
+SCORER_TIMEOUT_S = 60
+"""Longest wait for a replica that takes candidates: the work on them is done, and a scorer starts in less than that."""
 RETRY_INTERVAL_S = 1
+CHANGE_TIMEOUT_S = 600
+"""Longest wait for replicas that change their weights, which first finish what they draw with the ones before."""
 
 log = logging.getLogger("nbest")
 
@@ -42,6 +52,10 @@ class Group:
 
     outcomes: list[Outcome]
     prompt_tokens: int
+
+
+class ReplicaLostError(EngineDiedError):
+    """The replica that had the call is gone."""
 
 
 class RemoteGenerator:
@@ -60,14 +74,55 @@ class RemoteGenerator:
         return RemoteGeneration(self.handle, prompt, sampling, n, snapshots)
 
     async def check_ready(self) -> None:
-        with gone_is(NotReadyError("No generator replica answers; try again in a few seconds.")):
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                refusal = await self.handle.check_ready.remote()
+        refusal = await answer_soon(self.handle.check_ready.remote, "generator")
         if refusal is not None:
             raise refusal
 
+    async def load_adapter(self, path: str) -> str:
+        return await self._change("load_adapter", path)
+
+    async def reload_weights(self, path: str) -> str:
+        return await self._change("reload_weights", path)
+
     async def close(self) -> None:
         """Nothing is held here: the deployment ends with its application."""
+
+    async def _change(self, change: Change, path: str) -> str:
+        """Changes the weights of every replica, or of none.
+
+        First each says what it would load, since a folder that is shared may not be. Then it is written down what is
+        to be served, for replicas that come or are replaced, and each does it.
+        """
+        versions = set(await self._all("weights_there", change, path))
+        if len(versions) > 1:
+            raise BadRequestError(f"{path} is not the same on every machine; put it into a folder that they share.")
+        before: Record = await self._one("record_change", change, Loaded(path, versions.pop()))
+        try:
+            served = await self._all("change_weights", change, path)
+        except BadRequestError:
+            await self._one("restore_record", before)
+            raise
+        return str(served[0])
+
+    async def _one(self, method: str, *arguments: Any) -> Any:
+        with gone_is(NotReadyError("No generator replica answers; try again in a few seconds.")):
+            return await self.handle.options(method_name=method).remote(*arguments)
+
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        """What every replica answers; those that die meanwhile are replaced, and say nothing.
+
+        Raises:
+            NbestError: one of them refuses, or none is there.
+        """
+        told = self.handle.broadcast(method, *arguments)
+        answers = await told.results_async(timeout_s=CHANGE_TIMEOUT_S, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, NbestError | RayTaskError):
+                raise answer
+        alive = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not alive:
+            raise NotReadyError("No generator replica answers; try again in a few seconds.")
+        return alive
 
 
 class RemoteGeneration:
@@ -87,18 +142,32 @@ class RemoteGeneration:
         self._reading: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._groups = self._handle.options(method_name="generate", stream=True).remote(self._id, *self._asked)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await self._take_one()
+                await self._begin()
         except TimeoutError:
-            self._groups.cancel()
             raise NotReadyError("No generator replica took the request; try again in a few seconds.") from None
-        except BaseException:
-            self._groups.cancel()
-            raise
         self._reading = asyncio.create_task(self._read())
         return self
+
+    async def _begin(self) -> None:
+        """Returns when a replica has begun. One whose engine has died is about to be replaced: the next is asked."""
+        has_lost_one = False
+        while True:
+            self._groups = self._handle.options(method_name="generate", stream=True).remote(self._id, *self._asked)
+            try:
+                await self._take_one()
+            except ReplicaLostError:
+                if has_lost_one:
+                    raise
+                has_lost_one = True
+            except EngineDiedError:
+                await asyncio.sleep(RETRY_INTERVAL_S)
+            except BaseException:
+                self._groups.cancel()
+                raise
+            else:
+                return
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -132,7 +201,7 @@ class RemoteGeneration:
         Raises:
             NbestError: the generator refuses the request, or its replica is no longer there.
         """
-        with gone_is(EngineDiedError("The generator's replica stopped while it was answering; try again.")):
+        with gone_is(ReplicaLostError("The generator's replica stopped while it was answering; try again.")):
             group = await anext(self._groups)
         if isinstance(group, NbestError):
             raise group
@@ -150,12 +219,30 @@ class RemoteScorer:
         self._handle = handle
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        answer = self._handle.score.remote(self.name, prompt, candidates)
         try:
-            with gone_is(ScoringError("its replica stopped while it was scoring")):
-                scores: Scores | ScoringError = await answer
-        except asyncio.CancelledError:
-            answer.cancel()
+            return await self._score(prompt, candidates)
+        except ReplicaLostError as error:
+            log.warning("Scoring again, since %s", error.message)
+        try:
+            return await self._score(prompt, candidates)
+        except ReplicaLostError as error:
+            raise ScoringError("two replicas stopped while they were scoring") from error
+
+    async def _score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
+        """Asks one replica, which says at once that it has the call and then what the scorer says."""
+        told = self._handle.options(method_name="score", stream=True).remote(self.name, prompt, candidates)
+        lost = ReplicaLostError("the scorer's replica stopped while it was scoring.")
+        try:
+            async with asyncio.timeout(SCORER_TIMEOUT_S):
+                with gone_is(lost):
+                    await anext(told)
+            with gone_is(lost):
+                scores: Scores | ScoringError = await anext(told)
+        except TimeoutError:
+            told.cancel()
+            raise ScoringError("no scorer replica took the candidates") from None
+        except BaseException:
+            told.cancel()
             raise
         if isinstance(scores, ScoringError):
             raise scores
@@ -169,6 +256,17 @@ async def connect_scorers(handle: DeploymentHandle) -> dict[str, Scorer]:
     """The scorers of the deployment by name, in the order of the settings. Waits for a replica."""
     needs: dict[str, Needs] = await _answer(handle.needs.remote)
     return {name: RemoteScorer(handle, name, each) for name, each in needs.items()}
+
+
+async def answer_soon(ask: Callable[[], Awaitable[Any]], deployment: str) -> Any:
+    """The answer of a replica that is there now.
+
+    Raises:
+        NotReadyError: there is none.
+    """
+    with gone_is(NotReadyError(f"No {deployment} replica answers; try again in a few seconds.")):
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            return await ask()
 
 
 async def _answer(ask: Callable[[], Awaitable[Any]]) -> Any:

@@ -18,6 +18,7 @@ from server.errors import BadRequestError, NotReadyError, ShedReason
 from server.generation.base import Outcome
 from server.pipeline import BestOfNResult
 
+READY = "nbest_ready"
 SECONDS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 REWARDS = (-10, -5, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 5, 10)
 """Reward models are trained to about unit spread, and some answer in tens."""
@@ -66,7 +67,7 @@ class Metrics:
             "reason",
         )
         self._ready = Gauge(
-            "nbest_ready",
+            READY,
             "Whether a request would be answered, 1 or 0, as of this scrape. Count.",
             registry=self.registry,
         )
@@ -231,10 +232,16 @@ class Metrics:
 
 
 def merged(expositions: Mapping[str, bytes]) -> bytes:
-    """The expositions of several processes as one; the label `replica` tells where each series was counted."""
+    """The expositions of several processes as one; the label `replica` tells where each series was counted.
+
+    Whether a request would be answered is looked up for the scrape by the first of them alone: what the others have is
+    of an earlier one, or of none.
+    """
     families: dict[str, Metric] = {}
-    for replica, exposition in expositions.items():
+    for number, (replica, exposition) in enumerate(expositions.items()):
         for family in text_string_to_metric_families(exposition.decode()):
+            if family.name == READY and number:
+                continue
             same = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
                 same.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)

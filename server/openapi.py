@@ -43,6 +43,12 @@ def takes(model: type[Wire]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _reference(model)}}}}
 
 
+def takes_flat(model: type[Wire]) -> dict[str, Any]:
+    """The same for a model that stands in the document only where its route does; it holds no other models."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 def replies(
     model: type[BaseModel], *statuses: int, chunk: type[BaseModel] | None = None, needs_key: bool = True
 ) -> dict[int | str, dict[str, Any]]:

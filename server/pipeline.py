@@ -87,6 +87,14 @@ class BestOfN:
         self.generator = generator
         self.scorers = scorers
 
+    async def check_ready(self) -> None:
+        """Returns if a request could be answered now.
+
+        Raises:
+            server.errors.NotReadyError: with the reason.
+        """
+        await self.generator.check_ready()
+
     async def run(
         self,
         request: BestOfNRequest,

@@ -261,6 +261,13 @@ class Status(BaseModel):
     status: Literal["ok", "ready"]
 
 
+class AdapterReply(BaseModel):
+    """The adapter that requests are answered with from now on."""
+
+    path: str
+    version: str
+
+
 class ErrorBody(BaseModel):
     """What went wrong, and the way out."""
 

@@ -231,6 +231,12 @@ class CompletionRequest(GenerationRequest):
         )
 
 
+class AdapterRequest(Wire):
+    """POST /admin/adapter: serve this adapter from now on."""
+
+    path: str = Field(min_length=1, description="The adapter's directory, absolute or from --adapter-root.")
+
+
 class ScoreRequest(Wire):
     """POST /v1/score: how good these candidates are as answers; give `messages` or `prompt`."""
 

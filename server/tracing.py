@@ -128,7 +128,11 @@ class _TracedBestOfN(BestOfN):
             _TracedGenerator(traced.generator, tracer),
             {name: _TracedScorer(scorer, tracer) for name, scorer in traced.scorers.items()},
         )
+        self._traced = traced
         self._tracer = tracer
+
+    async def check_ready(self) -> None:
+        await self._traced.check_ready()
 
     async def run(
         self,
@@ -172,6 +176,12 @@ class _TracedGenerator:
 
     async def check_ready(self) -> None:
         await self._traced.check_ready()
+
+    async def load_adapter(self, path: str) -> str:
+        return await self._traced.load_adapter(path)
+
+    async def reload_weights(self, path: str) -> str:
+        return await self._traced.reload_weights(path)
 
     async def close(self) -> None:
         await self._traced.close()

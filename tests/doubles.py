@@ -7,7 +7,7 @@ from typing import Self
 
 from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
 from reranker.scorers.base import Needs, Scores, ScoringError
-from server.errors import EngineDiedError, NbestError, NotReadyError
+from server.errors import BadRequestError, EngineDiedError, NbestError, NotReadyError
 from server.generation.base import Outcome, Sampling
 
 
@@ -16,7 +16,7 @@ class ScriptedGenerator:
 
     One word is one token; a token's log-probability is -1 nat. Words come `word_delay_s` apart where growth is asked
     for. `refusal` is raised instead of starting. `cancelled` collects the indexes whose work was stopped before it
-    finished; `calls` what was asked. `die` is the death of the engine under everything it does.
+    finished; `calls` what was asked; `adapters` what was loaded. `die` is the death of the engine under all it does.
     """
 
     model = "scripted"
@@ -35,6 +35,7 @@ class ScriptedGenerator:
         self.refusal = refusal
         self.cancelled: list[int] = []
         self.calls: list[tuple[Prompt, Sampling, int]] = []
+        self.adapters: list[str] = []
         self.ready = True
         self.closed = False
         self.running: set[ScriptedGeneration] = set()
@@ -42,6 +43,15 @@ class ScriptedGenerator:
     def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> "ScriptedGeneration":
         self.calls.append((prompt, sampling, n))
         return ScriptedGeneration(self, sampling, n, snapshots)
+
+    async def load_adapter(self, path: str) -> str:
+        if self.refusal is not None:
+            raise self.refusal
+        self.adapters.append(path)
+        return f"version-{len(self.adapters)}"
+
+    async def reload_weights(self, path: str) -> str:
+        raise BadRequestError("the scripted engine has no weights")
 
     async def check_ready(self) -> None:
         if not self.ready:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
@@ -26,6 +27,7 @@ from server.cluster import joined_cluster
 from server.config import Settings
 from server.errors import BadRequestError, ContextLengthError, NotReadyError, OverloadedError
 from server.generation.base import Generation, Sampling
+from server.generation.weights import version_at
 from server.launch import address_of, listen
 from server.metrics import Metrics
 from server.pipeline import BestOfN
@@ -139,6 +141,15 @@ class Scripts:
         self._witness.tell("started", script, n)
         return generator.generate(prompt, sampling, n, snapshots=snapshots)
 
+    async def load_adapter(self, path: str) -> str:
+        if path.endswith("unfit"):
+            raise BadRequestError("It does not fit.")
+        self._witness.tell("loaded", path, 0)
+        return version_at("load_adapter", Path(path))
+
+    async def reload_weights(self, path: str) -> str:
+        raise BadRequestError("There are none.")
+
     async def check_ready(self) -> None:
         """Always ready."""
 
@@ -188,8 +199,8 @@ def in_process() -> Iterator[Server]:
 
 @contextmanager
 def on_ray() -> Iterator[Server]:
-    """Two routers and two generators, so that nothing holds only because there is one of each."""
-    settings = Settings(ray=True, generator_replicas="2", router_replicas="2")
+    """Two of each, so that nothing holds only because there is one of each."""
+    settings = Settings(ray=True, generator_replicas="2", scorer_replicas="2", router_replicas="2")
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     with joined_cluster(settings):

@@ -52,6 +52,11 @@ def bearer(key: str) -> list[tuple[bytes, bytes]]:
 
 
 class TestFile:
+    def test_only_a_key_that_was_made_so_is_an_admins(self, file: Path) -> None:
+        auth.new_key(file, "alice")
+        auth.new_key(file, "root", admin=True, tokens_per_day=7)
+        assert {name: entry.admin for name, entry in auth.read_keys(file).items()} == {"alice": False, "root": True}
+
     def test_a_new_key_is_in_the_file_as_a_hash_only(self, file: Path) -> None:
         key = auth.new_key(file, "alice", requests_per_minute=60)
         assert key not in file.read_text()

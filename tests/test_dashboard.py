@@ -133,6 +133,29 @@ def test_every_label_that_is_summed_by_exists(name: str, scrape: dict[str, list[
                 assert set(node.modifier.labels) <= set(scrape[selector.name][0]), str(selector)
 
 
+def bare(node: Any) -> list[str]:
+    """Metrics whose every series comes out of the expression."""
+    match node:
+        case promql_parser.VectorSelector():
+            return [str(node.name)]
+        case promql_parser.ParenExpr():
+            return bare(node.expr)
+        case promql_parser.BinaryExpr():
+            return bare(node.lhs) + bare(node.rhs)
+        case promql_parser.Call() if node.func.name != "absent":
+            return [name for argument in node.args for name in bare(argument)]
+    return []
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_the_replicas_of_a_server_on_ray_are_told_together(name: str) -> None:
+    """There each of them has a series of its own: whatever is not aggregated would be told once for each."""
+    assert bare(promql_parser.parse(filled(QUERIES[name]))) == []
+    for node in nodes(QUERIES[name]):
+        if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
+            assert "replica" not in node.modifier.labels
+
+
 def test_every_legend_names_labels_that_its_query_keeps() -> None:
     for panel in PANELS:
         for target in panel["targets"]:

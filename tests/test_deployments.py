@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,13 +13,16 @@ import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from reranker.candidate import Candidate, FailedCandidate, Prompt
-from server import deployments
+from server import auth, deployments
 from server.config import ConfigError, Settings
-from server.errors import NotReadyError
+from server.errors import BadRequestError, NotReadyError
 from server.generation.base import Outcome, Sampling
+from server.generation.weights import CONFIG, WEIGHTS, version_at
 from server.handles import Group, RemoteGenerator, gone_is
+from server.weights_record import Loaded, Record
 from tests.doubles import ScriptedGenerator
 from tests.modes import MODES, PATIENCE_S, Server, generator_handle
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
@@ -33,10 +37,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 def until_ready(server: Server) -> None:
     transport = httpx.HTTPTransport(retries=5)
     with httpx.Client(transport=transport, base_url=server.url, timeout=PATIENCE_S) as client:
-        for _ in range(1000):
-            if client.get("/ready").is_success:
-                return
-    pytest.fail("the server did not become ready")
+        assert eventually(lambda: client.get("/ready").is_success, PATIENCE_S)
 
 
 def text_of(reply: httpx.Response) -> Any:
@@ -211,29 +212,75 @@ def test_a_second_application_of_the_name_is_refused(server: Server) -> None:
 
 
 @on_ray_alone
-def test_a_generator_replica_that_dies_is_worth_a_retry(server: Server) -> None:
+def test_a_request_that_kills_two_generator_replicas_is_told_to_come_back(server: Server) -> None:
     reply = server.chat("dies")
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
     assert reply.headers["retry-after"] == "5"
+    until_ready(server)
     assert text_of(server.chat("films")) == "great fun"
 
 
 @on_ray_alone
-def test_a_scorer_replica_that_dies_is_a_reward_failure_and_is_replaced(server: Server) -> None:
+def test_candidates_that_kill_two_scorer_replicas_are_a_reward_failure(server: Server) -> None:
     reply = server.chat("films", nbest={"reward_model": "dying", "on_reward_failure": "first"})
     assert (text_of(reply), reply.json()["nbest"]["ranked_by"]) == ("dull", "first")
+    until_ready(server)
     assert text_of(server.chat("films")) == "great fun"
 
 
-async def replica_of(generator: ScriptedGenerator) -> deployments.GeneratorReplica:
+def adapter_files(path: Path, content: str) -> str:
+    """A directory with the files of an adapter; what is in them matters to nobody here."""
+    path.mkdir(exist_ok=True)
+    for name in (CONFIG, WEIGHTS):
+        (path / name).write_text(content)
+    return str(path)
+
+
+@on_ray_alone
+async def test_an_adapter_is_loaded_by_every_replica_once(server: Server, tmp_path: Path) -> None:
+    generator = await RemoteGenerator.connect(generator_handle())
+    path = adapter_files(tmp_path / "v1", "one")
+    version = await generator.load_adapter(path)
+    assert version == version_at("load_adapter", Path(path))
+    assert server.witness.hear("loaded", path, 2) == [0, 0]
+
+
+@on_ray_alone
+async def test_a_refusal_of_an_adapter_comes_from_the_replica(server: Server, tmp_path: Path) -> None:
+    generator = await RemoteGenerator.connect(generator_handle())
+    with pytest.raises(BadRequestError, match="does not fit"):
+        await generator.load_adapter(adapter_files(tmp_path / "unfit", "x"))
+    with pytest.raises(BadRequestError, match="cannot be read"):
+        await generator.load_adapter(str(tmp_path / "nowhere"))
+
+
+class DictRecord:
+    """`WeightsRecord` in this process."""
+
+    def __init__(self, record: Record | None = None) -> None:
+        self.record = record or {}
+
+    def read(self) -> Record:
+        return dict(self.record)
+
+    def write(self, record: Record) -> None:
+        self.record = record
+
+
+class UnservedReplica(deployments.GeneratorReplica):
+    def __del__(self) -> None:  # type: ignore[override]
+        """Serve awaits the other one; here it would be a coroutine that nobody awaits."""
+
+
+async def replica_of(generator: ScriptedGenerator, record: DictRecord | None = None) -> deployments.GeneratorReplica:
     """The replica's class as Serve makes it, without Serve."""
 
     @asynccontextmanager
     async def start(_: Settings) -> AsyncIterator[ScriptedGenerator]:
         yield generator
 
-    replica = object.__new__(deployments.GeneratorReplica)
-    await replica.__init__(Settings(), start)  # type: ignore[misc]
+    replica = object.__new__(UnservedReplica)
+    await replica.__init__(Settings(), start, record or DictRecord())  # type: ignore[misc]
     return replica
 
 
@@ -244,6 +291,31 @@ async def test_serve_hears_of_an_engine_that_has_died() -> None:
     generator.ready = False
     with pytest.raises(NotReadyError):
         await replica.check_health()
+
+
+async def test_a_replica_that_comes_later_loads_what_the_others_serve() -> None:
+    generator = ScriptedGenerator(["a"])
+    await replica_of(generator, DictRecord({"load_adapter": Loaded("/shared/v2", "version-1")}))
+    assert generator.adapters == ["/shared/v2"]
+
+
+async def test_a_replica_that_missed_a_change_makes_up_for_it_at_the_next_health_check() -> None:
+    generator, record = ScriptedGenerator(["a"]), DictRecord()
+    replica = await replica_of(generator, record)
+    await replica.check_health()
+    assert generator.adapters == []
+    before = await replica.record_change("load_adapter", Loaded("/shared/v1", "version-1"))
+    for _ in range(2):
+        await replica.check_health()
+    assert generator.adapters == ["/shared/v1"]
+    assert before == {}
+
+
+async def test_an_adapter_that_changed_under_a_new_replica_is_not_loaded_again_and_again() -> None:
+    generator = ScriptedGenerator(["a"])
+    replica = await replica_of(generator, DictRecord({"load_adapter": Loaded("/shared/v1", "as it was")}))
+    await replica.check_health()
+    assert generator.adapters == ["/shared/v1"]
 
 
 async def test_the_first_group_is_empty_and_tells_that_generation_has_started() -> None:
@@ -264,6 +336,30 @@ def test_a_split_engine_reserves_a_bundle_for_itself_and_one_for_each_device() -
         "ray_actor_options": {"num_cpus": 3, "num_gpus": 0},
         "placement_group_bundles": [{"CPU": 3}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}],
     }
+
+
+def test_of_a_failed_start_the_error_is_told_and_no_traceback() -> None:
+    told = """The deployment failed to start 1 times in a row. Error:
+ray::ServeReplica:nbest:generator.initialize_and_get_metadata() (pid=1)
+  File "replica.py", line 9, in initialize_and_get_metadata
+    raise RuntimeError(traceback.format_exc()) from None
+RuntimeError: Traceback (most recent call last):
+  File "engine.py", line 3, in create
+server.errors.NotReadyError: There is no model in /x; correct --model.
+"""
+    waiting = {"scorer": "Waiting for 1 replicas.", "generator": told}
+    assert deployments.reason_of_failed_start(waiting) == "generator: There is no model in /x; correct --model."
+    assert deployments.reason_of_failed_start({"scorer": "Waiting for 1 replicas."}) is None
+
+
+def test_budgets_that_several_routers_would_each_grant_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    auth.new_key(file, "alice")
+    deployments.application(Settings(ray=True, router_replicas="1-2", keys_file=file))
+    auth.new_key(file, "bob", tokens_per_day=1000)
+    deployments.application(Settings(ray=True, keys_file=file))
+    with pytest.raises(ConfigError, match=r"The key bob .* each of 2 routers would grant it in full; set --router"):
+        deployments.application(Settings(ray=True, router_replicas="1-2", keys_file=file))
 
 
 def test_all_replicas_together_reserve_what_they_need_at_most() -> None:

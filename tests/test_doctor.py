@@ -99,6 +99,14 @@ def test_a_model_that_is_nowhere_stops_serve_with_the_way_out(
     )
 
 
+def test_an_adapter_that_cannot_be_read_stops_serve_with_the_way_out(model: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"')
+    with pytest.raises(ConfigError) as caught:
+        doctor.require_models(Settings(model=model, adapter=tmp_path, reward_models={"r": model}))
+    assert str(caught.value).startswith(f"The adapter {tmp_path} cannot be read: ")
+    assert str(caught.value).endswith("; save it again with PEFT.")
+
+
 def test_a_port_in_use_is_a_problem() -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]

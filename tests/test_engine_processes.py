@@ -1,7 +1,11 @@
 """What a dead engine leaves behind is found and cleared away; here other processes stand for the engine's."""
 
 import asyncio
+import importlib
 import multiprocessing
+import os
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -11,7 +15,13 @@ from pathlib import Path
 import pytest
 
 from server.generation import engine_processes
-from server.generation.engine_processes import EngineProcesses, give_up, started
+from server.generation.engine_processes import (
+    ENDS_WITH_ITS_OWNER,
+    OWNER_VARIABLE,
+    EngineProcesses,
+    give_up,
+    started,
+)
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -86,3 +96,35 @@ async def test_a_start_that_is_given_up_ends_though_its_thread_cannot_be_cancell
     async with asyncio.timeout(60):
         await give_up(asyncio.create_task(asyncio.to_thread(start)), before)
     assert not process.is_alive()
+
+
+def work(owner: int, at_work: "multiprocessing.synchronize.Event") -> None:
+    """What a worker does: imports its extension, and then goes on for ever."""
+    os.environ[OWNER_VARIABLE] = str(owner)
+    module, _, extension = ENDS_WITH_ITS_OWNER.rpartition(".")
+    assert hasattr(importlib.import_module(module), extension)
+    at_work.set()
+    time.sleep(3600)
+
+
+def test_a_worker_lives_as_long_as_its_owner_and_no_longer() -> None:
+    owner = subprocess.Popen(["sleep", "3600"])
+    at_work = SPAWN.Event()
+    worker = SPAWN.Process(target=work, args=(owner.pid, at_work))
+    worker.start()
+    assert at_work.wait(60)
+    assert worker.is_alive()
+    owner.kill()
+    owner.wait()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_a_worker_whose_owner_ended_before_it_began_ends_at_once() -> None:
+    owner = subprocess.Popen(["true"])
+    owner.wait()
+    at_work = SPAWN.Event()
+    worker = SPAWN.Process(target=work, args=(owner.pid, at_work))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL

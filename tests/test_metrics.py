@@ -7,7 +7,7 @@ import pytest
 
 from reranker.candidate import Candidate, FailedCandidate, ScoredCandidate, Selection
 from server.errors import BadRequestError
-from server.metrics import Metrics
+from server.metrics import Metrics, merged
 from server.pipeline import BestOfNResult, Timings
 
 
@@ -155,3 +155,14 @@ def test_render_is_the_text_exposition(metrics: Metrics) -> None:
     metrics.observe_batch(4, 400)
     assert b"nbest_score_batch_tokens_sum 400.0" in metrics.render()
     assert metrics.content_type.startswith("text/plain")
+
+
+def test_replicas_keep_their_counts_apart_and_only_the_one_that_was_asked_says_ready(metrics: Metrics) -> None:
+    other = Metrics()
+    metrics.observe_ready(True)
+    metrics.observe_batch(2, 40)
+    other.observe_batch(3, 50)
+    told = merged({"router-1": metrics.render(), "scorer-1": other.render()}).decode().splitlines()
+    assert [line for line in told if line.startswith("nbest_ready{")] == ['nbest_ready{replica="router-1"} 1.0']
+    assert 'nbest_score_batch_sequences_sum{replica="router-1"} 2.0' in told
+    assert 'nbest_score_batch_sequences_sum{replica="scorer-1"} 3.0' in told

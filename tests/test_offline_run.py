@@ -171,7 +171,11 @@ async def test_a_line_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -
     assert sorted(watching.lines) == [1, 2, 3]
 
 
-async def test_an_engine_that_stops_ends_the_run_and_fails_no_line(tmp_path: Path) -> None:
+async def test_an_engine_that_does_not_come_back_ends_the_run_and_fails_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.offline.run.ENGINE_TIMEOUT_S", 0.01)
+
     async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
         if len(watching.written) >= 10:
             raise NotReadyError("The engine stopped while it was answering.")
@@ -184,6 +188,31 @@ async def test_an_engine_that_stops_ends_the_run_and_fails_no_line(tmp_path: Pat
     again = Watching(tmp_path)
     await again.run.through(again.rows(100))
     assert sorted(watching.lines + again.lines) == list(range(1, 101))
+
+
+async def test_lines_under_a_dying_engine_are_answered_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies under line 3 when one of its two candidates has ended, and is there again at the third look."""
+    monkeypatch.setattr("server.offline.run.LOOK_AGAIN_S", 0)
+    looks = iter([NotReadyError("starting")] * 2)
+
+    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+        if task.line == 3 and next(dies, False):
+            heard(Candidate(0, "a", num_tokens=1, finish_reason="stop"))
+            raise NotReadyError("The engine died while it was answering.")
+        return await watching.answer(task, heard)
+
+    async def check_ready() -> None:
+        if (trouble := next(looks, None)) is not None:
+            raise trouble
+
+    dies = iter([True])
+    watching = Watching(tmp_path, answer)
+    monkeypatch.setattr(watching.run, "_check_ready", check_ready)
+    await watching.run.through(watching.rows(10))
+    assert sorted(watching.lines) == list(range(1, 11))
+    assert all(isinstance(one, Result) for one in watching.written)
 
 
 async def test_a_busy_upstream_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as token_decoders
 from transformers import (
@@ -107,11 +108,16 @@ def tiny_config(
 
 
 def save_tiny_policy(
-    directory: Path, *, tokenizer: PreTrainedTokenizerBase | None = None, num_layers: int = 2, seed: int = 0
+    directory: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_layers: int = 2,
+    seed: int = 0,
+    **more: Any,
 ) -> Path:
-    """A tiny Llama language model with its tokenizer, as save_pretrained writes it."""
+    """A tiny Llama language model with its tokenizer, as save_pretrained writes it; `more` is of its configuration."""
     tokenizer = tokenizer or tiny_tokenizer()
-    config = tiny_config("llama", tokenizer, num_layers=num_layers, tie_word_embeddings=True)
+    config = tiny_config("llama", tokenizer, num_layers=num_layers, tie_word_embeddings=True, **more)
     draw_weights(AutoModelForCausalLM.from_config(config), seed).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -130,6 +136,15 @@ def save_tiny_reward_model(
     config = tiny_config(architecture, tokenizer, num_labels=num_labels)
     draw_weights(AutoModelForSequenceClassification.from_config(config), seed).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+def save_tiny_adapter(directory: Path, policy: Path, *, seed: int = 0, rank: int = 4, **more: Any) -> Path:
+    """A random LoRA adapter over a saved policy, as PEFT writes it; `more` is of its configuration."""
+    targets = more.pop("target_modules", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **more)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy), config)
+    draw_weights(adapted, seed).save_pretrained(directory)
     return directory
 
 

@@ -13,6 +13,9 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from reranker.candidate import Candidate, FailedCandidate, Prompt
+from server.errors import BadRequestError
+
+NOT_OURS = "The weights are not this server's to change; load them where the model runs."
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,5 +85,35 @@ class Generator(Protocol):
             server.errors.NotReadyError: with the reason.
         """
 
+    async def load_adapter(self, path: str) -> str:
+        """Serves the LoRA adapter of that directory from now on, and returns its version.
+
+        Generations that have begun keep the weights they began with. One that cannot be loaded changes nothing.
+
+        Raises:
+            server.errors.BadRequestError: the adapter cannot be served here, with the reason.
+            server.errors.NotReadyError: the engine is not there.
+        """
+
+    async def reload_weights(self, path: str) -> str:
+        """Replaces all of the policy's own weights by those of that directory, and returns their version.
+
+        Waits for the generations under way; those that begin meanwhile wait for it.
+
+        Raises:
+            server.errors.BadRequestError: these are not the weights of such a model.
+            server.errors.NotReadyError: the engine is not there.
+        """
+
     async def close(self) -> None:
         """Frees the engine."""
+
+
+class FixedWeights:
+    """The part of a generator whose weights are not ours to change."""
+
+    async def load_adapter(self, path: str) -> str:
+        raise BadRequestError(NOT_OURS)
+
+    async def reload_weights(self, path: str) -> str:
+        raise BadRequestError(NOT_OURS)

@@ -2,7 +2,8 @@
 
 An engine closes its processes by itself, and its own workers end when its core does. This is for when that goes wrong:
 a worker that hangs would keep the memory of its device, and a core that was killed leaves its shared memory until this
-process ends, one segment with every restart.
+process ends, one segment with every restart. When it is this process that is killed, `server.generation.engine_worker`
+ends the engine.
 """
 
 import asyncio
@@ -19,6 +20,10 @@ import psutil
 SHARED_MEMORY = PurePath("/dev/shm")  # noqa: S108  # where Linux shows the segments
 END_TIMEOUT_S = 5.0
 """A worker whose core is gone notices within a second."""
+OWNER_VARIABLE = "ENGINE_OWNER_PID"
+"""In the environment of an engine's processes: the id of the process that they must not outlive."""
+ENDS_WITH_ITS_OWNER = "server.generation.engine_worker.EndsWithItsOwner"
+"""What vLLM mixes into its workers for that."""
 
 
 def started() -> set[BaseProcess]:

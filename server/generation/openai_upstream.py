@@ -18,13 +18,13 @@ import openai
 
 from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
 from server.errors import BadRequestError, GenerationError, NbestError, NotReadyError, OverloadedError
-from server.generation.base import Outcome, Sampling
+from server.generation.base import FixedWeights, Outcome, Sampling
 from server.generation.outcomes import Outcomes
 
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "content_filter": "content_filter"}
 
 
-class OpenAIGenerator:
+class OpenAIGenerator(FixedWeights):
     """Samples a policy that another server runs.
 
     Numbers of tokens and cumulative log-probabilities are exact where the upstream returns `logprobs`; without them a

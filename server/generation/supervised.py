@@ -9,7 +9,8 @@ holds the running engine and the way to start another, and watches. When the eng
   had. A candidate that was handed on while it grew cannot be taken back, so its request fails with that same error; so
   does every request when the next engine is not to come at once, for then nobody knows how long the wait would be.
 
-Deadlines and hang-ups need nothing here: both cancel the waiting like any other work.
+Deadlines and hang-ups need nothing here: both cancel the waiting like any other work. Neither do weights that were
+loaded while an engine ran: `start` gives them to the next one, and a request that is drawn again is drawn with them.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from reranker.candidate import FailedCandidate, Prompt
 from server.errors import EngineDiedError, NbestError, NotReadyError
@@ -43,6 +44,25 @@ class Patience:
         """Seconds to wait after that many deaths and failed starts in a row."""
         doublings = min(deaths - 2, 30)  # far beyond any limit, and still a float
         return min(self.wait_s * 2.0**doublings, self.longest_wait_s) if deaths > 1 else 0.0
+
+
+class Succession(Protocol):
+    """Engines one after another, as a request sees them."""
+
+    @property
+    def engine(self) -> Generator:
+        """The one to ask now.
+
+        Raises:
+            NotReadyError: there is none.
+        """
+
+    async def successor(self, dead: Generator) -> Generator:
+        """The engine after one that a request has seen die.
+
+        Raises:
+            NotReadyError: it does not come, or not soon.
+        """
 
 
 class SupervisedGenerator:
@@ -79,11 +99,6 @@ class SupervisedGenerator:
 
     @property
     def engine(self) -> Generator:
-        """The running engine.
-
-        Raises:
-            NotReadyError: it has died, and the next is not there yet.
-        """
         if self._engine is None:
             raise NotReadyError(self._trouble)
         return self._engine
@@ -96,12 +111,13 @@ class SupervisedGenerator:
     async def check_ready(self) -> None:
         await self.engine.check_ready()
 
-    async def successor(self, dead: Generator) -> Generator:
-        """The engine after one that a request has seen die.
+    async def load_adapter(self, path: str) -> str:
+        return await self.engine.load_adapter(path)
 
-        Raises:
-            NotReadyError: it does not come, or not soon.
-        """
+    async def reload_weights(self, path: str) -> str:
+        return await self.engine.reload_weights(path)
+
+    async def successor(self, dead: Generator) -> Generator:
         if self._engine is dead:
             self._settled.clear()
             self._alarm.set()
@@ -172,10 +188,8 @@ class SupervisedGenerator:
 class SupervisedGeneration:
     """N candidates that survive the death of one engine."""
 
-    def __init__(
-        self, supervisor: SupervisedGenerator, prompt: Prompt, sampling: Sampling, n: int, snapshots: bool
-    ) -> None:
-        self._supervisor = supervisor
+    def __init__(self, engines: Succession, prompt: Prompt, sampling: Sampling, n: int, snapshots: bool) -> None:
+        self._engines = engines
         self._ask: Callable[[Generator], Generation] = lambda engine: engine.generate(
             prompt, sampling, n, snapshots=snapshots
         )
@@ -183,7 +197,7 @@ class SupervisedGeneration:
         self._grown = False
 
     async def __aenter__(self) -> Self:
-        self._engine = self._supervisor.engine
+        self._engine = self._engines.engine
         self._generation: Generation = self._ask(self._engine)
         await self._generation.__aenter__()
         return self
@@ -225,7 +239,7 @@ class SupervisedGeneration:
     async def _draw_again(self) -> None:
         """Asks the next engine for all of them, since candidate i has its seed by its number, and stops what is had."""
         await self._generation.__aexit__(None, None, None)
-        self._engine = await self._supervisor.successor(self._engine)
+        self._engine = await self._engines.successor(self._engine)
         generation = self._ask(self._engine)
         await generation.__aenter__()
         self._generation = generation

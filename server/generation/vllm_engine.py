@@ -10,6 +10,9 @@ A request for N candidates becomes N engine requests of one sample each, all wit
 
 Candidate i has seed `seed + i`, as vLLM's own children have.
 
+Its weights can change while it runs: adapters come and go beside requests under way (`engine_adapters`), full weights
+are exchanged when none is.
+
 This is the only module that imports vllm, and it is imported only when the engine is wanted.
 """
 
@@ -17,17 +20,21 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from transformers import AutoTokenizer
 from vllm import SamplingParams
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import TokensInput, tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,12 +43,23 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
 from server.errors import BadRequestError, ContextLengthError, EngineDiedError
+from server.generation.adapter_fit import Shapes, policy_shapes
 from server.generation.base import Outcome, Sampling
 from server.generation.encoding import encode_prompt
-from server.generation.engine_processes import EngineProcesses, give_up, started
+from server.generation.engine_adapters import MAX_VERSIONS, EngineAdapters, EngineRefusedError, LoadedAdapter
+from server.generation.engine_processes import (
+    ENDS_WITH_ITS_OWNER,
+    OWNER_VARIABLE,
+    EngineProcesses,
+    give_up,
+    started,
+)
 from server.generation.outcomes import Outcomes
+from server.generation.weights import FullWeights, WeightsShelf, full_weights
 
 GIB = 1 << 30
+MIXED_VERSIONS = 2
+"""Adapters in one step of the engine: the newest, and the one before it while its requests end."""
 FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 
 
@@ -55,6 +73,12 @@ def pick_dtype(device: str) -> str:
         return "auto"
     native_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native_bfloat16 else "float32"
+
+
+def pick_max_rank(rank: int) -> int:
+    """The smallest of vLLM's buffers for adapters that takes this rank."""
+    ranks = sorted(get_args(MaxLoRARanks))
+    return next((allowed for allowed in ranks if allowed >= rank), ranks[-1])
 
 
 class EngineLoad(StatLoggerBase):
@@ -79,12 +103,26 @@ class VllmGenerator:
     """Samples a policy with vLLM's `AsyncLLM`; made by `create`."""
 
     def __init__(
-        self, model: str, engine: AsyncLLM, tokenizer: Any, load: EngineLoad, processes: EngineProcesses
+        self,
+        model: str,
+        engine: AsyncLLM,
+        tokenizer: Any,
+        load: EngineLoad,
+        processes: EngineProcesses,
+        adapters: EngineAdapters,
+        shelf: WeightsShelf,
+        shapes_of: Callable[[str], Shapes],
     ) -> None:
         self.model = model
         self.load = load
         self.cancelled_total = 0
+        self.adapters = adapters
         self._engine = engine
+        self._shelf = shelf
+        self._shapes_of = shapes_of
+        self._policy = engine.model_config.model
+        self._reloaded: FullWeights | None = None
+        self._reloading = asyncio.Lock()
         self._processes = processes
         self._tokenizer = tokenizer
         self._max_model_len: int = engine.model_config.max_model_len
@@ -106,10 +144,14 @@ class VllmGenerator:
         tensor_parallel_size: int = 1,
         on_ray: bool = False,
         trust_remote_code: bool = False,
+        max_lora_rank: int | None = None,
+        shelf: WeightsShelf | None = None,
     ) -> Self:
         """Loads the model at `path` (a directory or hub id) and starts the engine; 20 to 35 s on a CPU.
 
         `tensor_parallel_size` devices hold a part of the model each; `on_ray` says that this process is a Ray actor.
+        With `max_lora_rank` adapters up to that rank can be loaded. What is on the shelf is served from the beginning,
+        and what is loaded later is put there; without one nothing outlives this engine.
         """
         on_cpu = device == "cpu"
         # The engine's own log is some hundred lines a start; VLLM_LOGGING_LEVEL=INFO brings them back.
@@ -125,6 +167,17 @@ class VllmGenerator:
             # By default vLLM leaves a core to the front end; with few cores that is a large share of all there is.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
         load = EngineLoad()
+        lora: dict[str, Any] = {}
+        if max_lora_rank is not None:
+            max_lora_rank = pick_max_rank(max_lora_rank)
+            lora = {
+                "enable_lora": True,
+                "max_lora_rank": max_lora_rank,
+                "max_loras": MIXED_VERSIONS,
+                "max_cpu_loras": MAX_VERSIONS,
+            }
+        shards_are_actors = on_ray and tensor_parallel_size > 1
+        os.environ[OWNER_VARIABLE] = str(os.getpid())
         arguments = AsyncEngineArgs(
             model=path,
             dtype=pick_dtype(device) if dtype == "auto" else dtype,
@@ -133,8 +186,10 @@ class VllmGenerator:
             kv_cache_memory_bytes=int(kv_cache_gib * GIB) if on_cpu else None,
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
-            # On Ray the shards are actors, placed in the bundles that the replica of this process was given.
-            distributed_executor_backend="ray" if on_ray and tensor_parallel_size > 1 else None,
+            # On Ray the shards are actors, placed in the bundles that the replica of this process was given. Ray ends
+            # those with their owner, wherever they run.
+            distributed_executor_backend="ray" if shards_are_actors else None,
+            worker_extension_cls="" if shards_are_actors else ENDS_WITH_ITS_OWNER,
             enable_prefix_caching=True,
             # A seeded prompt that is read in pieces ends the engine on a CPU ("CPU Generator does not use offset"), so
             # there it waits until all of it fits a step. A step is then at least as large as the context.
@@ -142,6 +197,7 @@ class VllmGenerator:
             enforce_eager=on_cpu,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
+            **lora,
         )
         before = started()
         starting = asyncio.gather(
@@ -153,13 +209,23 @@ class VllmGenerator:
         except asyncio.CancelledError:
             await give_up(starting, before)  # a thread cannot be cancelled
             raise
-        generator = cls(name, engine, tokenizer, load, EngineProcesses.since(before))
+        shelf = shelf or WeightsShelf()
+        shapes_of = partial(policy_shapes, trust_remote_code=trust_remote_code)
+        adapters = EngineAdapters(_LoraCalls(engine), shelf, partial(shapes_of, path), max_lora_rank)
+        generator = cls(name, engine, tokenizer, load, EngineProcesses.since(before), adapters, shelf, shapes_of)
         try:
+            await generator._resume()
             await generator._warm_up()
         except BaseException:
             await generator.close()  # nobody else has it yet
             raise
         return generator
+
+    async def _resume(self) -> None:
+        """Serves the weights that the engine before this one served."""
+        if self._shelf.reloaded is not None:
+            await self._reload(self._shelf.reloaded)
+        await self.adapters.resume()
 
     async def _warm_up(self) -> None:
         """Draws two tokens twice: the first of all requests sets up threads and buffers, for up to seconds."""
@@ -181,7 +247,50 @@ class VllmGenerator:
         """Candidates the engine has not finished."""
         return self._engine.get_num_unfinished_requests()
 
+    async def load_adapter(self, path: str) -> str:
+        return await self.adapters.load(path)
+
+    async def reload_weights(self, path: str) -> str:
+        if self.adapters.are_possible:  # vLLM reloads a model that is wrapped for adapters to other weights than these
+            raise BadRequestError("Weights are reloaded only by a server started without --adapter and --adapter-root.")
+        weights = await asyncio.to_thread(full_weights, Path(path))
+        if await asyncio.to_thread(self._shapes_of, path) != await asyncio.to_thread(self._shapes_of, self._policy):
+            raise BadRequestError(f"{path} is a model of another shape than the policy; give weights of this one.")
+        async with self._reloading:
+            await self._reload(weights)
+            self._shelf.reloaded = weights
+        return weights.version
+
+    async def _reload(self, weights: FullWeights) -> None:
+        """Exchanges the weights while nothing runs; the engine forgets all it has computed with the ones before."""
+        before = self._reloaded.path if self._reloaded else self._policy
+        try:
+            await self._engine.pause_generation(mode="wait", clear_cache=True)
+            try:
+                await self._read_weights(str(weights.path))
+                self._reloaded = weights
+            except Exception as error:
+                if isinstance(error, EngineDeadError):
+                    raise
+                await self._read_weights(str(before))
+                raise BadRequestError(f"The engine cannot read the weights {weights.path}: {error}") from error
+            finally:
+                await self._engine.resume_generation()
+        except EngineDeadError as error:
+            raise EngineDiedError("The engine has died; try again in a few seconds.") from error
+
+    async def _read_weights(self, path: str) -> None:
+        await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        await self._engine.reset_prefix_cache()
+
+    def weights_version(self, loaded: LoadedAdapter | None) -> str | None:
+        """What a candidate that ends now was drawn with; full weights change only while none is drawn."""
+        if loaded is not None:
+            return loaded.adapter.version
+        return self._reloaded.version if self._reloaded else None
+
     async def close(self) -> None:
+        await self.adapters.close()
         self._engine.shutdown()
         self._encoding.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._processes.end)
@@ -229,8 +338,34 @@ class VllmGenerator:
             output_kind=kind,
         )
 
-    def request(self, prompt: TokensInput, params: SamplingParams) -> AsyncIterator[RequestOutput]:
-        return self._engine.generate(prompt, params, request_id=uuid.uuid4().hex)
+    def request(
+        self, prompt: TokensInput, params: SamplingParams, loaded: LoadedAdapter | None
+    ) -> AsyncIterator[RequestOutput]:
+        adapter = loaded.request if loaded else None
+        return self._engine.generate(prompt, params, request_id=uuid.uuid4().hex, lora_request=adapter)
+
+
+class _LoraCalls:
+    """The engine's calls for adapters, with its errors in our words."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._engine = engine
+
+    async def add(self, name: str, number: int, path: str) -> LoRARequest:
+        request = LoRARequest(name, number, path)
+        try:
+            await self._engine.add_lora(request)
+        except EngineDeadError as error:
+            raise EngineDiedError("The engine has died; try again in a few seconds.") from error
+        except Exception as error:
+            raise EngineRefusedError(str(error).removeprefix("Call to add_lora method failed: ")) from error
+        return request
+
+    async def remove(self, number: int) -> None:
+        try:
+            await self._engine.remove_lora(number)
+        except EngineDeadError as error:
+            raise EngineDiedError("The engine has died; try again in a few seconds.") from error
 
 
 class VllmGeneration:
@@ -245,24 +380,34 @@ class VllmGeneration:
         self._n = n
         self._outcomes = Outcomes(n)
         self._readers: dict[int, asyncio.Task[None]] = {}
+        self._adapter: LoadedAdapter | None = None
 
     async def __aenter__(self) -> Self:
         await self._generator.check_ready()
         token_ids = await self._generator.encode(self._prompt)
         self.prompt_tokens = len(token_ids)
         prompt = tokens_input(token_ids)
-        for index in range(self._n):
-            try:
-                params = self._generator.params(self._sampling, index, self.prompt_tokens, self._kind)
-            except (VLLMClientError, ValueError) as error:
-                raise BadRequestError(f"The engine refuses these parameters: {error}") from error
-            self._readers[index] = asyncio.create_task(self._read(index, prompt, params))
+        try:
+            params_N = [
+                self._generator.params(self._sampling, index, self.prompt_tokens, self._kind)
+                for index in range(self._n)
+            ]
+        except (VLLMClientError, ValueError) as error:
+            raise BadRequestError(f"The engine refuses these parameters: {error}") from error
+        self._adapter = self._generator.adapters.begin()
+        self._readers = {
+            index: asyncio.create_task(self._read(index, prompt, params)) for index, params in enumerate(params_N)
+        }
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.gather(*(self.cancel(index) for index in range(self._n)))
+        try:
+            await asyncio.gather(*(self.cancel(index) for index in range(self._n)))
+        finally:
+            self._generator.adapters.end(self._adapter)
+            self._adapter = None
 
     def __aiter__(self) -> AsyncIterator[list[Outcome]]:
         return aiter(self._outcomes)
@@ -278,8 +423,8 @@ class VllmGeneration:
     async def _read(self, index: int, prompt: TokensInput, params: SamplingParams) -> None:
         growing = _Growing(index, self._sampling.logprobs)
         try:
-            async for output in self._generator.request(prompt, params):
-                candidate = growing.extend(output.outputs[0])
+            async for output in self._generator.request(prompt, params, self._adapter):
+                candidate = growing.extend(output.outputs[0], self._generator.weights_version(self._adapter))
                 if output.finished and candidate.finish_reason is None:
                     self._outcomes.put(
                         FailedCandidate(index, f"the engine ended it: {output.outputs[0].finish_reason}")
@@ -308,7 +453,7 @@ class _Growing:
         self._cumulative_logprob = 0.0
         self._logprobs: tuple[TokenLogprob, ...] = ()
 
-    def extend(self, output: CompletionOutput) -> Candidate:
+    def extend(self, output: CompletionOutput, weights_version: str | None) -> Candidate:
         chosen_and_rivals = list(zip(output.token_ids, output.logprobs or (), strict=True))
         self._text += output.text
         self._token_ids += tuple(output.token_ids)
@@ -323,6 +468,7 @@ class _Growing:
             cumulative_logprob=self._cumulative_logprob,
             finish_reason=FINISH_REASONS.get(output.finish_reason),
             logprobs=None if self._num_top is None else self._logprobs,
+            weights_version=weights_version,
         )
 
 

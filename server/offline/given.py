@@ -5,10 +5,10 @@ from types import TracebackType
 from typing import Self
 
 from reranker.candidate import Candidate, Prompt
-from server.generation.base import Outcome, Sampling
+from server.generation.base import FixedWeights, Outcome, Sampling
 
 
-class GivenCandidates:
+class GivenCandidates(FixedWeights):
     """`Generator` over the candidates of one prompt."""
 
     def __init__(self, candidates: Sequence[Candidate], model: str = "given") -> None:

@@ -29,6 +29,9 @@ SYNC_EVERY_S = 1.0
 MAX_SHEDDINGS = 10
 """So often an upstream server may put a line off before it has failed."""
 BUSY_WAIT_S = 2.0
+ENGINE_TIMEOUT_S = 300.0
+"""Longest wait for the engine after one that has died, several failed starts included."""
+LOOK_AGAIN_S = 1.0
 
 OnCandidate = Callable[[Outcome], None]
 Answer = Callable[[Task, OnCandidate], Awaitable[BestOfNResult]]
@@ -77,6 +80,7 @@ class Run:
         self._listener = listener
         self._drawing = Room(in_flight)
         self._held = Room(HELD_PER_DRAWING * in_flight)
+        self._trouble = ""  # why there is no engine
 
     async def through(self, rows: Iterable[Task | Failure]) -> None:
         """Answers all rows that have no record yet. Cancelling it keeps what is written and gives up the rest.
@@ -107,21 +111,29 @@ class Run:
 
         def heard(outcome: Outcome) -> None:
             nonlocal drawing
-            if isinstance(outcome, FailedCandidate) or outcome.finish_reason is not None:
+            if drawing and (isinstance(outcome, FailedCandidate) or outcome.finish_reason is not None):
                 drawing -= 1
                 self._drawing.leave(1)
 
         try:
             self._write(task.result(await self._answered(task, heard)))
         except NbestError as error:
-            if isinstance(error, NotReadyError):
-                await self._stop_if_not_ready()
             self._write(Failure(custom_id=task.custom_id, line=task.line, reason=error.message, param=error.param))
         finally:
             self._drawing.leave(drawing)
             self._held.leave(task.request.best_of)
 
     async def _answered(self, task: Task, heard: OnCandidate) -> BestOfNResult:
+        """Asks once more where it was the engine that failed, as soon as the next one is there."""
+        try:
+            return await self._answered_when_not_busy(task, heard)
+        except NotReadyError:
+            if await self._is_ready():
+                raise  # the line's own failure
+        await self._engine_is_back()
+        return await self._answered_when_not_busy(task, heard)
+
+    async def _answered_when_not_busy(self, task: Task, heard: OnCandidate) -> BestOfNResult:
         """Waits and asks again where an upstream server is too busy, which it says before it has drawn anything."""
         for _ in range(MAX_SHEDDINGS):
             with contextlib.suppress(OverloadedError):
@@ -129,14 +141,31 @@ class Run:
             await asyncio.sleep(BUSY_WAIT_S)
         return await self._answer(task, heard)
 
-    async def _stop_if_not_ready(self) -> None:
+    async def _is_ready(self) -> bool:
         try:
             await self._check_ready()
         except NotReadyError as error:
+            self._trouble = error.message
+            return False
+        return True
+
+    async def _engine_is_back(self) -> None:
+        """Returns when there is an engine again.
+
+        Raises:
+            OfflineError: there has been none for too long.
+        """
+        try:
+            async with asyncio.timeout(ENGINE_TIMEOUT_S):
+                while True:
+                    await asyncio.sleep(LOOK_AGAIN_S)
+                    if await self._is_ready():
+                        return
+        except TimeoutError:
             raise OfflineError(
-                f"The engine has stopped ({error.message}); what is done is kept, and the same command goes on with "
+                f"The engine has stopped ({self._trouble}); what is done is kept, and the same command goes on with "
                 "the rest"
-            ) from error
+            ) from None
 
     def _write(self, record: Result | Failure) -> None:
         self._directory.write(record)

@@ -12,7 +12,8 @@ import httpx
 import psutil
 
 from server.launch import address_of, listen
-from tests.end_to_end.served import START_TIMEOUT_S, eventually, is_ready, metric
+from tests.end_to_end.served import START_TIMEOUT_S, is_ready, metric
+from tests.waiting import eventually
 
 NBEST = Path(sys.executable).with_name("nbest")
 EXIT_TIMEOUT_S = 60
@@ -64,7 +65,15 @@ class ServeProcess:
         self.process.send_signal(number)
         code = self.process.wait(EXIT_TIMEOUT_S)
         _, left = psutil.wait_procs(children, timeout=10)  # multiprocessing's resource tracker ends by itself with it
-        return code, [one for one in left if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        return code, [one for one in left if lives(one)]
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it does anything any more: one that has ended can wait for a parent who asks how."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager

@@ -2,11 +2,10 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import httpx
 import uvicorn
@@ -20,6 +19,7 @@ from server.http_protocol import bounded_by
 from server.launch import address_of, listen
 from server.metrics import Metrics
 from server.pipeline import BestOfN
+from tests.waiting import eventually
 
 START_TIMEOUT_S = 240
 
@@ -51,14 +51,10 @@ def metric(url: str, name: str, **labels: str) -> float:
     return 0.0
 
 
-def eventually(holds: Any, timeout_s: float = 10) -> bool:
-    """Whether a condition becomes true; looks until it does or the time is up."""
-    until_s = time.monotonic() + timeout_s
-    while not holds():
-        if time.monotonic() > until_s:
-            return False
-        time.sleep(0.02)
-    return True
+def candidates_in_flight(url: str) -> float:
+    """Those of all routers on Ray."""
+    told = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    return sum(float(line.split()[-1]) for line in told if line.startswith("nbest_candidates_in_flight{"))
 
 
 @contextmanager

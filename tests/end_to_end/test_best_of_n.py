@@ -7,7 +7,8 @@ import httpx
 import openai
 import pytest
 
-from tests.end_to_end.served import Served, eventually
+from tests.end_to_end.served import Served
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.engine
 

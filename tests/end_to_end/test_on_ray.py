@@ -1,6 +1,8 @@
 """`nbest serve --ray` with the real engine and the real reward model: the same answers, and nothing left behind."""
 
+import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -8,25 +10,33 @@ import openai
 import pytest
 
 from server.config import flag_of
-from tests.end_to_end.process import nbest_serve
-from tests.end_to_end.served import START_TIMEOUT_S, Served
+from tests.end_to_end.process import ServeProcess, lives, nbest_serve
+from tests.end_to_end.served import START_TIMEOUT_S, Served, candidates_in_flight
+from tests.end_to_end.test_reliability import ask_all
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_TIMEOUT_S + 120)]
 
 MODEL = "smollm2-135m-instruct"
+GENERATOR_REPLICA = "ray::ServeReplica:nbest:generator"
 AS_IN_ONE_PROCESS = ("dtype", "max_model_len", "kv_cache_gib", "max_num_seqs", "max_best_of")
 """Settings that decide what a seed gives."""
 
 
 @pytest.fixture(scope="module")
-def url(served: Served) -> Iterator[str]:
-    """Where it answers; on leaving, SIGTERM must end it and all of Ray, with exit code 0."""
+def process(served: Served) -> Iterator[ServeProcess]:
+    """Running; on leaving, SIGTERM must end it and all of Ray, with exit code 0."""
     same = [word for name in AS_IN_ONE_PROCESS for word in (flag_of(name), str(getattr(served.settings, name)))]
     with nbest_serve("--ray", *same) as process:
-        yield process.url
+        yield process
         assert process.stop() == (0, [])
         assert "Ready after" in process.said()
         assert "Traceback" not in process.said()
+
+
+@pytest.fixture
+def url(process: ServeProcess) -> str:
+    return process.url
 
 
 def complete(url: str, **fields: Any) -> Any:
@@ -71,3 +81,22 @@ def test_scoring_batches_are_counted_in_the_scorers_replica(url: str) -> None:
     }
     assert counts["scorer"] >= 1
     assert counts["router"] == 0
+
+
+@pytest.mark.timeout(600)  # an engine starts in it
+def test_a_generator_killed_under_twenty_requests_is_replaced_and_loses_none(process: ServeProcess) -> None:
+    replica, engine = process.named(GENERATOR_REPLICA), process.engine()
+    assert replica is not None
+    parts = [engine, *engine.children(recursive=True)]
+    body = {"model": MODEL, "prompt": "Once", "best_of": 2, "max_tokens": 100}
+    with ThreadPoolExecutor(1) as load:
+        asking = load.submit(asyncio.run, ask_all(process.url, [body] * 20, timeout_s=START_TIMEOUT_S))
+        assert eventually(lambda: candidates_in_flight(process.url) > 30)
+        replica.kill()
+        assert eventually(lambda: not process.is_ready(), 60)
+        assert process.is_healthy()
+        assert eventually(lambda: not any(map(lives, parts)), 60), "an engine outlives the process that started it"
+        assert eventually(process.is_ready, START_TIMEOUT_S)
+        replies = asking.result()
+    assert [reply.status_code for reply in replies if isinstance(reply, httpx.Response)] == [200] * 20
+    assert candidates_in_flight(process.url) == 0

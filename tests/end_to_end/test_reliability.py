@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from tests.end_to_end.process import ServeProcess, nbest_serve
-from tests.end_to_end.served import START_TIMEOUT_S, Served, eventually
+from tests.end_to_end.served import START_TIMEOUT_S, Served
 from tests.end_to_end.test_best_of_n import MODEL
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
