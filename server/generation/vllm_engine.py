@@ -97,6 +97,9 @@ class WorkerExtension:
                 module.quant_method.process_weights_after_loading(module)
 
 
+EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
+
+
 class EngineLoad(StatLoggerBase):
     """The engine's own count of its requests, as of its last step."""
 
@@ -205,7 +208,7 @@ class VllmGenerator:
             # On Ray the shards are actors, placed in the bundles that the replica of this process was given. Ray ends
             # those with their owner, wherever they run.
             distributed_executor_backend="ray" if shards_are_actors else None,
-            worker_extension_cls="" if shards_are_actors else ENDS_WITH_ITS_OWNER,
+            worker_extension_cls=EXTENSION if shards_are_actors else ENDS_WITH_ITS_OWNER,
             enable_prefix_caching=True,
             # A seeded prompt that is read in pieces ends the engine on a CPU ("CPU Generator does not use offset"), so
             # there it waits until all of it fits a step. A step is then at least as large as the context.
@@ -213,7 +216,6 @@ class VllmGenerator:
             enforce_eager=on_cpu,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
-            worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
             **lora,
         )
         before = started()
