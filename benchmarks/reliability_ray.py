@@ -1,0 +1,139 @@
+"""What becomes of requests on Ray when a replica or a node is lost, in figures: rows of docs/reliability.md.
+
+Generator, scorer and router with the default models, on a Ray cluster of two nodes on this machine: the head, and a
+worker node that has the generator alone. One of each, so that every loss leaves nobody to answer. Faults, each with 20
+requests in flight:
+
+- engine: the process of the generator's engine is killed;
+- generator: the process of the generator's replica is killed, which takes its engine along;
+- scorer: the process of the scorer's replica is killed;
+- node: the worker node is killed, and another one joins.
+
+    python -m benchmarks.reliability_ray [engine] [generator] [scorer] [node]
+
+Writes benchmarks/results/reliability_ray.json, leaving the faults that were not asked for as they are there.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.birth import RESULTS, birth_certificate
+from benchmarks.reliability import TOGETHER, WORK, ask_all, counted
+from benchmarks.stats import hand_in
+from server.config import Settings
+from server.deployments import application
+from tests.end_to_end.served import START_TIMEOUT_S, candidates_in_flight, is_ready
+from tests.ray_nodes import Nodes
+from tests.waiting import eventually
+
+SETTINGS = Settings(ray=True, max_model_len=1024, kv_cache_gib=1, generator_cpus=2, scorer_cpus=1)
+ENGINE, GENERATOR, SCORER = "VLLM::EngineCore", "ray::ServeReplica:nbest:generator", "ray::ServeReplica:nbest:scorer"
+TESTS = "test_ray_faults.py::test_"
+
+
+def process_of(name: str) -> psutil.Process:
+    """The one process of that name below this one."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if child.name() == name:
+                found.append(child)
+    (process,) = found
+    return process
+
+
+def replace_node(nodes: Nodes) -> None:
+    nodes.remove_that_of(process_of(GENERATOR).pid)
+    nodes.add()
+
+
+FAULTS: dict[str, Callable[[Nodes], None]] = {
+    "engine": lambda _: process_of(ENGINE).kill(),
+    "generator": lambda _: process_of(GENERATOR).kill(),
+    "scorer": lambda _: process_of(SCORER).kill(),
+    "node": replace_node,
+}
+PROMISES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "engine": (
+        "On Ray: an engine that is killed is replaced, and its requests are drawn again once.",
+        (f"{TESTS}the_engines_of_all_replicas_die",),
+    ),
+    "generator": (
+        "On Ray: a generator replica that is killed is replaced, and its requests are drawn again once.",
+        (
+            f"{TESTS}one_of_two_generator_replicas_is_killed",
+            f"{TESTS}all_generator_replicas_are_killed",
+            "end_to_end/test_on_ray.py::test_a_generator_killed_under_twenty_requests_is_replaced_and_loses_none",
+        ),
+    ),
+    "scorer": (
+        "On Ray: a scorer replica that is killed is replaced, and its candidates are scored again once.",
+        (f"{TESTS}one_of_two_scorer_replicas_is_killed", f"{TESTS}all_scorer_replicas_are_killed"),
+    ),
+    "node": (
+        "On Ray: a worker node that is lost costs no request: what its generator had is drawn again once elsewhere.",
+        (f"{TESTS}one_of_two_worker_nodes_is_removed", f"{TESTS}the_last_worker_node_is_removed_and_another_one_joins"),
+    ),
+}
+
+
+def lost(url: str, nodes: Nodes, fault: str) -> dict[str, Any]:
+    """The fault under requests, and how long until `/ready` said so again."""
+    with ThreadPoolExecutor(1) as load:
+        asking = load.submit(asyncio.run, ask_all(url, [WORK] * TOGETHER, START_TIMEOUT_S))
+        assert eventually(lambda: candidates_in_flight(url) > TOGETHER, 60)
+        FAULTS[fault](nodes)
+        killed_s = time.perf_counter()
+        assert eventually(lambda: not is_ready(url), 60)
+        healthy = httpx.get(f"{url}/health", timeout=30).is_success
+        assert eventually(lambda: is_ready(url), START_TIMEOUT_S)
+        recovery_s = time.perf_counter() - killed_s
+        statuses = asking.result()
+    return {
+        "in_flight": TOGETHER,
+        "statuses": counted(statuses),
+        "lost": sum(status not in {200, 503} for status in statuses),
+        "recovery_s": recovery_s,
+        "health_stayed_up": healthy,
+        "in_flight_after": candidates_in_flight(url),
+    }
+
+
+def measured(found: dict[str, Any]) -> str:
+    return (
+        f"under {found['in_flight']} requests: {found['lost']} lost, {found['statuses'].get('200', 0)} answered, "
+        f"{found['statuses'].get('503', 0)} told to come back; ready again after {found['recovery_s']:.0f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", nargs="*", help=f"{', '.join(FAULTS)}; all of them when none is named")
+    flags = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # as on a cluster that the server starts itself
+    path = RESULTS / "reliability_ray.json"
+    faults = json.loads(path.read_text())["faults"] if path.exists() else {}
+    with Nodes.joined(SETTINGS) as nodes, nodes.serving(application(SETTINGS), SETTINGS) as url:
+        assert eventually(lambda: is_ready(url), START_TIMEOUT_S)
+        for fault in flags.faults or FAULTS:
+            faults[fault] = lost(url, nodes, fault) | {"birth": birth_certificate(flags=vars(flags))}
+    promises = [
+        {"promise": says, "tests": tests, "measured": measured(faults[fault])}
+        for fault, (says, tests) in PROMISES.items()
+        if fault in faults
+    ]
+    hand_in("reliability_ray", {"faults": faults, "promises": promises, "birth": birth_certificate(flags=vars(flags))})
+
+
+if __name__ == "__main__":
+    main()
