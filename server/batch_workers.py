@@ -76,9 +76,10 @@ class WorkerNotReadyError(NotReadyError):
 
 @dataclass(eq=False, slots=True)
 class _Place:
-    """One of the workers that there are to be. `worker` is None while it starts."""
+    """One of the workers that there are to be. `worker` is None while it starts; `failure` tells that it will not."""
 
     worker: Any = None
+    failure: str | None = None
     candidates: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -91,7 +92,6 @@ class Workers:
         self._start = start
         self._places = [_Place() for _ in range(count)]
         self._news = asyncio.Condition()
-        self._failure: str | None = None
         self._keeping = [asyncio.create_task(self._keep(place)) for place in self._places]
 
     async def answer(self, request: BestOfNRequest) -> BestOfNResult:
@@ -110,12 +110,12 @@ class Workers:
                 raise
             except RayError as error:
                 log.warning("A worker has stopped, and another takes its lines: %s", error)
-                await self._bury(place, worker)
+                self._bury(place, worker)
                 continue
             finally:
                 place.candidates -= request.best_of
             if isinstance(answer, WorkerNotReadyError):
-                await self._bury(place, worker)
+                self._bury(place, worker)
                 continue
             if isinstance(answer, NbestError):
                 raise answer
@@ -128,8 +128,9 @@ class Workers:
         Raises:
             NotReadyError: none can be started any more.
         """
-        if self._failure is not None:
-            raise NotReadyError(self._failure)
+        failures = [place.failure for place in self._places if place.failure is not None]
+        if len(failures) == len(self._places):
+            raise NotReadyError(f"No worker could be started: {failures[0]}")
 
     async def ready(self) -> None:
         """Returns when the first worker is there.
@@ -143,9 +144,9 @@ class Workers:
             raise StartError(error.message) from error
 
     async def all_ready(self) -> None:
-        """Returns when every worker is there, or none can be started any more."""
+        """Returns when every worker is there, or will never be."""
         async with self._news:
-            await self._news.wait_for(lambda: self._failure or all(place.worker for place in self._places))
+            await self._news.wait_for(lambda: all(place.worker or place.failure for place in self._places))
 
     async def close(self) -> None:
         for keeping in self._keeping:
@@ -156,7 +157,9 @@ class Workers:
     async def _free_place(self) -> _Place:
         """The worker that has the least to do, as soon as there is one."""
         async with self._news:
-            await self._news.wait_for(lambda: self._failure or any(place.worker for place in self._places))
+            await self._news.wait_for(
+                lambda: any(one.worker for one in self._places) or all(one.failure for one in self._places)
+            )
         await self.check_ready()
         return min((place for place in self._places if place.worker), key=lambda place: place.candidates)
 
@@ -177,8 +180,9 @@ class Workers:
             except RayError as error:
                 failed_starts += 1
                 if failed_starts >= MAX_FAILED_STARTS or not isinstance(error, RayActorError):
-                    cause = getattr(error, "cause", None) or error
-                    await self._tell(failure=f"A worker did not start: {cause}")
+                    place.failure = str(getattr(error, "cause", None) or error)
+                    log.error("A worker did not start, and the others go on without it: %s", place.failure)
+                    await self._tell(place, None)
                     return
                 continue
             failed_starts = 0
@@ -187,17 +191,16 @@ class Workers:
             await place.ended.wait()
             await _stop(worker)
 
-    async def _tell(self, place: _Place | None = None, worker: Any = None, failure: str | None = None) -> None:
+    async def _tell(self, place: _Place, worker: Any) -> None:
         async with self._news:
-            if place is not None:
-                place.worker = worker
-            self._failure = self._failure or failure
+            place.worker = worker
             self._news.notify_all()
 
-    async def _bury(self, place: _Place, worker: Any) -> None:
+    @staticmethod
+    def _bury(place: _Place, worker: Any) -> None:
         """Has the place filled anew; the first of those whose line died there says so."""
         if place.worker is worker:
-            await self._tell(place, None)
+            place.worker = None
             place.ended.set()
 
 

@@ -267,6 +267,11 @@ class DictRecord:
         self.record = record
 
 
+class UnservedReplica(deployments.GeneratorReplica):
+    def __del__(self) -> None:  # type: ignore[override]
+        """Serve awaits the other one; here it would be a coroutine that nobody awaits."""
+
+
 async def replica_of(generator: ScriptedGenerator, record: DictRecord | None = None) -> deployments.GeneratorReplica:
     """The replica's class as Serve makes it, without Serve."""
 
@@ -274,7 +279,7 @@ async def replica_of(generator: ScriptedGenerator, record: DictRecord | None = N
     async def start(_: Settings) -> AsyncIterator[ScriptedGenerator]:
         yield generator
 
-    replica = object.__new__(deployments.GeneratorReplica)
+    replica = object.__new__(UnservedReplica)
     await replica.__init__(Settings(), start, record or DictRecord())  # type: ignore[misc]
     return replica
 
@@ -306,14 +311,11 @@ async def test_a_replica_that_missed_a_change_makes_up_for_it_at_the_next_health
     assert before == {}
 
 
-async def test_an_adapter_that_changed_under_a_new_replica_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_adapter_that_changed_under_a_new_replica_is_not_loaded_again_and_again() -> None:
     generator = ScriptedGenerator(["a"])
     replica = await replica_of(generator, DictRecord({"load_adapter": Loaded("/shared/v1", "as it was")}))
     await replica.check_health()
     assert generator.adapters == ["/shared/v1"]
-    assert [record.message for record in caplog.records] == [
-        "/shared/v1 has changed since it was loaded; load it again, so that all serve the same."
-    ]
 
 
 async def test_the_first_group_is_empty_and_tells_that_generation_has_started() -> None:

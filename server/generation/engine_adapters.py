@@ -69,6 +69,11 @@ class EngineAdapters:
         self._changing = asyncio.Lock()
         self._removals: set[asyncio.Task[None]] = set()
 
+    @property
+    def are_possible(self) -> bool:
+        """Whether the engine was started with room for them."""
+        return self._max_rank is not None
+
     async def load(self, source: str) -> str:
         """Serves the adapter of that directory from now on.
 

@@ -35,6 +35,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -72,6 +73,21 @@ def pick_max_rank(rank: int) -> int:
     """The smallest of vLLM's buffers for adapters that takes this rank."""
     ranks = sorted(get_args(MaxLoRARanks))
     return next((allowed for allowed in ranks if allowed >= rank), ranks[-1])
+
+
+class WorkerExtension:
+    """What vLLM's worker, in its own process, can do besides."""
+
+    def repack_heads(self) -> None:
+        """Packs the output layers anew, for the CPU's matrix product.
+
+        One that shares its weights with the embedding has no weights in a checkpoint, so that a reload passes over it
+        and it would go on with a packed copy of those before.
+        """
+        model: torch.nn.Module = self.model_runner.get_model()  # type: ignore[attr-defined]  # of the worker
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
 
 
 class EngineLoad(StatLoggerBase):
@@ -186,6 +202,7 @@ class VllmGenerator:
             enforce_eager=on_cpu,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
+            worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
             **lora,
         )
         before = started()
@@ -240,6 +257,8 @@ class VllmGenerator:
         return await self.adapters.load(path)
 
     async def reload_weights(self, path: str) -> str:
+        if self.adapters.are_possible:  # a model that is wrapped for adapters has not been shown to come out right
+            raise BadRequestError("Weights are reloaded only by a server started without --adapter and --adapter-root.")
         weights = await asyncio.to_thread(full_weights, Path(path))
         if await asyncio.to_thread(self._shapes_of, path) != await asyncio.to_thread(self._shapes_of, self._policy):
             raise BadRequestError(f"{path} is a model of another shape than the policy; give weights of this one.")
@@ -268,14 +287,14 @@ class VllmGenerator:
 
     async def _read_weights(self, path: str) -> None:
         await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        await self._engine.collective_rpc("repack_heads")
         await self._engine.reset_prefix_cache()
 
     def weights_version(self, loaded: LoadedAdapter | None) -> str | None:
         """What a candidate that ends now was drawn with; full weights change only while none is drawn."""
-        parts = [self._reloaded.version] if self._reloaded else []
         if loaded is not None:
-            parts.append(loaded.adapter.version)
-        return "+".join(parts) or None
+            return loaded.adapter.version
+        return self._reloaded.version if self._reloaded else None
 
     async def close(self) -> None:
         await self.adapters.close()
