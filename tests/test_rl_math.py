@@ -103,7 +103,7 @@ def test_the_ratio_is_clipped_only_where_that_makes_the_loss_larger() -> None:
 
 def test_where_the_ratio_is_clipped_nothing_is_learnt() -> None:
     logprobs = torch.tensor([[1.5, 1.5]]).log().requires_grad_()
-    policy_loss(logprobs, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), 0.2).sum().backward()
+    policy_loss(logprobs, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), 0.2).sum().backward()  # type: ignore[no-untyped-call]
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [near(0.0, 1.5)]
 
@@ -116,7 +116,7 @@ def test_a_value_that_ran_from_the_old_one_is_judged_by_the_worse_of_both() -> N
 
 def test_the_gradient_of_reinforce_is_the_advantage() -> None:
     logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    reinforce_loss(logprobs, torch.tensor([[2.0, -3.0]])).sum().backward()
+    reinforce_loss(logprobs, torch.tensor([[2.0, -3.0]])).sum().backward()  # type: ignore[no-untyped-call]
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [[-2.0, 3.0]]
 
