@@ -1,4 +1,4 @@
-"""Draws every figure from benchmarks/results alone: `python -m benchmarks.plot`."""
+"""Draws every figure whose results are there, from benchmarks/results alone: `python -m benchmarks.plot`."""
 
 import json
 from pathlib import Path
@@ -70,13 +70,60 @@ def arithmetic(result: dict[str, Any]) -> Path:
     return path
 
 
-DRAWN = {"quality": quality, "arithmetic": arithmetic}
+def improve(result: dict[str, Any]) -> Path:
+    """Reward, judge and perplexity against KL to the base: best of n as a curve, trained policies as points."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    panels = {
+        "reward": f"mean reward ({result['reward_model']})",
+        "vader": "independent judge (VADER, -1 to 1)",
+        "perplexity_under_base": "perplexity under the base policy",
+    }
+    best, policies = result["best_of_n_of_the_base"], result["policies_at_best_of_1"]
+    for axis, (measure, label) in zip(axes, panels.items(), strict=True):
+        kl = [one["kl"]["mean"] for one in best.values()]
+        means, low, high = ([one[measure][bound] for one in best.values()] for bound in ("mean", "low", "high"))
+        axis.plot(kl, means, marker="o", color=WINNER, label="best of n of the base, n = 1 … 32 (KL: bound)")
+        axis.fill_between(kl, low, high, color=WINNER, alpha=0.12, linewidth=0)
+        for n, x, y in zip(best, kl, means, strict=True):
+            axis.annotate(n, (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7, color=WINNER)
+        for (name, one), (colour, marker) in zip(policies.items(), CURVES[1:], strict=False):
+            x, y = one["kl"], one[measure]
+            axis.errorbar(
+                x["mean"],
+                y["mean"],
+                xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
+                yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
+                marker=marker,
+                color=colour,
+                capsize=3,
+                linestyle="none",
+                label=f"{name}, best_of 1",
+            )
+        axis.set_xlabel("KL to the base, nats a sequence")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=7, frameon=False, loc="lower right")
+    figure.suptitle(
+        f"{result['policy']}, {result['prompts']['held_out']} held-out film-review openings, "
+        f"{result['max_tokens']} new tokens, 95 % intervals over prompts",
+        fontsize=10,
+    )
+    path = FIGURES / "improve.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+DRAWN = {"quality": quality, "arithmetic": arithmetic, "improve": improve}
 
 
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     for name, draw in DRAWN.items():
-        print(f"wrote {draw(json.loads((RESULTS / f'{name}.json').read_text()))}")
+        found = RESULTS / f"{name}.json"
+        if found.exists():
+            print(f"wrote {draw(json.loads(found.read_text()))}")
 
 
 if __name__ == "__main__":

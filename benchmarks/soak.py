@@ -7,7 +7,8 @@ An answer is wrong if the winner is not the candidate with the highest reward, i
 candidates, if candidates are missing from the account, or if its status is not one that its request may get. A request
 that was told to come back (503) does so after Retry-After; it is lost if it never gets an answer, and hangs if nothing
 at all is heard for `HANG_S`. Memory is the server's resident set, the median of its last tenth against an earlier one;
-the engine is another process, new after every kill, and is sampled beside it.
+before it all begins, the reward model is given as many prompts as it keeps. The engine is another process, new after
+every kill, and is sampled beside it.
 
     python -m benchmarks.soak --minutes 20
 
@@ -42,6 +43,8 @@ HANG_S = 180.0
 """Longer than the longest answer and an engine's start together."""
 GIVE_UP_S = 600.0
 """A request that was told so long to come back is lost."""
+KEPT_PROMPTS = ("film " * 400, 24)
+"""So many prompts of so many tokens are more than the reward model keeps, which is bounded by tokens, not by time."""
 SAMPLE_S = 5.0
 WARM_UP = (0.2, 0.3)
 """The part of the run whose memory the end is compared with."""
@@ -246,9 +249,20 @@ def growth(memory: list[dict[str, float]], whole_s: float) -> dict[str, float]:
     return {"after_warm_up_mib": early, "at_the_end_mib": late, "growth": late / early - 1}
 
 
+async def fill_what_is_kept(http: httpx.AsyncClient) -> None:
+    """Has the reward model keep as many prompts as it ever will: that is no growth."""
+    rest, count = KEPT_PROMPTS
+    for number in range(count):
+        answer = await http.post(
+            "/v1/score", json={"prompt": f"{number} {rest}", "candidates": ["good"]}, timeout=HANG_S
+        )
+        answer.raise_for_status()
+
+
 async def load(served: ServeProcess, tally: Tally, flags: argparse.Namespace) -> None:
-    until_s = time.monotonic() + 60 * flags.minutes
     async with httpx.AsyncClient(base_url=served.url, limits=httpx.Limits(max_connections=None)) as http:
+        await fill_what_is_kept(http)
+        until_s = time.monotonic() + 60 * flags.minutes
         watching = asyncio.create_task(watch_memory(served, tally))
         killing = asyncio.create_task(
             kill_now_and_then(served, tally, flags.kill_every_s, until_s, f"kills {flags.seed}")

@@ -152,6 +152,33 @@ def arithmetic() -> str:
     )
 
 
+def improve() -> str:
+    """Best of n against what the policy was taught, by every measure."""
+    found = result("improve")
+    rows = {f"base, best of {n}": one for n, one in found["best_of_n_of_the_base"].items()}
+    rows |= {f"{name}, best of 1": one for name, one in found["policies_at_best_of_1"].items()}
+
+    def kl(figure: dict[str, float]) -> str:
+        return with_interval(figure) if "low" in figure else f"≤ {figure['mean']:.2f}"
+
+    lines = [
+        f"| {name} | {with_interval(one['reward'])} | {with_interval(one['vader'])} "
+        f"| {with_interval(one['perplexity_under_base'])} | {kl(one['kl'])} |\n"
+        for name, one in rows.items()
+    ]
+    variety = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["distinct_first_words"].items())
+    drawn = ", ".join(f"{count} of {name}" for name, count in found["samples_a_prompt"].items())
+    return (
+        "| | mean reward | VADER, -1 to 1 | perplexity under the base | KL to the base, nats a sequence |\n"
+        "|---|---|---|---|---|\n"
+        + "".join(lines)
+        + f"\n{found['prompts']['held_out']} held-out openings, {found['max_tokens']} new tokens, 95 % bootstrap "
+        f"intervals over openings; samples an opening: {drawn}. Trained on {found['prompts']['train']} other openings: "
+        f"{' and '.join(map(str, found['demonstrations']))} winners in the rounds, {found['pairs']} pairs for DPO. "
+        f"Different first four words among the samples of an opening: {variety}.\n"
+    )
+
+
 def births() -> str:
     """Where each figure comes from."""
     lines = ["| result | command | commit | date | machine |\n|---|---|---|---|---|\n"]
@@ -204,6 +231,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "card-by-gap": card(model_card.by_gap),
     "card-counts": card(model_card.counts),
     "arithmetic": arithmetic,
+    "improve": improve,
     "reliability": lambda: reliability.table(result_if_there),
     "births": births,
     "tree": tree,

@@ -1,8 +1,7 @@
 """The table of docs/reliability.md: what is promised, the tests that inject the fault, and what was measured.
 
-The figures come from benchmarks/results: `reliability` and `soak`; a promise whose result is missing says so. Results
-named in `MORE`, where they are there, bring rows of their own: a list `promises` of {`promise`, `tests`, `measured`}.
-Tests are named as pytest does, below tests/.
+The figures come from benchmarks/results; a promise whose result is missing says so. Tests are named as pytest does,
+below tests/.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 Results = Callable[[str], Any]
 """Name of a result -> what it holds, or None."""
 NOT_YET = "not measured yet"
-MORE = ("overload", "reliability_ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +24,6 @@ class Promise:
 
 def table(results: Results) -> str:
     rows = [(one.says, one.tests, one.measured(results) or NOT_YET) for one in PROMISES]
-    for name in MORE:
-        found = results(name) or {}
-        rows += [(one["promise"], one["tests"], one["measured"]) for one in found.get("promises", ())]
     return "| promise | tests | measured |\n|---|---|---|\n" + "".join(
         f"| {says} | {'<br>'.join(f'`{test}`' for test in tests)} | {measured} |\n" for says, tests, measured in rows
     )
@@ -48,6 +43,19 @@ def _engine_killed(results: Results) -> str | None:
         f"{found['statuses'].get('200', 0)} answered, {found['statuses'].get('503', 0)} told to come back; ready again "
         f"after {recovery_s['median']:.0f} s ({recovery_s['low']:.0f} … {recovery_s['high']:.0f})"
     )
+
+
+def _lost_on_ray(fault: str) -> Callable[[Results], str | None]:
+    def measured(results: Results) -> str | None:
+        found = (results("reliability_ray") or {"faults": {}})["faults"].get(fault)
+        if found is None:
+            return None
+        return (
+            f"under {found['in_flight']} requests: {found['lost']} lost, {found['statuses'].get('200', 0)} answered, "
+            f"{found['statuses'].get('503', 0)} told to come back; ready again after {found['recovery_s']:.0f} s"
+        )
+
+    return measured
 
 
 def _cancelled(results: Results) -> str | None:
@@ -82,6 +90,19 @@ def _soak(results: Results) -> str | None:
         f"{found['minutes']:g} minutes, {requests} requests, {kills} kills: "
         f"{found['wrong']} wrong, {found['hung']} hung, {found['lost']} lost; memory "
         f"{found['server_memory']['growth']:+.1%} after warm-up"
+    )
+
+
+def _overloaded(results: Results) -> str | None:
+    found = results("overload")
+    if found is None:
+        return None
+    at_capacity, over = (found["loads"][multiple] for multiple in ("1x", "10x"))
+    return (
+        f"p95 of those admitted at 10 times capacity {over['p95_s']:.1f} s, at capacity {at_capacity['p95_s']:.1f} s: "
+        f"{found['p95_ratio_last_to_first']:.2f} times; {over['status_429']} told to come back, "
+        f"{sum(over['failed'].values())} failed; the server's memory {over['server_peak_rss_mib']:.0f} MiB at most "
+        "(scripted engine)"
     )
 
 
@@ -124,6 +145,47 @@ PROMISES = (
             "test_scorers_verifier.py::test_a_process_that_ends_between_calls_is_not_missed",
         ),
         _engine_killed,
+    ),
+    Promise(
+        "Overload: what is above the queue is refused with 429 and a `Retry-After` that OpenAI's client honours; who "
+        "is admitted waits no longer than the queue takes to drain.",
+        (
+            "test_admission.py::test_the_official_client_comes_back_when_it_was_told_to_and_is_served",
+            "test_admission.py::test_at_ten_times_capacity_the_admitted_wait_no_longer_than_the_queue_takes_to_drain",
+            "test_admission.py::test_over_capacity_is_429_with_the_time_to_come_back",
+        ),
+        _overloaded,
+    ),
+    Promise(
+        "On Ray: an engine that is killed is replaced, and its requests are drawn again once.",
+        ("test_ray_faults.py::test_the_engines_of_all_replicas_die",),
+        _lost_on_ray("engine"),
+    ),
+    Promise(
+        "On Ray: a generator replica that is killed is replaced, and its requests are drawn again once; its engine "
+        "ends with it.",
+        (
+            "test_ray_faults.py::test_one_of_two_generator_replicas_is_killed",
+            "test_ray_faults.py::test_all_generator_replicas_are_killed",
+            "end_to_end/test_on_ray.py::test_a_generator_killed_under_twenty_requests_is_replaced_and_loses_none",
+        ),
+        _lost_on_ray("generator"),
+    ),
+    Promise(
+        "On Ray: a scorer replica that is killed is replaced, and its candidates are scored again once.",
+        (
+            "test_ray_faults.py::test_one_of_two_scorer_replicas_is_killed",
+            "test_ray_faults.py::test_all_scorer_replicas_are_killed",
+        ),
+        _lost_on_ray("scorer"),
+    ),
+    Promise(
+        "On Ray: a worker node that is lost costs no request: what its generator had is drawn again once elsewhere.",
+        (
+            "test_ray_faults.py::test_one_of_two_worker_nodes_is_removed",
+            "test_ray_faults.py::test_the_last_worker_node_is_removed_and_another_one_joins",
+        ),
+        _lost_on_ray("node"),
     ),
     Promise(
         "Losers and the work of clients that hang up are cancelled in the engine; nothing leaks.",

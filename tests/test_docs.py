@@ -107,8 +107,5 @@ def test_every_promise_names_tests_that_exist(test: str) -> None:
     assert f"def {name}(" in (ROOT / "tests" / file).read_text()
 
 
-def test_promises_without_a_result_say_so_and_other_results_bring_their_own() -> None:
+def test_promises_without_a_result_say_so() -> None:
     assert reliability.NOT_YET in reliability.table(lambda _: None)
-    overload = {"promises": [{"promise": "Nobody waits.", "tests": ["a.py::b"], "measured": "p95 1.5 times"}]}
-    table = reliability.table(lambda name: overload if name == "overload" else None)
-    assert table.endswith("| Nobody waits. | `a.py::b` | p95 1.5 times |\n")

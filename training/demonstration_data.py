@@ -1,4 +1,4 @@
-"""Demonstrations in: what a policy is to say, in TRL's columns for supervised fine-tuning.
+"""Demonstrations, which are what a policy is to say, in TRL's columns for supervised fine-tuning.
 
 Each line of a JSONL file, or row of a table (see `training.data_source`), is one of
 

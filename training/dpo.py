@@ -1,10 +1,10 @@
-"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).
+"""Direct preference optimisation, by which the policy learns to say what was chosen rather than what was not.
 
-The loss of a pair is -log sigma(beta * (log-ratio of the chosen - log-ratio of the rejected)), where a text's log-ratio
-is log pi(text | prompt) - log pi_ref(text | prompt), summed over its tokens; pi_ref is the policy as it was. With
-preferences that follow Bradley and Terry's model of a reward r, its minimum is pi_ref * exp(r / beta) / Z: what RLHF
-with a KL penalty of beta would reach. Dropout is off, so that pi and pi_ref differ by what was learnt alone. The loop
-is TRL's DPOTrainer.
+The loss of a pair (Rafailov et al. 2023, arXiv 2305.18290) is -log sigma(beta * (log-ratio of the chosen - log-ratio of
+the rejected)), where a text's log-ratio is log pi(text | prompt) - log pi_ref(text | prompt), summed over its tokens;
+pi_ref is the policy as it was. With preferences that follow Bradley and Terry's model of a reward r, its minimum is
+pi_ref * exp(r / beta) / Z: what RLHF with a KL penalty of beta would reach. Dropout is off, so that pi and pi_ref
+differ by what was learnt alone. The loop is TRL's DPOTrainer.
 """
 
 import math

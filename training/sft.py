@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the policy learns to say what the demonstrations say.
+"""Supervised fine-tuning, by which the policy learns to say what the demonstrations say.
 
 The loss is the mean of -log p over the tokens of the completions; the prompts' are read and not learnt. On the winners
 of best-of-n this is rejection-sampling fine-tuning (RAFT, arXiv 2304.06767). The loop is TRL's SFTTrainer.

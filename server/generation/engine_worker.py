@@ -12,10 +12,11 @@ import signal
 import threading
 
 from server.generation.engine_processes import OWNER_VARIABLE
+from server.generation.vllm_engine import WorkerExtension
 
 
-class EndsWithItsOwner:
-    """Adds nothing to a worker; importing its module is what counts."""
+class EndsWithItsOwner(WorkerExtension):
+    """Adds nothing of its own to a worker; importing its module is what counts."""
 
 
 def _end_with(pid: int) -> None:

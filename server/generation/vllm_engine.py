@@ -35,6 +35,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -79,6 +80,24 @@ def pick_max_rank(rank: int) -> int:
     """The smallest of vLLM's buffers for adapters that takes this rank."""
     ranks = sorted(get_args(MaxLoRARanks))
     return next((allowed for allowed in ranks if allowed >= rank), ranks[-1])
+
+
+class WorkerExtension:
+    """What vLLM's worker, in its own process, can do besides."""
+
+    def repack_heads(self) -> None:
+        """Packs the output layers anew, for the CPU's matrix product.
+
+        One that shares its weights with the embedding has no weights in a checkpoint, so that a reload passes over it
+        and it would go on with a packed copy of those before.
+        """
+        model: torch.nn.Module = self.model_runner.get_model()  # type: ignore[attr-defined]  # of the worker
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+
+EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
 
 
 class EngineLoad(StatLoggerBase):
@@ -192,7 +211,7 @@ class VllmGenerator:
             # On Ray the shards are actors, placed in the bundles that the replica of this process was given. Ray ends
             # those with their owner, wherever they run.
             distributed_executor_backend="ray" if shards_are_actors else None,
-            worker_extension_cls="" if shards_are_actors else ENDS_WITH_ITS_OWNER,
+            worker_extension_cls=EXTENSION if shards_are_actors else ENDS_WITH_ITS_OWNER,
             enable_prefix_caching=True,
             # A seeded prompt that is read in pieces ends the engine on a CPU ("CPU Generator does not use offset"), so
             # there it waits until all of it fits a step. A step is then at least as large as the context.
@@ -255,7 +274,7 @@ class VllmGenerator:
         return await self.adapters.load(path)
 
     async def reload_weights(self, path: str) -> str:
-        if self.adapters.are_possible:  # vLLM reloads a model that is wrapped for adapters to other weights than these
+        if self.adapters.are_possible:  # a model that is wrapped for adapters has not been shown to come out right
             raise BadRequestError("Weights are reloaded only by a server started without --adapter and --adapter-root.")
         weights = await asyncio.to_thread(full_weights, Path(path))
         if await asyncio.to_thread(self._shapes_of, path) != await asyncio.to_thread(self._shapes_of, self._policy):
@@ -285,6 +304,7 @@ class VllmGenerator:
 
     async def _read_weights(self, path: str) -> None:
         await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        await self._engine.collective_rpc("repack_heads")
         await self._engine.reset_prefix_cache()
 
     def weights_version(self, loaded: LoadedAdapter | None) -> str | None:
