@@ -26,18 +26,21 @@ async def start(
     settings: Settings,
     on_batch: Callable[[int, int], None] | None = None,
     on_restart: Callable[[float], None] | None = None,
+    *,
+    tempered_logprobs: bool = False,
 ) -> AsyncIterator[BestOfN]:
     """Loads every model, yields the running pipeline, and frees everything on the way out.
 
     `on_batch` hears the number of sequences and of padded tokens of every scoring batch, `on_restart` the seconds
-    without an engine whenever one has died and the next is ready. torch, transformers and vllm are imported here and
+    without an engine whenever one has died and the next is ready. `tempered_logprobs` are for training: see
+    `VllmGenerator.create`. torch, transformers and vllm are imported here and
     not before, so that the command line answers at once.
     """
     own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
     # The scorers first: a misspelt reward model is told in seconds, an engine takes half a minute.
     async with (
         started_scorers(settings, own_policy, on_batch) as scorers,
-        started_generator(settings, on_restart) as generator,
+        started_generator(settings, on_restart, tempered_logprobs=tempered_logprobs) as generator,
     ):
         own_policy.set_result(generator)
         yield BestOfN(generator, scorers)
@@ -45,12 +48,12 @@ async def start(
 
 @asynccontextmanager
 async def started_generator(
-    settings: Settings, on_restart: Callable[[float], None] | None = None
+    settings: Settings, on_restart: Callable[[float], None] | None = None, *, tempered_logprobs: bool = False
 ) -> AsyncIterator[Generator]:
     """The generator alone, until the block is left."""
     if settings.generator == "vllm":
         await asyncio.to_thread(_import_library, "server.generation.vllm_engine")
-    generator = await _generator(settings, on_restart)
+    generator = await _generator(settings, on_restart, tempered_logprobs)
     try:
         yield generator
     finally:
@@ -97,7 +100,9 @@ def _judge(
     return GeneratorAsk(upstream)
 
 
-async def _generator(settings: Settings, on_restart: Callable[[float], None] | None) -> Generator:
+async def _generator(
+    settings: Settings, on_restart: Callable[[float], None] | None, tempered_logprobs: bool
+) -> Generator:
     name = settings.served_model_name or settings.model
     if settings.generator == "openai":
         from server.generation.openai_upstream import OpenAIGenerator
@@ -107,13 +112,15 @@ async def _generator(settings: Settings, on_restart: Callable[[float], None] | N
     shelf = WeightsShelf()
     if settings.adapter is not None:
         shelf.adapter = await asyncio.to_thread(shelf.keep, settings.adapter)
-    start = partial(_engine, settings, name, shelf, _max_lora_rank(settings, shelf))
+    start = partial(_engine, settings, name, shelf, _max_lora_rank(settings, shelf), tempered_logprobs)
     if settings.ray:  # there Serve replaces the whole replica of an engine that has died
         return await start()
     return await SupervisedGenerator.create(start, on_restart=on_restart)
 
 
-async def _engine(settings: Settings, name: str, shelf: WeightsShelf, max_lora_rank: int | None) -> Generator:
+async def _engine(
+    settings: Settings, name: str, shelf: WeightsShelf, max_lora_rank: int | None, tempered_logprobs: bool
+) -> Generator:
     from reranker.device import pick_device
     from reranker.prepared import resolve
     from server.generation.vllm_engine import VllmGenerator
@@ -132,6 +139,7 @@ async def _engine(settings: Settings, name: str, shelf: WeightsShelf, max_lora_r
         trust_remote_code=settings.trust_remote_code,
         max_lora_rank=max_lora_rank,
         shelf=shelf,
+        tempered_logprobs=tempered_logprobs,
     )
 
 

@@ -3,8 +3,6 @@
 torch and transformers take seconds to import, so each command imports its work when it runs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +10,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reranker.device import Device
+from training.cli_parts import (
+    BatchSize,
+    CheckpointEvery,
+    Dtype,
+    DtypeOption,
+    Epochs,
+    Full,
+    GradientCheckpointing,
+    Holdout,
+    LearningRate,
+    LoraRank,
+    MaxLength,
+    Merge,
+    MicroBatchSize,
+    Policy,
+    PolicyOut,
+    Resume,
+    Seed,
+    Validation,
+    errors_in_a_sentence,
+    tell_policy,
+)
+from training.rl.cli import ppo_command, reinforce_command
 
 if TYPE_CHECKING:
     from training.pair_accuracy import PairAccuracy
@@ -43,14 +64,6 @@ class StyleOption(StrEnum):
 
     CHAT = "chat"
     DOCUMENT = "document"
-
-
-class DtypeOption(StrEnum):
-    """What the frozen trunk computes in while training."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
 
 
 @train_app.callback()
@@ -98,7 +111,7 @@ def train_reward_command(
     seed: Annotated[int, typer.Option(help="Decides the head's start and the order of the data.")] = 0,
 ) -> None:
     """Train a reward model: a scalar head, and adapters in the trunk, by the Bradley-Terry loss on preferences."""
-    with _errors_in_a_sentence():
+    with errors_in_a_sentence():
         from training.reward import RewardTraining, train_reward
 
         settings = RewardTraining(
@@ -131,59 +144,32 @@ def train_reward_command(
     typer.echo(f"Serve it with: nbest serve --reward-model NAME={out / settings.weights_name}")
 
 
-_PolicyOut = Annotated[Path, typer.Option(help="Directory for the weights, metrics and checkpoints.")]
-_Policy = Annotated[str, typer.Option(help="Policy to train: prepared name, directory or hub id.")]
-_Full = Annotated[bool, typer.Option("--full", help="Train all weights and write OUT/model, not an adapter.")]
-_Merge = Annotated[
-    bool, typer.Option("--merge", help="Also write OUT/model, the base model with the adapter added to it.")
-]
-_LoraRank = Annotated[int, typer.Option(min=1, help="Rank of the adapters.")]
-_Epochs = Annotated[float, typer.Option(min=0.0, help="Passes over the data.")]
-_BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step.")]
-_MicroBatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Rows computed at once, if a batch does not fit in memory.")
-]
-_LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Highest learning rate, which decays to 0.")]
-_MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and completion; default: the model's.")]
-_Validation = Annotated[str | None, typer.Option(help="Held-out data; default: a share of the data.")]
-_Holdout = Annotated[float, typer.Option(min=0.0, max=0.9, help="That share, chosen by hash of the prompt.")]
-_Dtype = Annotated[DtypeOption, typer.Option(help="What the policy computes in.")]
-_GradientCheckpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to hold fewer.")
-]
-_CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps after which all is saved to go on from.")]
-_Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT, or start if there is none.")
-]
-_Seed = Annotated[int, typer.Option(help="Decides the adapters' start and the order of the data.")]
-
-
 @train_app.command("sft")
 def train_sft_command(
     data: Annotated[str, typer.Option(help=DEMONSTRATIONS_HELP)],
-    out: _PolicyOut,
-    model: _Policy = "smollm2-135m-instruct",
-    full: _Full = False,
-    merge: _Merge = False,
-    lora_rank: _LoraRank = 16,
-    epochs: _Epochs = 1.0,
-    batch_size: _BatchSize = 16,
-    micro_batch_size: _MicroBatchSize = None,
-    learning_rate: _LearningRate = None,
-    max_length: _MaxLength = None,
-    validation: _Validation = None,
-    holdout: _Holdout = 0.1,
-    dtype: _Dtype = DtypeOption.AUTO,
-    gradient_checkpointing: _GradientCheckpointing = False,
-    checkpoint_every: _CheckpointEvery = 500,
-    resume: _Resume = False,
-    seed: _Seed = 0,
+    out: PolicyOut,
+    model: Policy = "smollm2-135m-instruct",
+    full: Full = False,
+    merge: Merge = False,
+    lora_rank: LoraRank = 16,
+    epochs: Epochs = 1.0,
+    batch_size: BatchSize = 16,
+    micro_batch_size: MicroBatchSize = None,
+    learning_rate: LearningRate = None,
+    max_length: MaxLength = None,
+    validation: Validation = None,
+    holdout: Holdout = 0.1,
+    dtype: Dtype = DtypeOption.AUTO,
+    gradient_checkpointing: GradientCheckpointing = False,
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
+    seed: Seed = 0,
 ) -> None:
     """Fine-tune a policy on demonstrations, such as the winners of best-of-n.
 
     The learning rate is 2e-4 unless it is given, with --full 1e-5.
     """
-    with _errors_in_a_sentence():
+    with errors_in_a_sentence():
         from training.policy import PolicyTraining, RunOptions
         from training.sft import train_sft
 
@@ -202,36 +188,36 @@ def train_sft_command(
         )
         options = RunOptions(checkpoint_every, resume=resume, merge=merge)
         written = train_sft(data, out, settings, options, validation_data=validation, holdout=holdout)
-    _tell_policy(written, model)
+    tell_policy(written, model)
 
 
 @train_app.command("dpo")
 def train_dpo_command(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
-    out: _PolicyOut,
-    model: _Policy = "smollm2-135m-instruct",
+    out: PolicyOut,
+    model: Policy = "smollm2-135m-instruct",
     beta: Annotated[float, typer.Option(min=0.0, help="Price of a nat away from the policy as it was.")] = 0.1,
-    full: _Full = False,
-    merge: _Merge = False,
-    lora_rank: _LoraRank = 16,
-    epochs: _Epochs = 1.0,
-    batch_size: _BatchSize = 16,
-    micro_batch_size: _MicroBatchSize = None,
-    learning_rate: _LearningRate = None,
-    max_length: _MaxLength = None,
-    validation: _Validation = None,
-    holdout: _Holdout = 0.1,
-    dtype: _Dtype = DtypeOption.AUTO,
-    gradient_checkpointing: _GradientCheckpointing = False,
-    checkpoint_every: _CheckpointEvery = 500,
-    resume: _Resume = False,
-    seed: _Seed = 0,
+    full: Full = False,
+    merge: Merge = False,
+    lora_rank: LoraRank = 16,
+    epochs: Epochs = 1.0,
+    batch_size: BatchSize = 16,
+    micro_batch_size: MicroBatchSize = None,
+    learning_rate: LearningRate = None,
+    max_length: MaxLength = None,
+    validation: Validation = None,
+    holdout: Holdout = 0.1,
+    dtype: Dtype = DtypeOption.AUTO,
+    gradient_checkpointing: GradientCheckpointing = False,
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
+    seed: Seed = 0,
 ) -> None:
     """Fine-tune a policy on preferences by DPO.
 
     The learning rate is 5e-5 unless it is given, with --full 5e-7.
     """
-    with _errors_in_a_sentence():
+    with errors_in_a_sentence():
         from training.dpo import DPOTraining, train_dpo
         from training.policy import RunOptions
 
@@ -251,12 +237,11 @@ def train_dpo_command(
         )
         options = RunOptions(checkpoint_every, resume=resume, merge=merge)
         written = train_dpo(data, out, settings, options, validation_data=validation, holdout=holdout)
-    _tell_policy(written, model)
+    tell_policy(written, model)
 
 
-def _tell_policy(written: Path, base_model: str) -> None:
-    named = f"--model {written}" if written.name == "model" else f"--model {base_model} --adapter {written}"
-    typer.echo(f"Serve it with: nbest serve {named}")
+train_app.command("ppo")(ppo_command)
+train_app.command("reinforce")(reinforce_command)
 
 
 @evaluate_app.command("reward")
@@ -268,7 +253,7 @@ def evaluate_reward_command(
     out: Annotated[Path | None, typer.Option(help="Directory for evaluation.json and evaluation.png.")] = None,
 ) -> None:
     """How often a reward model prefers what people preferred, and whether its differences are the odds they claim."""
-    with _errors_in_a_sentence():
+    with errors_in_a_sentence():
         from reranker.reward_model import RewardModel
         from training.evaluate_reward import evaluate_reward
 
@@ -297,31 +282,3 @@ def _sentence(accuracy: "PairAccuracy") -> str:
         f"{accuracy.accuracy:.1%} of {accuracy.comparisons:,} comparisons in the right order "
         f"(95% interval {accuracy.low:.1%} to {accuracy.high:.1%}; {accuracy.rows:,} rows)"
     )
-
-
-@contextmanager
-def _errors_in_a_sentence() -> Iterator[None]:
-    """What a user can mend is told without a traceback."""
-    from reranker.prepared import PreparationError
-    from reranker.reward_model import RewardModelError
-    from training.checkpoints import CheckpointError
-    from training.data_source import DataSourceError
-    from training.errors import TrainingError
-    from training.preference_data import DataError
-
-    try:
-        yield
-    except (
-        CheckpointError,
-        DataError,
-        DataSourceError,
-        RewardModelError,
-        PreparationError,
-        TrainingError,
-        OSError,
-    ) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
-    except ModuleNotFoundError as error:
-        typer.echo(f"Error: {error.name} is not installed; it comes with: pip install 'nbest[train]'", err=True)
-        raise typer.Exit(1) from error

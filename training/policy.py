@@ -190,23 +190,32 @@ def fit(
     learnt = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     if not all(bool(parameter.isfinite().all()) for parameter in learnt):
         raise TrainingError("training diverged, so the weights are no numbers; train with a lower learning rate")
-    written = _write(trainer.model, policy, out, merge=options.merge)
+    written = write_weights(trainer.model, policy, out, merge=options.merge)
     shutil.rmtree(out / "checkpoints")
     return written
 
 
-def _write(model: Any, policy: Policy, out: Path, *, merge: bool) -> Path:
-    """OUT/adapter, and OUT/model where it is asked for; the last of them."""
+def write_weights(model: Any, policy: Policy, out: Path, *, merge: bool) -> Path:
+    """OUT/adapter, and OUT/model where it is asked for; the last of them.
+
+    The model is rounded to the precision of its base: `model` is of no use after that.
+    """
     if not policy.settings.full:
-        # The name, not the directory of this machine it was resolved to: the adapter is read on others.
-        model.peft_config["default"].base_model_name_or_path = policy.settings.base_model
-        with appearing_whole(out / "adapter") as unfinished:
-            model.save_pretrained(unfinished)
+        written = write_adapter(model, policy, out)
         if not merge:
-            return out / "adapter"
+            return written
         model = model.merge_and_unload()
     model.to(policy.stored_dtype)
     with appearing_whole(out / "model") as unfinished:
         model.save_pretrained(unfinished)
         policy.tokenizer.save_pretrained(unfinished)
     return out / "model"
+
+
+def write_adapter(model: Any, policy: Policy, out: Path) -> Path:
+    """OUT/adapter, as PEFT writes it."""
+    # The name, not the directory of this machine it was resolved to: the adapter is read on others.
+    model.peft_config["default"].base_model_name_or_path = policy.settings.base_model
+    with appearing_whole(out / "adapter") as unfinished:
+        model.save_pretrained(unfinished)
+    return out / "adapter"

@@ -165,12 +165,15 @@ class VllmGenerator:
         trust_remote_code: bool = False,
         max_lora_rank: int | None = None,
         shelf: WeightsShelf | None = None,
+        tempered_logprobs: bool = False,
     ) -> Self:
         """Loads the model at `path` (a directory or hub id) and starts the engine; 20 to 35 s on a CPU.
 
         `tensor_parallel_size` devices hold a part of the model each; `on_ray` says that this process is a Ray actor.
         With `max_lora_rank` adapters up to that rank can be loaded. What is on the shelf is served from the beginning,
-        and what is loaded later is put there; without one nothing outlives this engine.
+        and what is loaded later is put there; without one nothing outlives this engine. With `tempered_logprobs` the
+        log-probabilities told are those that were drawn from, of the logits by the temperature; OpenAI's are of the
+        logits alone.
         """
         on_cpu = device == "cpu"
         # The engine's own log is some hundred lines a start; VLLM_LOGGING_LEVEL=INFO brings them back.
@@ -216,6 +219,7 @@ class VllmGenerator:
             enforce_eager=on_cpu,
             trust_remote_code=trust_remote_code,
             disable_log_stats=True,
+            logprobs_mode="processed_logprobs" if tempered_logprobs else "raw_logprobs",
             **lora,
         )
         before = started()

@@ -1,0 +1,74 @@
+"""The generator and the scorer of a run: those that `nbest serve` would start, in this process.
+
+The engine begins with the weights that the learner has, and is told to compute in the same precision. What else there
+is to set comes from the environment, as for the server.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from reranker.scorers.base import Scorer
+from reranker.scorers.spec import FunctionSpec, parse
+from server import assembly
+from server.config import Settings, load_settings
+from server.generation.base import Generator
+from training.errors import TrainingError
+from training.rl.settings import RewardNormalization, RLTraining
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """What completions are drawn and scored by."""
+
+    generator: Generator
+    scorer: Scorer
+
+
+Start = Callable[[Settings], AbstractAsyncContextManager[Actors]]
+
+
+def server_settings(settings: RLTraining, adapter: Path | None = None, *, bfloat16: bool = False) -> Settings:
+    """Those of a server of this policy, with its adapter, and this reward.
+
+    Raises:
+        server.config.ConfigError: the reward is misspelt, or something in the environment is.
+    """
+    return load_settings(
+        {
+            "model": settings.base_model,
+            "reward_models": [settings.reward_model],
+            "adapter": adapter,
+            "adapter_root": None,
+            "max_lora_rank": None,
+            "dtype": "bfloat16" if bfloat16 else "float32",
+            "generator": "vllm",
+            "base_url": None,
+            "ray": False,
+            "ray_address": None,
+        }
+    )
+
+
+@asynccontextmanager
+async def started_actors(settings: Settings) -> AsyncIterator[Actors]:
+    """Both, until the block is left.
+
+    Raises:
+        TrainingError: one of them does not start.
+    """
+    async with AsyncExitStack() as stack:
+        try:
+            pipeline = await stack.enter_async_context(assembly.start(settings, tempered_logprobs=True))
+        except Exception as error:
+            raise TrainingError(f"the engine or the reward model does not start: {error}") from error
+        yield Actors(pipeline.generator, next(iter(pipeline.scorers.values())))
+
+
+def normalization_of(settings: RLTraining) -> RewardNormalization:
+    """What is asked for or, without that, what suits the reward: a function's numbers mean what they say."""
+    if settings.reward_normalization is not None:
+        return settings.reward_normalization
+    is_function = isinstance(parse(settings.reward_model.partition("=")[2]), FunctionSpec)
+    return "none" if is_function else "reference"

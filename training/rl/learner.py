@@ -1,0 +1,196 @@
+"""The policy that learns, its reference and its values, in the memory of about one model.
+
+The base is frozen and learning is a LoRA adapter, so the reference is the same model with the adapter switched off, and
+the values are read by a linear head from the policy's own last states (which the head's loss does not move). Where all
+weights learn, the reference is a copy of its own.
+
+Log-probabilities are those of softmax(logits / temperature), of policy and reference alike: what is drawn is drawn from
+that. Dropout is off. What is in memory is float32; products may be taken in bfloat16 (`training.precision`).
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from training.policy import Policy, write_adapter, write_weights
+from training.precision import takes_bfloat16
+from training.rl.completion import Completion, Rows
+from training.rl.settings import PPOTraining, RLTraining
+from training.whole_directory import appearing_whole
+
+ADAM_EPS = 1e-5
+LARGEST_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the policy says of each token of some completions; `values` are 0 where there is no value head."""
+
+    logprobs_N_T: torch.Tensor
+    entropies_N_T: torch.Tensor
+    values_N_T: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is known of a batch before it is learnt from."""
+
+    logprobs_N_T: torch.Tensor
+    ref_logprobs_N_T: torch.Tensor
+    values_N_T: torch.Tensor
+    entropies_N_T: torch.Tensor
+    mask_N_T: torch.Tensor
+
+
+class Learner:
+    """Reads completions, and takes steps of the optimiser."""
+
+    def __init__(self, settings: RLTraining, device: torch.device, *, optimiser_steps: int) -> None:
+        self.device = device
+        self._settings = settings
+        self._policy = Policy(settings.policy, dropout=False)
+        base = self._policy.model.to(device).eval()
+        self._reference = copy.deepcopy(base).requires_grad_(False) if settings.full else None
+        self.model: Any = base if settings.full else get_peft_model(base, self._policy.adapters).eval()
+        if settings.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()  # which is what switches it on; there is no dropout that this could bring back
+        self._value_head = torch.nn.Linear(base.config.hidden_size, 1).to(device)
+        torch.nn.init.zeros_(self._value_head.weight)
+        torch.nn.init.zeros_(self._value_head.bias)
+        self._has_values = isinstance(settings, PPOTraining)
+        self._learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups = [{"params": self._learning, "lr": settings.learning_rate}]
+        if isinstance(settings, PPOTraining):
+            groups.append({"params": list(self._value_head.parameters()), "lr": settings.value_learning_rate})
+        self._optimiser = torch.optim.Adam(groups, eps=ADAM_EPS)
+        warmup_steps = round(settings.warmup_fraction * optimiser_steps)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimiser, lambda step: _share_of_rate(step, warmup_steps, optimiser_steps)
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._policy.tokenizer
+
+    @property
+    def max_length(self) -> int:
+        return int(self._policy.max_length)
+
+    @property
+    def computes_bfloat16(self) -> bool:
+        return takes_bfloat16(self._settings.dtype, self.device.type)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._schedule.get_last_lr()[0])
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of all weights in memory: base, adapter, value head, and the reference where it is a copy."""
+        held = [self.model, self._value_head, *([self._reference] if self._reference is not None else [])]
+        return sum(weights.numel() * weights.element_size() for one in held for weights in one.parameters())
+
+    def read(self, completions: Sequence[Completion]) -> Reading:
+        """The policy as it is, with gradients."""
+        return self._read(self.model, Rows.of(completions, self.device))
+
+    @torch.no_grad()
+    def measure(self, completions: Sequence[Completion]) -> Measured:
+        """Policy, reference and values, before anything is learnt from these completions."""
+        mask_N_T = Rows.of(completions, self.device).mask_N_T
+        logprobs, ref_logprobs, values, entropies = (torch.zeros_like(mask_N_T) for _ in range(4))
+        for begin in range(0, len(completions), self._settings.rows_at_once):
+            rows = Rows.of(completions[begin : begin + self._settings.rows_at_once], self.device)
+            place = (slice(begin, begin + len(rows.mask_N_T)), slice(rows.mask_N_T.shape[1]))
+            own = self._read(self.model, rows)
+            with self._as_reference() as reference:
+                ref_logprobs[place] = self._read(reference, rows).logprobs_N_T
+            logprobs[place], values[place], entropies[place] = own.logprobs_N_T, own.values_N_T, own.entropies_N_T
+        return Measured(logprobs, ref_logprobs, values, entropies, mask_N_T)
+
+    def step(self) -> float:
+        """One step of the optimiser along the gradients that have come together; the norm of the policy's."""
+        norm = torch.nn.utils.clip_grad_norm_(self._learning, LARGEST_GRADIENT_NORM)
+        torch.nn.utils.clip_grad_norm_(self._value_head.parameters(), LARGEST_GRADIENT_NORM)
+        self._optimiser.step()
+        self._schedule.step()
+        self._optimiser.zero_grad()
+        return float(norm)
+
+    def write_for_engine(self, out: Path) -> Path:
+        """OUT/adapter, or OUT/model where all weights learn, which are not rounded."""
+        if not self._settings.full:
+            return write_adapter(self.model, self._policy, out)
+        with appearing_whole(out / "model") as unfinished:
+            self.model.save_pretrained(unfinished)
+        return out / "model"
+
+    def write_result(self, out: Path, *, merge: bool) -> Path:
+        """The last of what can be served: OUT/adapter and, if all weights learn or it is merged, OUT/model.
+
+        A model is rounded to the precision of its base, so the learner is of no use after this.
+        """
+        return write_weights(self.model, self._policy, out, merge=merge)
+
+    def is_finite(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in self._learning)
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs to go on as if nothing had happened."""
+        return {
+            "learning": [parameter.detach() for parameter in self._learning],
+            "value_head": self._value_head.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        for parameter, saved in zip(self._learning, state["learning"], strict=True):
+            parameter.copy_(saved)
+        self._value_head.load_state_dict(state["value_head"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.load_state_dict(state["schedule"])
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[Any]:
+        if self._reference is not None:
+            yield self._reference
+            return
+        with self.model.disable_adapter():
+            yield self.model
+
+    def _read(self, model: Any, rows: Rows) -> Reading:
+        num_tokens = rows.mask_N_T.shape[1]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.computes_bfloat16):
+            output = model(
+                input_ids=rows.input_ids_N_L,
+                attention_mask=rows.attention_mask_N_L,
+                position_ids=(rows.attention_mask_N_L.cumsum(-1) - 1).clamp(min=0),
+                logits_to_keep=num_tokens + 1,  # those that predict the completion, and one after its end
+                output_hidden_states=self._has_values,
+                use_cache=False,
+            )
+        logprobs_N_T_V = (output.logits[:, :-1].float() / self._settings.temperature).log_softmax(-1)
+        chosen_N_T = logprobs_N_T_V.gather(-1, rows.token_ids_N_T[..., None])[..., 0]
+        with torch.no_grad():
+            entropies_N_T = -(logprobs_N_T_V.exp() * logprobs_N_T_V).sum(-1)
+        values_N_T = torch.zeros_like(entropies_N_T)
+        if self._has_values:
+            states_N_T_D = output.hidden_states[-1][:, -num_tokens - 1 : -1].detach().float()
+            values_N_T = self._value_head(states_N_T_D)[..., 0]
+        return Reading(chosen_N_T, entropies_N_T, values_N_T)
+
+
+def _share_of_rate(step: int, warmup_steps: int, steps: int) -> float:
+    """Up over the first steps, and then down to 0 at the last."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return max(0.0, (steps - step) / max(1, steps - warmup_steps))

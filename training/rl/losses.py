@@ -1,0 +1,57 @@
+"""The losses of PPO and REINFORCE, of each token; `token_mean` makes the one number that is minimised.
+
+PPO (Schulman et al. 2017, arXiv 1707.06347): with ratio = pi / pi_old, the larger of -ratio * A and
+-clip(ratio, 1 - c, 1 + c) * A; the values are clipped about the old ones in the same way. REINFORCE: -log pi * A.
+
+The engine that drew the tokens rounds in other places than the trainer does. What remains between the two is put right
+by importance weights pi_old / pi_drawn, cut off above so that no single token counts for many (truncated importance
+sampling, Espeholt et al. 2018, arXiv 1802.01561).
+"""
+
+import torch
+
+
+def policy_loss(
+    logprobs_N_T: torch.Tensor, old_logprobs_N_T: torch.Tensor, advantages_N_T: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """PPO's clipped loss of each token."""
+    ratio_N_T = (logprobs_N_T - old_logprobs_N_T).exp()
+    clipped_N_T = ratio_N_T.clamp(1 - clip, 1 + clip)
+    return torch.maximum(-ratio_N_T * advantages_N_T, -clipped_N_T * advantages_N_T)
+
+
+def value_loss(
+    values_N_T: torch.Tensor, old_values_N_T: torch.Tensor, returns_N_T: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """Half the squared error of each token's value, clipped about the old value where that is worse."""
+    clipped_N_T = old_values_N_T + (values_N_T - old_values_N_T).clamp(-clip, clip)
+    return torch.maximum((values_N_T - returns_N_T).square(), (clipped_N_T - returns_N_T).square()) / 2
+
+
+def reinforce_loss(logprobs_N_T: torch.Tensor, advantages_N_T: torch.Tensor) -> torch.Tensor:
+    """Its gradient is that of the expected return."""
+    return -logprobs_N_T * advantages_N_T
+
+
+def importance_weights(
+    old_logprobs_N_T: torch.Tensor, drawn_logprobs_N_T: torch.Tensor, largest: float
+) -> torch.Tensor:
+    """pi_old / pi_drawn of each token, at most `largest`."""
+    return (old_logprobs_N_T - drawn_logprobs_N_T).exp().clamp(max=largest)
+
+
+def token_mean(losses_N_T: torch.Tensor, mask_N_T: torch.Tensor, num_tokens: float) -> torch.Tensor:
+    """The sum over real tokens by the tokens of the whole batch, of which these rows may be a part.
+
+    Parts of any size then add up to the gradient of the batch; a mean of means would weigh the tokens of short
+    completions more.
+    """
+    return (losses_N_T * mask_N_T).sum() / num_tokens
+
+
+def explained_variance(values_N_T: torch.Tensor, returns_N_T: torch.Tensor, mask_N_T: torch.Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over real tokens: 1 is perfect, 0 as good as a constant."""
+    kept = mask_N_T.bool()
+    returns, errors = returns_N_T[kept], (returns_N_T - values_N_T)[kept]
+    variance = returns.var(unbiased=False)
+    return float(1 - errors.var(unbiased=False) / variance) if variance > 0 else 0.0

@@ -1,0 +1,148 @@
+"""Draws completions from the generator that serves and has them scored by the scorer that serves.
+
+Every candidate of a step is on its way at once, so the engine is kept full; a prompt's candidates are scored together
+as soon as the last of them has ended. Tokens and their log-probabilities are taken as the engine drew them, for a
+text might tokenise to others. Only the scorer reads the text.
+
+A candidate that failed, or that the scorer could not score, is left out and counted. One that other weights drew than
+those that were loaded last ends the run.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from reranker.candidate import Candidate
+from reranker.scorers.base import Scorer, ScoringError
+from server.generation.base import Generator, Sampling
+from training.errors import TrainingError
+from training.policy_tokens import TokenisedRow
+from training.rl.completion import Completion
+from training.rl.rewards import ScoreScale
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What was drawn, and how many more candidates have no reward, with the reason of one of them."""
+
+    completions: list[Completion]
+    lost: int = 0
+    reason: str = ""
+
+    @property
+    def rewards(self) -> list[float]:
+        return [one.reward for one in self.completions]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(one.token_ids) for one in self.completions)
+
+
+class RolloutWorker:
+    """`samples` completions a prompt, with rewards."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        scorer: Scorer,
+        *,
+        samples: int,
+        max_tokens: int,
+        temperature: float,
+        truncation_penalty: float,
+    ) -> None:
+        self._generator = generator
+        self._scorer = scorer
+        self._samples = samples
+        # All of the distribution, as the learner has it: no top_p, no penalties.
+        self._sampling = Sampling(max_tokens=max_tokens, temperature=temperature, logprobs=scorer.needs.top_logprobs)
+        self._truncation_penalty = truncation_penalty
+
+    async def draw(
+        self, prompts: Sequence[TokenisedRow], seeds: Sequence[int], version: str | None, scale: ScoreScale
+    ) -> Rollouts:
+        """Completions in the order of the prompts; candidate i of a prompt has its seed + i.
+
+        Raises:
+            TrainingError: no candidate has a reward, or other weights than `version` drew one.
+            server.errors.NotReadyError: the engine is not there.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._of_prompt(place, prompt, seed, version, scale))
+                    for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+                ]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None  # one is enough to tell; the others were cancelled
+        found = [task.result() for task in tasks]
+        reason = next((one.reason for one in found if one.reason), "")
+        whole = Rollouts([one for part in found for one in part.completions], sum(one.lost for one in found), reason)
+        if not whole.completions:
+            raise TrainingError(f"none of the {whole.lost} completions of a step has a reward: {reason}")
+        return whole
+
+    async def _of_prompt(
+        self, place: int, prompt: TokenisedRow, seed: int, version: str | None, scale: ScoreScale
+    ) -> Rollouts:
+        sampling = replace(self._sampling, seed=seed)
+        async with self._generator.generate(prompt.row.prompt, sampling, self._samples) as generation:
+            outcomes = [one async for finished in generation for one in finished]
+        candidates = sorted((one for one in outcomes if isinstance(one, Candidate)), key=lambda one: one.index)
+        reason = next((one.reason for one in outcomes if not isinstance(one, Candidate)), "")
+        for one in candidates:
+            check_version(one, version)
+        rewards: tuple[float, ...] = ()
+        if candidates:
+            try:
+                rewards = (await self._scorer.score(prompt.row.prompt, candidates)).rewards_N
+            except ScoringError as error:
+                return Rollouts([], self._samples, str(error))
+        completions = [
+            self._completion(place, prompt, candidate, reward, scale)
+            for candidate, reward in zip(candidates, rewards, strict=True)
+            if math.isfinite(reward)
+        ]
+        if len(completions) < len(candidates):
+            reason = f"{self._scorer.name} gave a reward that is no number"
+        return Rollouts(completions, self._samples - len(completions), reason)
+
+    def _completion(
+        self, place: int, prompt: TokenisedRow, candidate: Candidate, reward: float, scale: ScoreScale
+    ) -> Completion:
+        is_cut = candidate.finish_reason == "length"
+        return Completion(
+            prompt_ids=prompt.prompt_ids,
+            token_ids=candidate.token_ids,
+            drawn_logprobs=drawn_logprobs_of(candidate),
+            text=candidate.text,
+            reward=reward,
+            score=scale(reward) - self._truncation_penalty * is_cut,
+            group=place,
+            is_cut=is_cut,
+        )
+
+
+def check_version(candidate: Candidate, version: str | None) -> None:
+    """Whether the weights drew it that were loaded last.
+
+    Raises:
+        TrainingError: others did.
+    """
+    if candidate.weights_version != version:
+        raise TrainingError(
+            f"the engine drew with the weights {candidate.weights_version}, and {version} were loaded last; does "
+            "anybody else load weights into it?"
+        )
+
+
+def drawn_logprobs_of(candidate: Candidate) -> tuple[float, ...]:
+    """Of each token, as the engine drew it.
+
+    Raises:
+        TrainingError: the generator does not tell them.
+    """
+    if candidate.logprobs is None or len(candidate.logprobs) != len(candidate.token_ids):
+        raise TrainingError("the engine tells no log-probability of each token; train with the embedded one")
+    return tuple(one.logprob for one in candidate.logprobs)

@@ -1,0 +1,258 @@
+"""PPO and REINFORCE with the actors that serve: `nbest train ppo` and `nbest train reinforce`.
+
+    prompts -> RolloutWorker (generator, scorer) -> completions with rewards -> update (learner) -> WeightSync -> ...
+
+A step draws with the weights that the step before it ended with, so learning is on-policy. Learning blocks a thread and
+not the event loop, on which the engine's answers arrive. After every `checkpoint_every` steps all is kept to go on from
+(`training.rl.run_state`).
+"""
+
+import asyncio
+import hashlib
+import itertools
+import random
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from reranker.device import pick_device
+from server.generation.base import Sampling
+from training import checkpoints
+from training.data_source import Source
+from training.errors import TrainingError
+from training.metrics_log import MetricsTable, plot_metrics
+from training.policy import RunOptions
+from training.policy_tokens import TokenisedRow
+from training.rl.actors import Actors, Start, normalization_of, server_settings, started_actors
+from training.rl.kl import KLController
+from training.rl.learner import Learner
+from training.rl.prompts import of_step, read_prompts, seeds_of_step
+from training.rl.rewards import ScoreScale
+from training.rl.rollout import Rollouts, RolloutWorker
+from training.rl.run_state import RunState
+from training.rl.settings import PPOTraining
+from training.rl.update import Method, optimiser_steps, update
+from training.rl.weight_sync import Probe, WeightSync
+
+SCALE_SAMPLES = 128
+"""Completions of the reference, at least, that the scale of the rewards is measured on."""
+PROBE_TOKENS = 16
+PLOT_EVERY_STEPS = 10
+PANELS = ("reward", "kl", "entropy", "length", "mismatch")
+COLUMNS = (
+    *("reward", "reward_deviation", "score", "kl", "kl_k2", "kl_k3", "beta", "entropy", "length", "cut", "lost"),
+    *("policy_loss", "ratio", "first_ratio_error", "gradient_norm", "learning_rate"),
+    *("mismatch", "importance", "sync_difference"),
+    *("rollout_s", "learning_s", "sync_s", "drawn_tokens_per_s", "learnt_tokens_per_s", "peak_memory_mib"),
+)
+COLUMNS_OF_PPO = ("clip_fraction", "value_loss", "explained_variance")
+
+
+def train_rl(
+    prompts: Source, out: Path, settings: Method, options: RunOptions, *, start: Start = started_actors
+) -> Path:
+    """Trains on the prompts and returns the directory that can be served.
+
+    Raises:
+        DataError, DataSourceError: prompts that cannot be used, found before anything is started.
+        ConfigError: a reward that is misspelt.
+        CheckpointError: `out` holds checkpoints that this run cannot go on from.
+        TrainingError: the policy cannot be trained like this, or engine and learner are apart; what was kept stays.
+    """
+    return asyncio.run(_train(prompts, out, settings, options, start))
+
+
+async def _train(source: Source, out: Path, settings: Method, options: RunOptions, start: Start) -> Path:
+    _check(settings)
+    server_settings(settings)  # a misspelt reward is told before a model is loaded
+    device = torch.device(pick_device("auto"))
+    learner = Learner(settings, device, optimiser_steps=optimiser_steps(settings))
+    prompts = read_prompts(source, learner.tokenizer, learner.max_length, settings.max_tokens)
+    state = RunState(KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon))
+    kept = out / "checkpoints"
+    method = "ppo" if isinstance(settings, PPOTraining) else "reinforce"
+    digest = hashlib.sha256(repr([one.row.prompt for one in prompts]).encode()).hexdigest()
+    checkpoint = checkpoints.start(kept, asdict(settings) | {"method": method, "data": digest}, resume=options.resume)
+    if checkpoint is not None:
+        state.restore(checkpoint, learner)
+    written = learner.write_for_engine(kept / "engine")
+    engine = server_settings(settings, None if settings.full else written, bfloat16=learner.computes_bfloat16)
+    async with start(engine) as actors:
+        await _Run(actors, learner, prompts, out, settings, options, state)()
+    result = learner.write_result(out, merge=options.merge)
+    shutil.rmtree(kept)
+    return result
+
+
+def _check(settings: Method) -> None:
+    """What the fields must be to one another.
+
+    Raises:
+        TrainingError: they do not go together.
+    """
+    if settings.batch_size % settings.samples_per_prompt:
+        raise TrainingError(
+            f"a batch of {settings.batch_size} does not divide into prompts of {settings.samples_per_prompt} "
+            "completions; change one of them"
+        )
+    if not isinstance(settings, PPOTraining):
+        compared = settings.samples_per_prompt if settings.baseline == "rloo" else settings.batch_size
+        if compared < 2:
+            raise TrainingError("a completion alone has nothing to be compared with; draw 2 or more")
+    if settings.kl_target is not None and settings.kl_target <= 0:
+        raise TrainingError("a target of no KL leaves nothing to learn; raise --kl-target, or leave it out")
+    if settings.temperature <= 0:
+        raise TrainingError("at temperature 0 all samples are the same and nothing is learnt; raise --temperature")
+
+
+class _Run:
+    """The steps of a run."""
+
+    def __init__(
+        self,
+        actors: Actors,
+        learner: Learner,
+        prompts: list[TokenisedRow],
+        out: Path,
+        settings: Method,
+        options: RunOptions,
+        state: RunState,
+    ) -> None:
+        self._learner = learner
+        self._prompts = prompts
+        self._out = out
+        self._settings = settings
+        self._options = options
+        self._state = state
+        self._worker = RolloutWorker(
+            actors.generator,
+            actors.scorer,
+            samples=settings.samples_per_prompt,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            truncation_penalty=settings.truncation_penalty,
+        )
+        sampling = Sampling(
+            max_tokens=min(PROBE_TOKENS, settings.max_tokens),
+            temperature=settings.temperature,
+            seed=settings.seed,
+            logprobs=0,
+        )
+        longest = max(prompts, key=lambda one: len(one.prompt_ids))
+        self._sync = WeightSync(
+            actors.generator, learner, out / "checkpoints" / "engine", Probe(longest, sampling), settings.sync_tolerance
+        )
+        columns = (*COLUMNS, *(COLUMNS_OF_PPO if isinstance(settings, PPOTraining) else ()))
+        self._table = MetricsTable(out, columns, after_step=state.step)
+
+    async def __call__(self) -> None:
+        synced = await self._sync()
+        if self._state.scale is None:
+            self._state.scale = await self._measured_scale(synced.version)
+        with _progress(self._options, self._settings.steps, self._state.step) as progress:
+            while self._state.step < self._settings.steps:
+                timer = _Timer()
+                rollouts = await self._draw(self._state.step, synced.version, "step")
+                timer.lap("rollout_s")
+                learnt = await asyncio.to_thread(self._learn, rollouts)
+                timer.lap("learning_s")
+                synced = await self._sync()
+                timer.lap("sync_s")
+                self._state.step += 1
+                self._record(rollouts, learnt | {"sync_difference": synced.difference}, timer)
+                progress(self._table.rows[-1])
+                if self._state.step % self._options.checkpoint_every == 0:
+                    self._state.save(self._out / "checkpoints", self._learner)
+        self._table.close()
+        plot_metrics(self._table.rows, PANELS, self._out / "metrics.png")
+
+    async def _draw(self, number: int, version: str, purpose: str) -> Rollouts:
+        """The batch of that number; those of another purpose have other seeds."""
+        settings = self._settings
+        prompts = of_step(self._prompts, number, settings.prompts_a_step, settings.seed)
+        seeds = seeds_of_step(f"{purpose} {number}", len(prompts), settings.seed)
+        return await self._worker.draw(prompts, seeds, version, self._state.scale or ScoreScale())
+
+    async def _measured_scale(self, version: str) -> ScoreScale:
+        """Of the policy as it is before the first step: the reference."""
+        if normalization_of(self._settings) == "none":
+            return ScoreScale()
+        rewards: list[float] = []
+        for number in itertools.count():
+            rewards += (await self._draw(number, version, "scale")).rewards
+            if len(rewards) >= SCALE_SAMPLES:
+                break
+        return ScoreScale.measured(rewards)
+
+    def _learn(self, rollouts: Rollouts) -> dict[str, float]:
+        step, beta = self._state.step, self._state.kl.beta
+        rng = random.Random(f"{self._settings.seed} minibatches {step}")
+        learnt = update(self._learner, rollouts.completions, beta, self._settings, rng)
+        if not self._learner.is_finite():
+            raise TrainingError("training diverged, so the weights are no numbers; train with a lower learning rate")
+        self._state.kl.observe(learnt["kl"], len(rollouts.completions))
+        return learnt | {"beta": beta}
+
+    def _record(self, rollouts: Rollouts, measures: dict[str, float], timer: "_Timer") -> None:
+        completions, tokens = rollouts.completions, rollouts.num_tokens
+        self._table.add(
+            self._state.step,
+            {
+                "reward": fmean(rollouts.rewards),
+                "reward_deviation": pstdev(rollouts.rewards),
+                "score": fmean(one.score for one in completions),
+                "length": tokens / len(completions),
+                "cut": fmean(one.is_cut for one in completions),
+                "lost": rollouts.lost,
+                **measures,
+                **timer.laps_s,
+                "drawn_tokens_per_s": tokens / timer.laps_s["rollout_s"],
+                "learnt_tokens_per_s": tokens / timer.laps_s["learning_s"],
+                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            },
+        )
+        if self._state.step % PLOT_EVERY_STEPS == 0:
+            plot_metrics(self._table.rows, PANELS, self._out / "metrics.png")
+
+
+class _Timer:
+    """Seconds from one lap to the next, by name."""
+
+    def __init__(self) -> None:
+        self.laps_s: dict[str, float] = {}
+        self._begun_s = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now_s = time.perf_counter()
+        self.laps_s[name], self._begun_s = now_s - self._begun_s, now_s
+
+
+@contextmanager
+def _progress(options: RunOptions, total: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A bar on a terminal, which is told the measures of each step."""
+    console = Console(stderr=True)
+    bar = Progress(
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (options.progress and console.is_terminal),
+    )
+    with bar:
+        task = bar.add_task("", total=total, completed=done, told="")
+
+        def advance(row: dict[str, float]) -> None:
+            told = f"reward {row['reward']:.3f} · KL {row['kl']:.2f} · {row['drawn_tokens_per_s']:.0f} tokens/s"
+            bar.update(task, advance=1, told=told)
+
+        yield advance
