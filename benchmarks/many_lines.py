@@ -60,7 +60,7 @@ def run(lines: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--alone", type=int, help="One run of so many lines in this process; prints its figures.")
     arguments = parser.parse_args()

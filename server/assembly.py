@@ -33,8 +33,8 @@ async def start(
 
     `on_batch` hears the number of sequences and of padded tokens of every scoring batch, `on_restart` the seconds
     without an engine whenever one has died and the next is ready. `tempered_logprobs` are for training: see
-    `VllmGenerator.create`. torch, transformers and vllm are imported here and
-    not before, so that the command line answers at once.
+    `VllmGenerator.create`. torch, transformers and vllm are imported here and not before, so that the command line
+    answers at once.
     """
     own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
     # The scorers first: a misspelt reward model is told in seconds, an engine takes half a minute.

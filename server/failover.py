@@ -8,11 +8,10 @@ another replica, or there is one more already, and all that is left to do is to 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from reranker.candidate import Prompt
 from reranker.scorers.base import Scorer
 from server.errors import NotReadyError
-from server.generation.base import Generator, Sampling
-from server.generation.supervised import SupervisedGeneration
+from server.generation.base import Generator
+from server.generation.supervised import Succession
 from server.handles import RETRY_INTERVAL_S, RemoteGenerator, answer_soon
 from server.pipeline import BestOfN
 
@@ -21,24 +20,16 @@ SUCCESSOR_TIMEOUT_S = 120
 in tens of them. Whoever cannot wait so long sends a deadline."""
 
 
-class FailoverGenerator:
+class FailoverGenerator(Succession):
     """The generator deployment, whose replicas take one another's place."""
 
     def __init__(self, replicas: RemoteGenerator) -> None:
         self.model = replicas.model
-        self.engine = replicas
+        self._replicas = replicas
 
-    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> SupervisedGeneration:
-        return SupervisedGeneration(self, prompt, sampling, n, snapshots)
-
-    async def check_ready(self) -> None:
-        await self.engine.check_ready()
-
-    async def load_adapter(self, path: str) -> str:
-        return await self.engine.load_adapter(path)
-
-    async def reload_weights(self, path: str) -> str:
-        return await self.engine.reload_weights(path)
+    @property
+    def engine(self) -> Generator:
+        return self._replicas
 
     async def successor(self, dead: Generator) -> Generator:
         """The deployment itself, once a replica of it could answer.

@@ -16,10 +16,11 @@ loaded while an engine ran: `start` gives them to the next one, and a request th
 import asyncio
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from reranker.candidate import FailedCandidate, Prompt
 from server.errors import EngineDiedError, NbestError, NotReadyError
@@ -46,10 +47,13 @@ class Patience:
         return min(self.wait_s * 2.0**doublings, self.longest_wait_s) if deaths > 1 else 0.0
 
 
-class Succession(Protocol):
-    """Engines one after another, as a request sees them."""
+class Succession(ABC):
+    """A generator over engines one after another, of which one runs at a time."""
+
+    model: str
 
     @property
+    @abstractmethod
     def engine(self) -> Generator:
         """The one to ask now.
 
@@ -57,6 +61,7 @@ class Succession(Protocol):
             NotReadyError: there is none.
         """
 
+    @abstractmethod
     async def successor(self, dead: Generator) -> Generator:
         """The engine after one that a request has seen die.
 
@@ -64,9 +69,23 @@ class Succession(Protocol):
             NotReadyError: it does not come, or not soon.
         """
 
+    def generate(
+        self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False
+    ) -> "SupervisedGeneration":
+        return SupervisedGeneration(self, prompt, sampling, n, snapshots)
 
-class SupervisedGenerator:
-    """A generator over the engine that runs at the moment; made by `create`."""
+    async def check_ready(self) -> None:
+        await self.engine.check_ready()
+
+    async def load_adapter(self, path: str) -> str:
+        return await self.engine.load_adapter(path)
+
+    async def reload_weights(self, path: str) -> str:
+        return await self.engine.reload_weights(path)
+
+
+class SupervisedGenerator(Succession):
+    """Starts the next engine itself; made by `create`."""
 
     def __init__(
         self,
@@ -102,20 +121,6 @@ class SupervisedGenerator:
         if self._engine is None:
             raise NotReadyError(self._trouble)
         return self._engine
-
-    def generate(
-        self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False
-    ) -> "SupervisedGeneration":
-        return SupervisedGeneration(self, prompt, sampling, n, snapshots)
-
-    async def check_ready(self) -> None:
-        await self.engine.check_ready()
-
-    async def load_adapter(self, path: str) -> str:
-        return await self.engine.load_adapter(path)
-
-    async def reload_weights(self, path: str) -> str:
-        return await self.engine.reload_weights(path)
 
     async def successor(self, dead: Generator) -> Generator:
         if self._engine is dead:

@@ -22,7 +22,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args
@@ -234,7 +234,8 @@ class VllmGenerator:
             raise
         shelf = shelf or WeightsShelf()
         shapes_of = partial(policy_shapes, trust_remote_code=trust_remote_code)
-        adapters = EngineAdapters(_LoraCalls(engine), shelf, partial(shapes_of, path), max_lora_rank)
+        own_shapes = cache(partial(shapes_of, path))  # every adapter is compared with them
+        adapters = EngineAdapters(_LoraCalls(engine), shelf, own_shapes, max_lora_rank)
         generator = cls(name, engine, tokenizer, load, EngineProcesses.since(before), adapters, shelf, shapes_of)
         try:
             await generator._resume()
