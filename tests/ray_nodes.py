@@ -66,7 +66,16 @@ class Nodes:
         self._cluster.add_node(num_cpus=self._node_cpus)
 
     def remove_that_of(self, pid: int) -> None:
-        """Kills the node whose raylet has started this process, with all that runs there."""
-        raylet = psutil.Process(pid).ppid()
-        (node,) = [one for one in self._cluster.worker_nodes if one.all_processes["raylet"][0].process.pid == raylet]
+        """Kills the node whose raylet has started this process, with all that runs there.
+
+        At once, as when a machine loses its power: workers alone would notice a raylet's end seconds later, and go on
+        taking requests until then.
+        """
+        raylet = psutil.Process(psutil.Process(pid).ppid())
+        pid_of = {one: one.all_processes["raylet"][0].process.pid for one in self._cluster.worker_nodes}
+        (node,) = [one for one, found in pid_of.items() if found == raylet.pid]
+        workers = raylet.children(recursive=True)
+        for process in (raylet, *workers):
+            process.kill()
+        psutil.wait_procs(workers, PATIENCE_S)
         self._cluster.remove_node(node, allow_graceful=False)
