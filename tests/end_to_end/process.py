@@ -17,6 +17,8 @@ from tests.waiting import eventually
 
 NBEST = Path(sys.executable).with_name("nbest")
 EXIT_TIMEOUT_S = 60
+ENGINE_CORE = "VLLM::EngineCore"
+"""What vLLM calls the process that runs an engine."""
 
 
 @dataclass
@@ -43,7 +45,7 @@ class ServeProcess:
         return list(self.process.children(recursive=True))
 
     def named(self, name: str) -> psutil.Process | None:
-        """The child process of that name, if there is one: vLLM calls its own VLLM::EngineCore and VLLM::Worker."""
+        """The child process of that name, if there is one."""
         for child in self.children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if child.name() == name:
@@ -51,8 +53,10 @@ class ServeProcess:
         return None
 
     def engine(self) -> psutil.Process:
-        core = self.named("VLLM::EngineCore")
-        assert core is not None, self.said()
+        """Its core, waited for: an engine that has just been replaced takes its name before it is ready."""
+        assert eventually(lambda: self.named(ENGINE_CORE) is not None), f"{self.children()}\n{self.said()}"
+        core = self.named(ENGINE_CORE)
+        assert core is not None
         return core
 
     def shared_memory(self) -> set[str]:
