@@ -55,6 +55,7 @@ from server.generation.engine_processes import (
     give_up,
     started,
 )
+from server.generation.free_memory import give_back_free_memory
 from server.generation.outcomes import Outcomes
 from server.generation.weights import FullWeights, WeightsShelf, full_weights
 
@@ -240,6 +241,7 @@ class VllmGenerator:
         try:
             await generator._resume()
             await generator._warm_up()
+            await asyncio.to_thread(give_back_free_memory)
         except BaseException:
             await generator.close()  # nobody else has it yet
             raise
