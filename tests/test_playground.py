@@ -29,6 +29,8 @@ in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; on Debi
 TEXTS = ("a dull film", None, "a great film", "a fine film")
 REWARDS = {"a dull film": -1.5, "a great film": 2.25, "a fine film": 0.5}
 STATES = "[...document.querySelectorAll('#candidates li')].map((row) => row.dataset.state)"
+REFUSED = re.compile("Failed to load resource: the server responded with a status of (400|401|429|503)")
+"""A test's own doing."""
 WINNER = "document.querySelector('[data-state=winner]')"
 
 
@@ -72,8 +74,7 @@ async def opened(
         await browser.until("document.querySelector('#model').innerText.indexOf('…') < 0")
         yield browser, address
         assert {url for url in browser.requests if not url.startswith(f"{address}/")} == set()
-        refusals = "Failed to load resource: the server responded with a status of"  # a test's own doing
-        assert [one for one in browser.complaints if not one.startswith(refusals)] == []
+        assert [one for one in browser.complaints if not REFUSED.match(one)] == []
 
 
 async def draw(browser: Page, prompt: str = "How was it?", **fields: str) -> None:
@@ -264,6 +265,20 @@ class TestFigures:
         first, *others = generator.calls
         assert others == [first] * len(others)
         assert (first[0].text or first[0].messages[0].content) == prompt
+
+    async def test_the_code_is_copied_or_where_that_is_forbidden_selected(self) -> None:
+        async with opened(ScriptedGenerator(["word"])) as (browser, _):
+            await browser.js("document.querySelector('#code').open = true")
+            code = await browser.text("#snippet")
+            await browser.js("document.querySelector('#copy').click()")
+            await browser.until("document.querySelector('#copy').innerText === 'Selected'")
+            assert (await browser.js("getSelection().toString()")).strip() == code.strip()
+            await browser.send(
+                "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
+            )
+            await browser.js("document.querySelector('#copy').click()")
+            await browser.until("document.querySelector('#copy').innerText === 'Copied'")
+            assert (await browser.js("navigator.clipboard.readText()")).strip() == code.strip()
 
 
 async def output(*command: str) -> str:
