@@ -4,7 +4,6 @@ import { expectedMax } from "./estimators.js";
 import { decimal } from "./format.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const HEIGHT = 200;
 const MARGIN = { left: 48, right: 20, top: 16, bottom: 30 };
 const NUM_GRID_LINES = 4;
 
@@ -52,17 +51,17 @@ export class Curve {
   }
 
   #draw() {
-    const width = this.#plot.clientWidth;
+    const { clientWidth: width, clientHeight: height } = this.#plot;
     if (!width || !this.#points.length) return;
     const first = this.#points[0];
     const last = this.#points.at(-1);
     const range = last.reward - first.reward || 1;
     const x = (n) => MARGIN.left + (Math.log2(n) / Math.log2(last.n)) * (width - MARGIN.left - MARGIN.right);
-    const y = (reward) => HEIGHT - MARGIN.bottom - ((reward - first.reward) / range) * (HEIGHT - MARGIN.top - MARGIN.bottom);
+    const floor = height - MARGIN.bottom;
+    const y = (reward) => floor - ((reward - first.reward) / range) * (floor - MARGIN.top);
     const line = this.#points.map(({ n, reward }) => `${x(n)},${y(reward)}`).join(" ");
-    const floor = HEIGHT - MARGIN.bottom;
 
-    const svg = drawn("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, width, height: HEIGHT, role: "img" });
+    const svg = drawn("svg", { width, height, role: "img" });
     svg.setAttribute("aria-label", this.#sentence());
     for (let step = 0; step <= NUM_GRID_LINES; step += 1) {
       const reward = first.reward + (range * step) / NUM_GRID_LINES;
@@ -70,7 +69,7 @@ export class Curve {
       svg.append(drawn("text", { class: "y", x: MARGIN.left - 8, y: y(reward) + 4 }, decimal(reward)));
     }
     for (const n of ticks(last.n, (width - MARGIN.left) / 40)) {
-      svg.append(drawn("text", { class: "x", x: x(n), y: HEIGHT - 8 }, n));
+      svg.append(drawn("text", { class: "x", x: x(n), y: height - 8 }, n));
     }
     svg.append(drawn("polygon", { class: "area", points: `${x(1)},${floor} ${line} ${x(last.n)},${floor}` }));
     svg.append(drawn("polyline", { class: "line", points: line }));

@@ -152,7 +152,7 @@ function conclude(account, usage, firstS) {
   byId("figure-reward-note").textContent =
     reward === null
       ? `ranked by ${account.ranked_by}`
-      : `${decimal(mean)} on average · at most ${decimal(account.kl_upper_bound)} nats from the model`;
+      : `${decimal(mean)} on average · KL at most ${decimal(account.kl_upper_bound)} nats`;
   const { total, queue, generate, score } = account.timings_s;
   byId("figure-time").textContent = seconds(total);
   byId("figure-time-note").textContent =
