@@ -33,9 +33,8 @@ FLAGS = (
 PATIENCE_S = 60
 LOOKS_A_SECOND = 50
 LARGEST_MESSAGE_BYTES = 2**26
-MODIFIERS = {"Alt": 1, "Control": 2, "Meta": 4, "Shift": 8}
-KEY_CODES = {"Enter": 13, "Escape": 27, "Tab": 9, " ": 32, "ArrowRight": 39, "ArrowDown": 40, "End": 35}
-KEY_TEXTS = {"Enter": "\r", " ": " "}
+CONTROL = 2
+KEY_CODES = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowRight": 39}
 
 
 class Page:
@@ -105,17 +104,12 @@ class Page:
         changed = "for (const kind of ['input', 'change']) select.dispatchEvent(new Event(kind, {bubbles: true}))"
         await self.js(f"(() => {{ const select = {select}; select.value = {json.dumps(value)}; {changed} }})()")
 
-    async def press(self, key: str) -> None:
-        """One key, with those held before it: Control+Enter."""
-        *held, key = key.split("+") if key != "+" else [key]
-        params: dict[str, Any] = {
-            "key": key,
-            "code": key,
-            "windowsVirtualKeyCode": KEY_CODES.get(key, ord(key[0].upper())),
-            "modifiers": sum(MODIFIERS[one] for one in held),
-        }
-        text = {"text": KEY_TEXTS[key]} if key in KEY_TEXTS else {}
-        await self.send("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **params, **text)
+    async def press(self, key: str, *, control: bool = False) -> None:
+        params: dict[str, Any] = {"key": key, "code": key, "windowsVirtualKeyCode": KEY_CODES[key]}
+        if control:
+            params["modifiers"] = CONTROL
+        down = {"type": "keyDown", "text": "\r"} if key == "Enter" else {"type": "rawKeyDown"}
+        await self.send("Input.dispatchKeyEvent", **down, **params)
         await self.send("Input.dispatchKeyEvent", type="keyUp", **params)
 
     async def resize(self, width: int, height: int, *, scale: float = 1, mobile: bool = False) -> None:
@@ -123,10 +117,9 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
         )
 
-    async def prefer(self, **features: str) -> None:
-        """What the system prefers: prefers_color_scheme="dark"."""
-        named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
-        await self.send("Emulation.setEmulatedMedia", features=named)
+    async def prefer(self, scheme: str) -> None:
+        """What the system prefers: light or dark."""
+        await self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
 
 @asynccontextmanager

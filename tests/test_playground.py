@@ -81,7 +81,7 @@ async def draw(browser: Page, prompt: str = "How was it?", **fields: str) -> Non
     for name, value in fields.items():
         await browser.fill(f"#{name}", value)
     await browser.fill("#prompt", prompt)
-    await browser.press("Control+Enter")
+    await browser.press("Enter", control=True)
 
 
 class TestFiles:
@@ -372,7 +372,7 @@ class TestLooks:
         async with opened(ScriptedGenerator(["word"])) as (browser, address):
             paper = "getComputedStyle(document.body).backgroundColor"
             light = await browser.js(paper)
-            await browser.prefer(**{"prefers-color-scheme": "dark"})
+            await browser.prefer("dark")
             dark = await browser.js(paper)
             assert brightness(dark) < 60
             assert brightness(light) > 200
