@@ -335,6 +335,15 @@ class TestErrors:
         assert "The answer broke off" in problem
         assert "nbest.on_reward_failure" in problem
 
+    @pytest.mark.parametrize("end", ["close()", "error(new TypeError('network error'))"])
+    async def test_a_connection_that_ends_before_the_answer(self, end: str) -> None:
+        async with opened(ScriptedGenerator(["word"])) as (browser, _):
+            stream = f"new ReadableStream({{ pull: (reader) => reader.{end} }})"
+            await browser.js(f"globalThis.fetch = async () => new Response({stream})")
+            await draw(browser)
+            problem = await self.problem(browser)
+        assert "The connection ended before the answer did" in problem
+
     async def test_a_request_that_is_refused(self) -> None:
         async with opened(ScriptedGenerator(["word"]), max_best_of=4) as (browser, _):
             await draw(browser, best_of="5")

@@ -10,6 +10,7 @@ const TITLES = {
   503: "The server is not ready",
   504: "Nothing finished in time",
 };
+const BROKE_OFF = "The answer broke off";
 
 /** Why there is no answer, in words: a title and a sentence with the way out. */
 export class Refusal extends Error {
@@ -55,18 +56,22 @@ export async function* chunks(path, body, { key, signal }) {
   for await (const data of events(reply.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new Refusal("The answer broke off", chunk.error.message);
+    if (chunk.error) throw new Refusal(BROKE_OFF, chunk.error.message);
     yield chunk;
   }
-  throw new Refusal("The answer broke off", "The connection ended before the answer did; try again.");
+  throw brokenOff();
 }
+
+const brokenOff = () => new Refusal(BROKE_OFF, "The connection ended before the answer did; try again.");
 
 /** The data of server-sent events; comments are skipped. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : brokenOff();
+    });
     if (done) return;
     text += value;
     const complete = text.split("\n\n");

@@ -30,6 +30,7 @@ async function meet() {
     byId("problem").hidden = true;
     describe();
   } catch (refusal) {
+    if (!(refusal instanceof api.Refusal)) throw refusal;
     show(refusal);
     byId("model").textContent = refusal.title;
     if (refusal.status === 503) setTimeout(meet, STARTING_RETRY_MS);
@@ -95,10 +96,12 @@ async function draw() {
     candidates.end();
     if (error.name === "AbortError") {
       byId("status").textContent = `Stopped after ${seconds(elapsedS())}; the server gave up the rest.`;
-    } else {
+    } else if (error instanceof api.Refusal) {
       byId("run").hidden = candidates.rewards.length === 0;
       byId("status").textContent = "There is no answer.";
       show(error);
+    } else {
+      throw error;
     }
     if (candidates.rewards.length < 2) curve.start(0);
   } finally {
