@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Scorer, Scores, ScoringError
-from server import openapi
+from server import openapi, page
 from server.admission import Admission, Limits, prompt_tokens, requested_tokens, text_tokens
 from server.auth import Account, Keys
 from server.config import Settings
@@ -61,7 +61,7 @@ from server.reply_schemas import (
 )
 from server.request_record import TokenCost, note_tokens
 from server.schemas import AdapterRequest, ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
-from server.streaming import error_event, stream
+from server.streaming import News, error_event, stream
 from server.wire import Request as RequestModel
 from server.wire import parse, read_body
 
@@ -140,6 +140,15 @@ def create_app(
         responses=openapi.replies(ScoreReply, 400, 408, 413, 429, 500, 503),
         openapi_extra=openapi.takes(ScoreRequest),
     )
+    for path, file in page.FILES.items():
+        app.add_api_route(
+            path,
+            serving(file),
+            response_class=Response,
+            responses={200: openapi.PAGE},
+            openapi_extra={"security": []},
+            include_in_schema=path == page.ROOT,
+        )
     app.add_api_route("/v1/models", endpoints.models, responses=openapi.replies(ModelList, 429, 503))
     app.add_api_route(
         "/health",
@@ -295,11 +304,11 @@ class Endpoints:
         account: Account,
         pipeline: BestOfN,
         plan: BestOfNRequest,
-        on_candidate: Callable[[Outcome], None] | None = None,
+        listener: Callable[[News], None] | None = None,
     ) -> BestOfNResult:
         """Runs the plan when it is its turn, and counts what becomes of it.
 
-        `on_candidate` is there where the answer is streamed.
+        The listener is there where the answer is streamed.
         """
         tokens = requested_tokens(plan)
         with account.spending(tokens) as spending:
@@ -308,11 +317,13 @@ class Endpoints:
 
                     def heard(outcome: Outcome) -> None:
                         tally(outcome)
-                        if on_candidate is not None:
-                            on_candidate(outcome)
+                        if listener is not None:
+                            listener(outcome)
 
                     try:
-                        result = await pipeline.run(plan, heard, growth=on_candidate is not None, queued_s=queued_s)
+                        result = await pipeline.run(
+                            plan, heard, listener, growth=listener is not None, queued_s=queued_s
+                        )
                     except RewardError:
                         self._metrics.observe_reward_failure("error")
                         raise
@@ -373,6 +384,16 @@ def below(root: Path | None, path: str) -> Path:
     if root is not None and "\0" not in path and (root / path).resolve().is_relative_to(root.resolve()):
         return root / path
     raise BadRequestError("The adapter is not below --adapter-root; move it there.", param="path")
+
+
+def serving(file: page.File) -> Callable[[], Awaitable[Response]]:
+    """The endpoint of one file of the page."""
+
+    async def playground() -> Response:
+        """The playground, a page that shows best-of-N at work."""
+        return Response(file.content, media_type=file.media_type, headers=page.HEADERS)
+
+    return playground
 
 
 def _check_served(pipeline: BestOfN, model: str, reward_model: str | None) -> None:

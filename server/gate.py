@@ -1,7 +1,8 @@
 """What is decided about a request before its body is read: may it come in here, by this door, now.
 
     1. the door: with a port for metrics of its own, that one serves them and the probes, and the main one no metrics
-    2. the key, on every path but /health; below /admin one with `admin`, and without keys nobody may go there
+    2. the key, on every path but /health and the files of the playground, which hold no data; below /admin one with
+       `admin`, and without keys nobody may go there
     3. the room: so many requests of /v1 at once, each of which may hold a body of the largest size
     4. the key's requests a minute
 
@@ -11,14 +12,16 @@ whoever listens there chose the address for it.
 
 from collections.abc import Callable
 
+from server import page
 from server.auth import ANYONE, Account, Keys
 from server.config import Settings
 from server.connection import App, Receive, Scope, Send
 from server.errors import ForbiddenError, NbestError, NotFoundError, OverloadedError
 
-ALWAYS_OPEN = "/health"
+HEALTH = "/health"
+ALWAYS_OPEN = frozenset({HEALTH, *page.FILES})
 METRICS = "/metrics"
-ON_THE_METRICS_PORT = (METRICS, "/ready", ALWAYS_OPEN)
+ON_THE_METRICS_PORT = (METRICS, "/ready", HEALTH)
 WORK = "/v1/"
 ADMIN = "/admin/"
 CROWDED_RETRY_AFTER_S = 1.0
@@ -68,7 +71,7 @@ class Gate:
             if by_the_metrics_port:
                 return ANYONE
         account = ANYONE
-        if self._keys is not None and path != ALWAYS_OPEN:
+        if self._keys is not None and path not in ALWAYS_OPEN:
             account = self._keys.account(scope["headers"])
         if path.startswith(ADMIN) and not account.entry.admin:
             if self._keys is None:

@@ -14,6 +14,7 @@ REFERENCE = "#/components/schemas/{model}"
 
 
 SECURITY_SCHEMES = {"key": {"type": "http", "scheme": "bearer", "description": "A key from `nbest keys new`."}}
+PAGE = {"description": "The playground", "content": {"text/html": {"schema": {"type": "string"}}}}
 PROMETHEUS_TEXT = {"description": "Prometheus text exposition", "content": {"text/plain": {}}}
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 from reranker import selection
-from reranker.candidate import Candidate, FailedCandidate, Prompt, Selection
+from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate, Selection
 from reranker.scorers.base import Scorer
 from server.errors import BadRequestError, DeadlineError, GenerationError, RewardError
 from server.generation.base import Generator, Outcome, Sampling
@@ -99,6 +99,7 @@ class BestOfN:
         self,
         request: BestOfNRequest,
         on_candidate: Callable[[Outcome], None] | None = None,
+        on_reward: Callable[[ScoredCandidate], None] | None = None,
         *,
         growth: bool = True,
         queued_s: float = 0.0,
@@ -106,8 +107,9 @@ class BestOfN:
         """Answers one request: each candidate is scored as soon as it has finished, while others are still written.
 
         `on_candidate` hears of every candidate that finishes or fails, and with `growth` for `best_of` 1 also of its
-        growth, which costs the engine a message a token. `queued_s` is how long the request has waited for admission
-        before; it counts towards its deadline and its timings.
+        growth, which costs the engine a message a token; `on_reward` hears of every candidate that has been scored.
+        `queued_s` is how long the request has waited for admission before; it counts towards its deadline and its
+        timings.
         Cancelling this coroutine cancels the candidates in the engine.
 
         Raises:
@@ -116,7 +118,7 @@ class BestOfN:
         began_s = generated_s = time.perf_counter()
         arrived_s = began_s - queued_s
         scorer = None if request.strategy in WITHOUT_REWARDS else self.scorer(request.reward_model)
-        scoring = Scoring(scorer, request.prompt)
+        scoring = Scoring(scorer, request.prompt, on_reward)
         completed: list[Candidate] = []
         failed: list[FailedCandidate] = []
         candidate_s = 0.0

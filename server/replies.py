@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from reranker.candidate import ScoredCandidate, TokenLogprob
+from reranker.candidate import Candidate, FailedCandidate, ScoredCandidate, TokenLogprob
 from reranker.estimators import kl_upper_bound
 from server.errors import NbestError
+from server.generation.base import Outcome
 from server.pipeline import BestOfNResult
 from server.reply_schemas import (
     AssistantMessage,
+    CandidateEvent,
+    CandidateFailed,
+    CandidateFinished,
     CandidateReply,
+    CandidateScored,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
@@ -53,6 +58,7 @@ class Reply(ABC):
     def __init__(self, asked: GenerationRequest) -> None:
         self.num_choices = asked.num_choices
         self.include_usage = asked.include_usage
+        self.stream_candidates = asked.stream_candidates
         self._return_candidates = asked.return_candidates
         self._shared: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
@@ -77,6 +83,12 @@ class Reply(ABC):
     def bare(self) -> Chunk:
         """A chunk without choices."""
 
+    def event_chunk(self, news: Outcome | ScoredCandidate) -> Chunk:
+        """The chunk that tells what has become of a candidate."""
+        chunk = self.bare()
+        chunk.nbest = _event(news)
+        return chunk
+
     def usage_chunk(self, result: BestOfNResult) -> Chunk:
         """The chunk that `stream_options.include_usage` asks for."""
         chunk = self.bare()
@@ -94,6 +106,7 @@ class Reply(ABC):
             completed=result.completed,
             failed=result.failed,
             cancelled=result.cancelled,
+            ranking=[one.candidate.index for one in result.selection.ranking],
             strategy=result.strategy,
             reward_model=result.reward_model,
             ranked_by=result.ranked_by,
@@ -215,15 +228,27 @@ def error_reply(error: NbestError) -> ErrorReply:
 
 def candidate_reply(scored: ScoredCandidate) -> CandidateReply:
     """A candidate with its reward, as it is told."""
-    candidate = scored.candidate
-    return CandidateReply(
-        index=candidate.index,
-        text=candidate.text,
-        reward=scored.reward,
-        cumulative_logprob=candidate.cumulative_logprob,
-        finish_reason=candidate.finish_reason,
-        num_tokens=candidate.num_tokens,
-    )
+    return CandidateReply(**_drawn(scored.candidate), reward=scored.reward)
+
+
+def _event(news: Outcome | ScoredCandidate) -> CandidateEvent:
+    match news:
+        case Candidate():
+            return CandidateFinished(event="finished", **_drawn(news))
+        case ScoredCandidate():
+            return CandidateScored(event="scored", index=news.candidate.index, reward=news.reward)
+        case FailedCandidate():
+            return CandidateFailed(event="failed", index=news.index, reason=news.reason)
+
+
+def _drawn(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "index": candidate.index,
+        "text": candidate.text,
+        "cumulative_logprob": candidate.cumulative_logprob,
+        "finish_reason": candidate.finish_reason,
+        "num_tokens": candidate.num_tokens,
+    }
 
 
 def _chat_logprobs(logprobs: Logprobs) -> ChatLogprobs | None:

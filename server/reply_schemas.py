@@ -31,15 +31,45 @@ class TimingsReply(BaseModel):
     total: float
 
 
-class CandidateReply(BaseModel):
-    """A candidate, chosen or not."""
+class DrawnCandidate(BaseModel):
+    """What was drawn."""
 
     index: int = Field(description="Its place in the order of drawing; its seed is the request's seed + index.")
     text: str
-    reward: float | None
     cumulative_logprob: float | None = Field(description="Nats, over its tokens; null where an upstream tells none.")
     finish_reason: FinishReason | None
     num_tokens: int
+
+
+class CandidateReply(DrawnCandidate):
+    """A candidate, chosen or not."""
+
+    reward: float | None
+
+
+class CandidateFinished(DrawnCandidate):
+    """Event of a stream with `stream_candidates`: a candidate has finished, and has not been scored yet."""
+
+    event: Literal["finished"]
+
+
+class CandidateScored(BaseModel):
+    """Event of a stream with `stream_candidates`: a candidate that has finished was scored."""
+
+    event: Literal["scored"]
+    index: int
+    reward: float | None = Field(description="null where the scorer has no number for it.")
+
+
+class CandidateFailed(BaseModel):
+    """Event of a stream with `stream_candidates`: a candidate will never finish."""
+
+    event: Literal["failed"]
+    index: int
+    reason: str
+
+
+CandidateEvent = CandidateFinished | CandidateScored | CandidateFailed
 
 
 class NBestReply(BaseModel):
@@ -49,6 +79,9 @@ class NBestReply(BaseModel):
     completed: int
     failed: int
     cancelled: int
+    ranking: list[int] = Field(
+        description="Candidates that completed, best first: choices[i] is the one whose index stands at i."
+    )
     strategy: Strategy
     reward_model: str | None = Field(description="null where the strategy asks none; the rewards are null then too.")
     ranked_by: RankedBy = Field(
@@ -193,10 +226,14 @@ class TextCompletion(Envelope):
 
 
 class Chunk(Envelope):
-    """An event of a stream; `nbest` comes on the last one that has a choice."""
+    """An event of a stream.
+
+    The last one that has a choice brings the account in `nbest`. With `stream_candidates` there are others before it,
+    without choices, that each bring an event there.
+    """
 
     usage: Usage | None = None
-    nbest: NBestReply | None = None
+    nbest: NBestReply | CandidateEvent | None = None
 
 
 class ChatCompletionChunk(Chunk):

@@ -143,6 +143,11 @@ class NBestOptions(Wire):
         description="What orders the candidates if the reward model fails; default: error, which answers 503.",
     )
     return_candidates: bool | None = Field(default=None, description="Also return every candidate with its reward.")
+    stream_candidates: bool | None = Field(
+        default=None,
+        description="With stream: tell at once, in a chunk without choices, when a candidate has finished, failed, or "
+        "been scored.",
+    )
 
     def selection_options(self) -> SelectionOptions:
         """The options of the strategy.

@@ -85,6 +85,10 @@ class GenerationRequest(Wire, ABC):
     def return_candidates(self) -> bool:
         return self.nbest is not None and bool(self.nbest.return_candidates)
 
+    @property
+    def stream_candidates(self) -> bool:
+        return self.nbest is not None and bool(self.nbest.stream_candidates)
+
     def plan(self, settings: Settings) -> BestOfNRequest:
         """The request for the pipeline.
 
@@ -93,6 +97,11 @@ class GenerationRequest(Wire, ABC):
         """
         if self.stream_options is not None and not self.stream:
             raise BadRequestError("stream_options needs stream: true; send both or neither.", param="stream_options")
+        if self.stream_candidates and not self.stream:
+            raise BadRequestError(
+                "nbest.stream_candidates needs stream: true; send both, or ask for nbest.return_candidates.",
+                param="nbest.stream_candidates",
+            )
         options = self.nbest or NBestOptions()
         return BestOfNRequest(
             prompt=self.internal_prompt(),

@@ -8,7 +8,7 @@ not ask for itself is taken off again before anyone else sees it (`as_asked`).
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -20,13 +20,17 @@ from server.generation.base import Outcome, Sampling
 class Scoring:
     """Collects the rewards of one prompt's candidates while others are still being generated; without a scorer, none.
 
-    `failure` is the last error of the scorer, if any: the candidates of that group have no reward.
+    `on_reward` hears of each candidate that has been scored. `failure` is the last error of the scorer, if any: the
+    candidates of that group have no reward.
     `busy_s` is the time in which at least one scorer call was out.
     """
 
-    def __init__(self, scorer: Scorer | None, prompt: Prompt) -> None:
+    def __init__(
+        self, scorer: Scorer | None, prompt: Prompt, on_reward: Callable[[ScoredCandidate], None] | None = None
+    ) -> None:
         self._scorer = scorer
         self._prompt = prompt
+        self._on_reward = on_reward
         self._held: list[Candidate] = []
         self._calls: set[asyncio.Task[None]] = set()
         self._rewards: dict[int, float] = {}
@@ -80,6 +84,9 @@ class Scoring:
         self.scored_tokens += scores.scored_tokens
         self.prompt_tokens_cut = max(self.prompt_tokens_cut, scores.prompt_tokens_cut)
         self._rewards.update(zip((one.index for one in candidates), scores.rewards_N, strict=True))
+        if self._on_reward is not None:
+            for one in self.rewarded(candidates):
+                self._on_reward(one)
 
     def _ended(self, call: asyncio.Task[None]) -> None:
         self._calls.discard(call)

@@ -1,7 +1,8 @@
 """An answer as server-sent events.
 
 One candidate is streamed as it grows. Of several only the winners are sent, once they are chosen; until then comment
-lines tell the progress, and in silence keep the connection open, which clients skip as the format demands. Each choice
+lines tell the progress, and in silence keep the connection open, which clients skip as the format demands. A request
+with `stream_candidates` also hears what becomes of each candidate, in chunks without choices. Each choice
 ends with a chunk that has its finish_reason and reward; the last of these also has `nbest`. Then comes the usage, if
 asked for, and `[DONE]`.
 
@@ -11,9 +12,9 @@ as the last one, and there is no `[DONE]`. Whatever ends the reading ends the ru
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
-from reranker.candidate import Candidate
+from reranker.candidate import Candidate, FailedCandidate, ScoredCandidate
 from server.errors import NbestError
 from server.generation.base import Outcome
 from server.pipeline import BestOfNResult
@@ -22,8 +23,9 @@ from server.replies import Chunk, Reply, error_reply
 KEEP_ALIVE_S = 5.0
 """Proxies and clients give up on a silent connection after 15 s at the earliest."""
 
-Run = Callable[[Callable[[Outcome], None]], Coroutine[Any, Any, BestOfNResult]]
-"""Starts a run that tells its candidates to a listener."""
+News = Outcome | ScoredCandidate
+Run = Callable[[Callable[[News], None]], Coroutine[Any, Any, BestOfNResult]]
+"""Starts a run that tells a listener what becomes of its candidates."""
 
 
 class ChoiceWriter:
@@ -64,7 +66,7 @@ async def stream(
     Raises:
         server.errors.NbestError: whatever the run raises, at whatever point of the stream it does.
     """
-    heard: asyncio.Queue[Outcome | None] = asyncio.Queue()  # None: the run has ended
+    heard: asyncio.Queue[News | None] = asyncio.Queue()  # None: the run has ended
     running = asyncio.create_task(run(heard.put_nowait))
     running.add_done_callback(lambda _: heard.put_nowait(None))
     writers = [ChoiceWriter(reply, index) for index in range(reply.num_choices)]
@@ -72,7 +74,7 @@ async def stream(
     try:
         while not (running.done() and heard.empty()):
             arrived = await _arrivals(heard, keep_alive_s)
-            outcomes = [one for one in arrived if one is not None]
+            outcomes = [one for one in arrived if isinstance(one, Outcome)]
             if not arrived:
                 yield ": keep-alive\n\n"
             elif best_of == 1:
@@ -81,6 +83,10 @@ async def stream(
             elif outcomes:
                 num_ended += len(outcomes)
                 yield f": {num_ended}/{best_of} candidates\n\n"
+            if reply.stream_candidates:
+                for news in arrived:
+                    if _is_event(news):
+                        yield _data(reply.event_chunk(news), reply)
         for chunk in _winners(await running, reply, writers):
             yield _data(chunk, reply)
     finally:
@@ -94,7 +100,7 @@ def error_event(error: NbestError) -> str:
     return f"data: {error_reply(error).model_dump_json()}\n\n"
 
 
-async def _arrivals(heard: asyncio.Queue[Outcome | None], patience_s: float) -> list[Outcome | None]:
+async def _arrivals(heard: asyncio.Queue[News | None], patience_s: float) -> list[News | None]:
     """What has come since the last look, at least one thing, or nothing after `patience_s`."""
     try:
         async with asyncio.timeout(patience_s):
@@ -104,6 +110,11 @@ async def _arrivals(heard: asyncio.Queue[Outcome | None], patience_s: float) -> 
     while not heard.empty():
         arrived.append(heard.get_nowait())
     return arrived
+
+
+def _is_event(news: News | None) -> TypeGuard[News]:
+    """Whether a candidate's fate is new, not only its text."""
+    return isinstance(news, ScoredCandidate | FailedCandidate) or (news is not None and news.finish_reason is not None)
 
 
 def _grown(writer: ChoiceWriter, outcomes: list[Outcome]) -> list[Chunk]:

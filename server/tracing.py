@@ -34,7 +34,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, format_trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from reranker.candidate import Candidate, FailedCandidate, Prompt
+from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate
 from reranker.scorers.base import Needs, Scorer, Scores
 from server.connection import App, Receive, Scope, Send, endpoint_of, header
 from server.errors import NbestError
@@ -138,6 +138,7 @@ class _TracedBestOfN(BestOfN):
         self,
         request: BestOfNRequest,
         on_candidate: Callable[[Outcome], None] | None = None,
+        on_reward: Callable[[ScoredCandidate], None] | None = None,
         *,
         growth: bool = True,
         queued_s: float = 0.0,
@@ -147,7 +148,7 @@ class _TracedBestOfN(BestOfN):
         model = self.generator.model
         asked = {"gen_ai.operation.name": operation, "gen_ai.request.model": model, **_asked(request)}
         with _span(self._tracer, f"{operation} {model}", asked) as span:
-            result = await super().run(request, on_candidate, growth=growth, queued_s=queued_s)
+            result = await super().run(request, on_candidate, on_reward, growth=growth, queued_s=queued_s)
             _ended_now(self._tracer, "select", result.timings.select, {"nbest.strategy": result.strategy})
             span.set_attributes(_account(result))
         return result

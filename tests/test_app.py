@@ -64,6 +64,7 @@ async def test_the_account() -> None:
         "cancelled": 0,
         "strategy": "argmax",
         "reward_model": "scripted-reward",
+        "ranking": [2, 1, 0],
         "ranked_by": "reward",
         "stopped_by": "all",
         "generated_tokens": 6,

@@ -53,6 +53,38 @@ async def test_the_official_client_reads_a_completion_stream() -> None:
         assert "".join([chunk.choices[0].text async for chunk in stream]) == "so very good"
 
 
+async def test_the_official_client_reads_the_events_of_candidates() -> None:
+    app = app_over(pipeline(ScriptedGenerator(["good", None, "best"]), ScriptedScorer({"good": 1.0, "best": 2.0})))
+    asked: Any = {
+        "model": "scripted",
+        "messages": [{"role": "user", "content": "How was it?"}],
+        "extra_body": {"best_of": 3, "nbest": {"stream_candidates": True}},
+    }
+    async with (
+        address_of(app) as address,
+        openai.AsyncOpenAI(api_key="unused", base_url=f"{address}/v1", max_retries=0) as client,
+    ):
+        chunks = [chunk async for chunk in await client.chat.completions.create(stream=True, **asked)]
+        async with client.chat.completions.stream(**asked) as stream:  # which puts the answer together itself
+            whole = await stream.get_final_completion()
+    events = [chunk.model_extra["nbest"] for chunk in chunks if chunk.model_extra and not chunk.choices]
+    assert sorted((event["event"], event["index"]) for event in events) == [
+        ("failed", 1),
+        ("finished", 0),
+        ("finished", 2),
+        ("scored", 0),
+        ("scored", 2),
+    ]
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content == "best"
+
+
+async def test_candidates_are_streamed_only_in_a_stream() -> None:
+    async with client_over(ScriptedGenerator(["word"])) as client:
+        reply = await client.post(CHAT, json=HELLO | {"nbest": {"stream_candidates": True}})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "nbest.stream_candidates")
+
+
 async def test_tokens_arrive_while_the_rest_is_written() -> None:
     app = app_over(pipeline(ScriptedGenerator(["first " + "word " * 200], word_delay_s=60)))
     body = HELLO | {"best_of": 1, "stream": True}

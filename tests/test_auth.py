@@ -1,4 +1,4 @@
-"""Keys: made once, kept as hashes, asked for on every path but /health; budgets with numbers worked by hand."""
+"""Keys: made once, kept as hashes, asked for on every path but the open ones; budgets with numbers worked by hand."""
 
 import asyncio
 import hashlib
@@ -17,7 +17,7 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
-from server import auth
+from server import auth, page
 from server.auth import Account, KeyEntry, Keys
 from server.cli import app as command
 from server.config import ConfigError
@@ -233,15 +233,18 @@ def guarded(file: Path, key: str) -> AbstractAsyncContextManager[httpx.AsyncClie
     return client_of(app, key)
 
 
-async def test_every_path_but_health_asks_for_a_key(file: Path) -> None:
+async def test_every_path_but_health_and_the_playground_asks_for_a_key(file: Path) -> None:
     key = auth.new_key(file, "alice")
     documented = app_over(pipeline(ScriptedGenerator(["word"]))).openapi()["paths"]
-    paths = [*documented, "/", "/openapi.json", "/no/such/path", "/health/", "/Health", "/%2fhealth"]
+    open_to_all = {"/health", *page.FILES}
+    assert documented.keys() & open_to_all == {"/health", "/"}
+    others = ["/openapi.json", "/no/such/path", "/health/", "/Health", "/%2fhealth", "/playground/"]
+    paths = [*documented, *open_to_all, *others]
     async with guarded(file, key) as client:
         for path in paths:
             for method in ("GET", "POST", "HEAD", "OPTIONS"):
                 reply = await client.request(method, path)
-                if path == "/health":
+                if path in open_to_all:
                     assert reply.status_code in (200, 405)
                     continue
                 assert reply.status_code == 401, (method, path)

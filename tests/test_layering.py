@@ -25,7 +25,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("server.wire", "server.schema_parts", "server.schemas", "server.reply_schemas", "server.replies"),
     ("server.offline",),
     ("server.admission", "server.budgets", "server.auth"),
-    ("server.connection", "server.gate", "server.lifecycle", "server.openapi", "server.streaming", "server.app"),
+    (
+        "server.connection",
+        "server.page",
+        "server.gate",
+        "server.lifecycle",
+        "server.openapi",
+        "server.streaming",
+        "server.app",
+    ),
     ("server.tracing",),
     (
         "server.assembly",

@@ -54,6 +54,7 @@ def test_every_route_is_documented() -> None:
         "/health",
         "/ready",
         "/metrics",
+        "/",
     }
 
 

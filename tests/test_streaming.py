@@ -9,11 +9,10 @@ import pytest
 
 from reranker.candidate import Candidate, FinishReason, TokenLogprob
 from server.config import Settings
-from server.generation.base import Outcome
 from server.pipeline import BestOfNResult
 from server.replies import ChatReply, Reply, TextReply
 from server.schemas import ChatCompletionRequest, CompletionRequest
-from server.streaming import ChoiceWriter, Run, stream
+from server.streaming import ChoiceWriter, News, Run, stream
 from tests.doubles import ScriptedGenerator, ScriptedScorer
 from tests.serving import HELLO, pipeline
 
@@ -34,8 +33,8 @@ def text_reply(**fields: Any) -> Reply:
 def run_of(generator: ScriptedGenerator, scorer: ScriptedScorer, best_of: int, **fields: Any) -> Run:
     plan = ChatCompletionRequest.model_validate(HELLO | {"best_of": best_of} | fields).plan(Settings())
 
-    async def run(on_candidate: Callable[[Outcome], None]) -> BestOfNResult:
-        return await pipeline(generator, scorer).run(plan, on_candidate)
+    async def run(listener: Callable[[News], None]) -> BestOfNResult:
+        return await pipeline(generator, scorer).run(plan, listener, listener)
 
     return run
 
@@ -112,6 +111,43 @@ async def test_of_several_only_the_winners_are_sent_after_comments_on_the_progre
         (1, None, "stop", 1.0),
     ]
     assert ["nbest" in event for event in events[4:-1]] == [False, False, False, True]
+
+
+CANDIDATES_STREAMED = {"stream": True, "nbest": {"stream_candidates": True}}
+
+
+async def test_what_becomes_of_each_candidate_is_told_at_once_if_asked_for() -> None:
+    generator = ScriptedGenerator(["so good", None, "unknown", "late"], delays_s={3: 60})
+    scorer = ScriptedScorer({"so good": 1.5, "unknown": float("nan")})
+    run = run_of(generator, scorer, 4, nbest={"deadline_s": 0.5})
+    events = await collect(run, chat_reply(**CANDIDATES_STREAMED), 4)
+    chunks = [event for event in events if isinstance(event, dict)]
+    told = [chunk for chunk in chunks if "event" in chunk.get("nbest", {})]
+    finished = {"cumulative_logprob": -2.0, "finish_reason": "stop", "num_tokens": 2}
+    assert sorted((chunk["nbest"] for chunk in told), key=lambda one: (one["index"], one["event"])) == [
+        {"event": "finished", "index": 0, "text": "so good", **finished},
+        {"event": "scored", "index": 0, "reward": 1.5},
+        {"event": "failed", "index": 1, "reason": "scripted failure"},
+        {"event": "finished", "index": 2, "text": "unknown", **finished, "cumulative_logprob": -1.0, "num_tokens": 1},
+        {"event": "scored", "index": 2, "reward": None},
+    ]
+    assert all(chunk["choices"] == [] and chunk["id"] == chunks[-1]["id"] for chunk in told)
+    assert chunks[: len(told)] == told  # then the winner, as without them
+    account = chunks[-1]["nbest"]
+    assert (account["ranking"], account["completed"], account["failed"], account["cancelled"]) == ([0, 2], 2, 1, 1)
+
+
+async def test_a_single_candidate_is_told_too_and_its_growth_is_no_event() -> None:
+    generator = ScriptedGenerator(["so very good"], word_delay_s=0.01)
+    events = await collect(run_of(generator, ScriptedScorer(), 1), text_reply(**CANDIDATES_STREAMED), 1)
+    told = [event["nbest"]["event"] for event in events[:-1] if "event" in event.get("nbest", {})]
+    assert told == ["finished", "scored"]
+    assert "".join(event["choices"][0]["text"] for event in events[:-1] if event["choices"]) == "so very good"
+
+
+async def test_without_being_asked_for_no_event_is_sent() -> None:
+    events = await collect(run_of(ScriptedGenerator(["good", "bad"]), ScriptedScorer(), 2), chat_reply(), 2)
+    assert all(event["choices"] for event in events if isinstance(event, dict))
 
 
 async def test_fewer_survivors_than_choices_are_all_sent() -> None:

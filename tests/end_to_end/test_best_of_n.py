@@ -34,6 +34,7 @@ def test_the_winner_has_the_largest_reward(client: openai.OpenAI) -> None:
     best = max(candidates, key=lambda one: one["reward"])
     assert reply.choices[0].text == best["text"]
     assert reply.choices[0].index == 0
+    assert [candidates[index]["reward"] for index in reply.nbest["ranking"]] == rewards
 
 
 def test_usage_is_the_sum_over_all_candidates(client: openai.OpenAI) -> None:
@@ -55,6 +56,23 @@ def test_candidate_i_has_seed_plus_i(client: openai.OpenAI) -> None:
     group = {one["index"]: one["text"] for one in complete(client, seed=50, best_of=4).nbest["candidates"]}
     alone = complete(client, seed=52, best_of=1).choices[0].text
     assert group[2] == alone
+
+
+def test_streamed_candidates_are_those_of_the_whole_reply(client: openai.OpenAI) -> None:
+    chunks = client.completions.create(
+        model=MODEL,
+        prompt=OPENING,
+        max_tokens=12,
+        seed=7,
+        stream=True,
+        extra_body={"best_of": 8, "nbest": {"stream_candidates": True}},
+    )
+    events: list[Any] = [chunk.model_extra and chunk.model_extra["nbest"] for chunk in chunks if not chunk.choices]
+    texts = {one["index"]: one["text"] for one in events if one["event"] == "finished"}
+    rewards = {one["index"]: one["reward"] for one in events if one["event"] == "scored"}
+    whole = complete(client, seed=7).nbest["candidates"]
+    assert texts == {one["index"]: one["text"] for one in whole}
+    assert rewards == pytest.approx({one["index"]: one["reward"] for one in whole}, abs=1e-4)
 
 
 def test_the_score_endpoint_gives_the_same_rewards(client: openai.OpenAI, served: Served) -> None:
