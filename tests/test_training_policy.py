@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 from typer.testing import CliRunner
@@ -181,6 +182,19 @@ def test_a_model_is_written_in_the_precision_of_its_base(tmp_path: Path, base: P
     options = RunOptions(merge=True, progress=False)
     written = train_sft(data, tmp_path / "out", PolicyTraining(**small(base)), options, holdout=0)
     assert AutoModelForCausalLM.from_pretrained(written).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_products_may_be_taken_in_bfloat16(tmp_path: Path, base: Path, method: str) -> None:
+    """As `auto` does on processors that have instructions for it; weights that learn stay in float32."""
+    row = {"prompt": "The film", "completion": " was great", "chosen": " was great", "rejected": " was dull"}
+    data = write(tmp_path / "data.jsonl", [row] * 4)
+    train, kind = (train_sft, PolicyTraining) if method == "sft" else (train_dpo, DPOTraining)
+    settings = kind(**small(base, dtype="bfloat16", epochs=4))
+    adapter = train(data, tmp_path / "out", settings, QUIET, holdout=0)  # type: ignore[operator]
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert any(bool(weight.any()) for name, weight in weights.items() if "lora_B" in name)
 
 
 def test_the_loss_of_dpo_is_the_formula(tmp_path: Path, base: Path) -> None:

@@ -158,6 +158,7 @@ class Policy:
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "seed": settings.seed,
+            "use_cpu": self.model.device.type == "cpu",  # which transformers wants to be told for bfloat16 there
             "bf16": takes_bfloat16(settings.dtype, self.model.device.type),
             "gradient_checkpointing": settings.gradient_checkpointing,
             "max_length": None,  # the rows are in tokens already, and cut
