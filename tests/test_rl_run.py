@@ -28,7 +28,7 @@ from training.policy import RunOptions
 from training.policy_tokens import TokenisedRow
 from training.preference_data import DataError, Row
 from training.rl.actors import Actors, normalization_of, server_settings
-from training.rl.prompts import of_step, read_prompts, seeds_of_step
+from training.rl.prompts import in_tokens, of_step, read_prompts, seeds_of_step
 from training.rl.rewards import ScoreScale
 from training.rl.rollout import RolloutWorker
 from training.rl.run import train_rl
@@ -59,6 +59,7 @@ class World:
         self.policy = policy
         self.generators: list[TorchGenerator] = []
         self.scorer = ScriptedScorer()
+        self.judge: ScriptedScorer | None = None
         self.on_load: Callable[[TorchGenerator], None] = lambda generator: None
 
     @asynccontextmanager
@@ -71,7 +72,7 @@ class World:
                 return await super().load_adapter(path)
 
         self.generators.append(Watched(self.policy, settings.adapter))
-        yield Actors(self.generators[-1], self.scorer)
+        yield Actors(self.generators[-1], self.scorer, self.judge)
 
 
 def settings_of(method: str, base: Path, **more: Any) -> PPOTraining | ReinforceTraining:
@@ -239,7 +240,7 @@ def test_a_prompt_that_cannot_be_used_is_told_with_its_line(line: Any, told: str
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps(line) + "\n")
     with pytest.raises(DataError, match=told) as raised:
-        read_prompts(path, tiny_tokenizer(), 128, 5)
+        in_tokens(read_prompts(path, None, 0.0).trained, path, tiny_tokenizer(), 128, 5)
     assert f"{path}:2: " in str(raised.value)
 
 

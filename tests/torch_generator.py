@@ -35,6 +35,7 @@ class TorchGenerator:
     def __init__(self, policy: Path, adapter: Path | None = None) -> None:
         self.fault: Fault | None = None
         self.versions: list[str] = []
+        self.asked: list[Prompt] = []
         self.tokenizer: Any = AutoTokenizer.from_pretrained(policy)
         self.policy: Any = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
         if adapter is not None:
@@ -43,6 +44,7 @@ class TorchGenerator:
         self._prefixes: dict[str, Any] = {}
 
     def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> "TorchGeneration":
+        self.asked.append(prompt)
         return TorchGeneration(self, prompt, sampling, n)
 
     async def check_ready(self) -> None:

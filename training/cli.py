@@ -3,6 +3,7 @@
 torch and transformers take seconds to import, so each command imports its work when it runs.
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,25 +12,18 @@ import typer
 
 from reranker.device import Device
 from training.cli_parts import (
-    BatchSize,
     CheckpointEvery,
-    Dtype,
     DtypeOption,
-    Epochs,
-    Full,
     GradientCheckpointing,
     Holdout,
-    LearningRate,
-    LoraRank,
-    MaxLength,
-    Merge,
-    MicroBatchSize,
     Policy,
     PolicyOut,
     Resume,
-    Seed,
     Validation,
+    Weights,
     errors_in_a_sentence,
+    settings_of,
+    takes,
     tell_policy,
 )
 from training.rl.cli import ppo_command, reinforce_command
@@ -101,13 +95,11 @@ def train_reward_command(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and answer; default: the model's.")
     ] = None,
-    validation: Annotated[str | None, typer.Option(help="Held-out data; default: a share of the data.")] = None,
-    holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="That share, chosen by hash of the prompt.")] = 0.1,
+    validation: Validation = None,
+    holdout: Holdout = 0.1,
     dtype: Annotated[DtypeOption, typer.Option(help="What the trunk computes in.")] = DtypeOption.AUTO,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps after which all is saved to go on from.")] = 500,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT, or start if there is none.")
-    ] = False,
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
     seed: Annotated[int, typer.Option(help="Decides the head's start and the order of the data.")] = 0,
 ) -> None:
     """Train a reward model: a scalar head, and adapters in the trunk, by the Bradley-Terry loss on preferences."""
@@ -144,27 +136,56 @@ def train_reward_command(
     typer.echo(f"Serve it with: nbest serve --reward-model NAME={out / settings.weights_name}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Demonstrations:
+    data: Annotated[str, typer.Option(help=DEMONSTRATIONS_HELP)]
+    out: PolicyOut
+    model: Policy = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Preferences:
+    data: Annotated[str, typer.Option(help=DATA_HELP)]
+    out: PolicyOut
+    model: Policy = "smollm2-135m-instruct"
+    beta: Annotated[float, typer.Option(min=0.0, help="Price of a nat away from the policy as it was.")] = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FineTuning:
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 16
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows computed at once, if a batch does not fit in memory.")
+    ] = None
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Highest learning rate, which decays to 0.")] = (
+        None
+    )
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and completion; default: the model's.")
+    ] = None
+    validation: Validation = None
+    holdout: Holdout = 0.1
+    dtype: Annotated[DtypeOption, typer.Option(help="What the policy computes in.")] = DtypeOption.AUTO
+    gradient_checkpointing: GradientCheckpointing = False
+    checkpoint_every: CheckpointEvery = 500
+    resume: Resume = False
+    seed: Annotated[int, typer.Option(help="Decides the adapters' start and the order of the data.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTOptions(_FineTuning, Weights, _Demonstrations):
+    """Of `nbest train sft`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOOptions(_FineTuning, Weights, _Preferences):
+    """Of `nbest train dpo`."""
+
+
 @train_app.command("sft")
-def train_sft_command(
-    data: Annotated[str, typer.Option(help=DEMONSTRATIONS_HELP)],
-    out: PolicyOut,
-    model: Policy = "smollm2-135m-instruct",
-    full: Full = False,
-    merge: Merge = False,
-    lora_rank: LoraRank = 16,
-    epochs: Epochs = 1.0,
-    batch_size: BatchSize = 16,
-    micro_batch_size: MicroBatchSize = None,
-    learning_rate: LearningRate = None,
-    max_length: MaxLength = None,
-    validation: Validation = None,
-    holdout: Holdout = 0.1,
-    dtype: Dtype = DtypeOption.AUTO,
-    gradient_checkpointing: GradientCheckpointing = False,
-    checkpoint_every: CheckpointEvery = 500,
-    resume: Resume = False,
-    seed: Seed = 0,
-) -> None:
+@takes(SFTOptions)
+def train_sft_command(given: SFTOptions) -> None:
     """Fine-tune a policy on demonstrations, such as the winners of best-of-n.
 
     The learning rate is 2e-4 unless it is given, with --full 1e-5.
@@ -173,46 +194,18 @@ def train_sft_command(
         from training.policy import PolicyTraining, RunOptions
         from training.sft import train_sft
 
-        settings = PolicyTraining(
-            base_model=model,
-            full=full,
-            lora_rank=lora_rank,
-            epochs=epochs,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            learning_rate=learning_rate if learning_rate is not None else 1e-5 if full else 2e-4,
-            max_length=max_length,
-            dtype=dtype.value,
-            gradient_checkpointing=gradient_checkpointing,
-            seed=seed,
+        rate = given.learning_rate if given.learning_rate is not None else 1e-5 if given.full else 2e-4
+        settings = settings_of(PolicyTraining, given, base_model=given.model, learning_rate=rate)
+        options = settings_of(RunOptions, given)
+        written = train_sft(
+            given.data, given.out, settings, options, validation_data=given.validation, holdout=given.holdout
         )
-        options = RunOptions(checkpoint_every, resume=resume, merge=merge)
-        written = train_sft(data, out, settings, options, validation_data=validation, holdout=holdout)
-    tell_policy(written, model)
+    tell_policy(written, given.model)
 
 
 @train_app.command("dpo")
-def train_dpo_command(
-    data: Annotated[str, typer.Option(help=DATA_HELP)],
-    out: PolicyOut,
-    model: Policy = "smollm2-135m-instruct",
-    beta: Annotated[float, typer.Option(min=0.0, help="Price of a nat away from the policy as it was.")] = 0.1,
-    full: Full = False,
-    merge: Merge = False,
-    lora_rank: LoraRank = 16,
-    epochs: Epochs = 1.0,
-    batch_size: BatchSize = 16,
-    micro_batch_size: MicroBatchSize = None,
-    learning_rate: LearningRate = None,
-    max_length: MaxLength = None,
-    validation: Validation = None,
-    holdout: Holdout = 0.1,
-    dtype: Dtype = DtypeOption.AUTO,
-    gradient_checkpointing: GradientCheckpointing = False,
-    checkpoint_every: CheckpointEvery = 500,
-    resume: Resume = False,
-    seed: Seed = 0,
-) -> None:
+@takes(DPOOptions)
+def train_dpo_command(given: DPOOptions) -> None:
     """Fine-tune a policy on preferences by DPO.
 
     The learning rate is 5e-5 unless it is given, with --full 5e-7.
@@ -221,23 +214,13 @@ def train_dpo_command(
         from training.dpo import DPOTraining, train_dpo
         from training.policy import RunOptions
 
-        settings = DPOTraining(
-            base_model=model,
-            full=full,
-            lora_rank=lora_rank,
-            epochs=epochs,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            learning_rate=learning_rate if learning_rate is not None else 5e-7 if full else 5e-5,
-            max_length=max_length,
-            dtype=dtype.value,
-            gradient_checkpointing=gradient_checkpointing,
-            seed=seed,
-            beta=beta,
+        rate = given.learning_rate if given.learning_rate is not None else 5e-7 if given.full else 5e-5
+        settings = settings_of(DPOTraining, given, base_model=given.model, learning_rate=rate)
+        options = settings_of(RunOptions, given)
+        written = train_dpo(
+            given.data, given.out, settings, options, validation_data=given.validation, holdout=given.holdout
         )
-        options = RunOptions(checkpoint_every, resume=resume, merge=merge)
-        written = train_dpo(data, out, settings, options, validation_data=validation, holdout=holdout)
-    tell_policy(written, model)
+    tell_policy(written, given.model)
 
 
 train_app.command("ppo")(ppo_command)

@@ -1,12 +1,25 @@
-"""What the commands of `nbest train` have in common: options, and how they end."""
+"""What the commands of `nbest train` have in common: options, and how they end.
 
-from collections.abc import Iterator
+The options of a command are the fields of a dataclass. What commands share stands in one dataclass that theirs derive
+from; of several bases the fields of the last come first, and so they do in `--help`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
+from dataclasses import MISSING, dataclass, fields
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 class DtypeOption(StrEnum):
@@ -19,21 +32,8 @@ class DtypeOption(StrEnum):
 
 PolicyOut = Annotated[Path, typer.Option(help="Directory for the weights, metrics and checkpoints.")]
 Policy = Annotated[str, typer.Option(help="Policy to train: prepared name, directory or hub id.")]
-Full = Annotated[bool, typer.Option("--full", help="Train all weights and write OUT/model, not an adapter.")]
-Merge = Annotated[
-    bool, typer.Option("--merge", help="Also write OUT/model, the base model with the adapter added to it.")
-]
-LoraRank = Annotated[int, typer.Option(min=1, help="Rank of the adapters.")]
-Epochs = Annotated[float, typer.Option(min=0.0, help="Passes over the data.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step.")]
-MicroBatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Rows computed at once, if a batch does not fit in memory.")
-]
-LearningRate = Annotated[float | None, typer.Option(min=0.0, help="Highest learning rate, which decays to 0.")]
-MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and completion; default: the model's.")]
 Validation = Annotated[str | None, typer.Option(help="Held-out data; default: a share of the data.")]
 Holdout = Annotated[float, typer.Option(min=0.0, max=0.9, help="That share, chosen by hash of the prompt.")]
-Dtype = Annotated[DtypeOption, typer.Option(help="What the policy computes in.")]
 GradientCheckpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to hold fewer.")
 ]
@@ -41,7 +41,47 @@ CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps after which all
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT, or start if there is none.")
 ]
-Seed = Annotated[int, typer.Option(help="Decides the adapters' start and the order of the data.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Which weights learn, and how they are written."""
+
+    full: Annotated[bool, typer.Option("--full", help="Train all weights and write OUT/model, not an adapter.")] = False
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Also write OUT/model, the base model with the adapter added to it.")
+    ] = False
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16
+
+
+def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """A command whose options are the fields of a dataclass; typer finds them in a signature that is made of these."""
+
+    def decorated(command: Callable[[Options], None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            command(kind(**given))
+
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=field.type,
+            )
+            for field in fields(kind)
+        ]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return called
+
+    return decorated
+
+
+def settings_of(kind: type[Settings], options: object, **more: Any) -> Settings:
+    """The settings that options of the same names give, and `more`; what no option names stays as it is."""
+    given = {field.name: getattr(options, field.name) for field in fields(kind) if hasattr(options, field.name)}
+    plain = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
+    return kind(**plain | more)
 
 
 def tell_policy(written: Path, base_model: str) -> None:

@@ -1,17 +1,21 @@
-"""What a training run reports while it goes: metrics.csv, the same for TensorBoard, and metrics.png at its end.
+"""What a training run reports while it goes: metrics.csv, the same for TensorBoard, and metrics.png.
 
 A run that goes on from a checkpoint keeps the lines up to there and writes the rest anew, so that the file of an
 interrupted run ends as that of one that was not.
 """
 
 import csv
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
+
+Row = Mapping[str, float]
 
 LOG_EVERY_STEPS = 10
 
@@ -19,20 +23,23 @@ OF_EVERY_TRAINER = {"epoch": "epoch", "loss": "loss", "learning_rate": "learning
 
 
 class MetricsTable:
-    """The lines of OUT/metrics.csv, each of a step, and the same for TensorBoard."""
+    """The lines of OUT/metrics.csv, each of a step, and the same for TensorBoard.
 
-    def __init__(self, out: Path, columns: Iterable[str], *, after_step: int = 0) -> None:
+    With a name: of OUT/NAME.csv, and a run of that name in TensorBoard.
+    """
+
+    def __init__(self, out: Path, columns: Iterable[str], *, name: str = "", after_step: int = 0) -> None:
         """Keeps the lines of an earlier run up to `after_step`, from where this one goes on."""
         self.rows: list[dict[str, float]] = []
-        self._out = out
+        self._path = out / f"{name or 'metrics'}.csv"
         self._columns = ("step", *columns)
         if after_step:
             self._keep_up_to(after_step)
-        self._writer = SummaryWriter(out / "tensorboard", purge_step=after_step + 1)
+        self._writer = SummaryWriter(out / "tensorboard" / name, purge_step=after_step + 1)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self.rows.append({"step": step, **values})
-        with (self._out / "metrics.csv").open("w", newline="") as file:
+        with self._path.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self.rows)
@@ -44,7 +51,7 @@ class MetricsTable:
 
     def _keep_up_to(self, step: int) -> None:
         try:
-            with (self._out / "metrics.csv").open(newline="") as file:
+            with self._path.open(newline="") as file:
                 lines = list(csv.DictReader(file))
         except FileNotFoundError:
             return
@@ -94,12 +101,28 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         plot_metrics(self._table.rows, ("loss", *self._measures), self._out / "metrics.png")
 
 
-def plot_metrics(rows: list[dict[str, float]], measures: tuple[str, ...], path: Path) -> None:
-    """A panel for each measure, over steps."""
-    figure = Figure(figsize=(4 * len(measures), 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(measures)), measures, strict=True):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot([step for step, _ in points], [value for _, value in points], marker="." if len(points) < 20 else "")
-        axes.set_xlabel("step")
-        axes.set_title(name.replace("_", " "))
+def plot_metrics(rows: Sequence[Row], measures: Iterable[str] | Mapping[str, str], path: Path) -> None:
+    """A panel for each measure, over steps; a mapping tells their titles."""
+    titles = measures if isinstance(measures, Mapping) else {name: name.replace("_", " ") for name in measures}
+    figure, panels = panels_of(1, len(titles))
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        draw_curve(axes, rows, "step", name)
+        axes.set(title=title, xlabel="step")
     figure.savefig(path)
+
+
+def panels_of(lines: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure and its empty panels, line by line."""
+    figure = Figure(figsize=(4 * columns, 3 * lines), dpi=110, layout="constrained")
+    panels: list[Axes] = [*figure.subplots(lines, columns, squeeze=False).flat]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure, panels
+
+
+def draw_curve(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
+    """One column against another, where a row has both."""
+    points = [(row[x], row[y]) for row in rows if x in row and y in row]
+    axes.plot([one for one, _ in points], [other for _, other in points], marker="." if len(points) < 20 else "")

@@ -20,25 +20,26 @@ from training.rl.settings import RewardNormalization, RLTraining
 
 @dataclass(frozen=True, slots=True)
 class Actors:
-    """What completions are drawn and scored by."""
+    """What completions are drawn and scored by; the judge looks at those of evaluations alone."""
 
     generator: Generator
     scorer: Scorer
+    judge: Scorer | None = None
 
 
 Start = Callable[[Settings], AbstractAsyncContextManager[Actors]]
 
 
 def server_settings(settings: RLTraining, adapter: Path | None = None, *, bfloat16: bool = False) -> Settings:
-    """Those of a server of this policy, with its adapter, and this reward.
+    """Those of a server of this policy, with its adapter, and this reward; the judge, if there is one, comes after it.
 
     Raises:
-        server.config.ConfigError: the reward is misspelt, or something in the environment is.
+        server.config.ConfigError: reward or judge are misspelt, or something in the environment is.
     """
     return load_settings(
         {
             "model": settings.base_model,
-            "reward_models": [settings.reward_model],
+            "reward_models": [settings.reward_model, *([settings.judge] if settings.judge else [])],
             "adapter": adapter,
             "adapter_root": None,
             "max_lora_rank": None,
@@ -53,7 +54,7 @@ def server_settings(settings: RLTraining, adapter: Path | None = None, *, bfloat
 
 @asynccontextmanager
 async def started_actors(settings: Settings) -> AsyncIterator[Actors]:
-    """Both, until the block is left.
+    """All of them, until the block is left.
 
     Raises:
         TrainingError: one of them does not start.
@@ -63,7 +64,7 @@ async def started_actors(settings: Settings) -> AsyncIterator[Actors]:
             pipeline = await stack.enter_async_context(assembly.start(settings, tempered_logprobs=True))
         except Exception as error:
             raise TrainingError(f"the engine or the reward model does not start: {error}") from error
-        yield Actors(pipeline.generator, next(iter(pipeline.scorers.values())))
+        yield Actors(pipeline.generator, *pipeline.scorers.values())
 
 
 def normalization_of(settings: RLTraining) -> RewardNormalization:

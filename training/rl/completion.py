@@ -4,6 +4,7 @@ Prompts are padded on the left and completions on the right, so that all complet
 logits that predict them are the last ones of every row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -19,7 +20,8 @@ class Completion:
     """One sample of the policy, token in, token out.
 
     `drawn_logprobs` are the engine's, of each token, in nats. `reward` is the scorer's, `score` what is learnt from:
-    scaled, and less the penalty where `is_cut`. `group` is the place of its prompt in the batch.
+    scaled, and less the penalty where `is_cut`. `group` is the place of its prompt in the batch. `judged` is what the
+    judge says of it, NaN where there is none.
     """
 
     prompt_ids: Sequence[int]
@@ -30,6 +32,7 @@ class Completion:
     score: float
     group: int
     is_cut: bool
+    judged: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from reranker.candidate import Prompt
 from training.data_source import Source
+from training.policy import Parts
 from training.policy_tokens import TokenisedRow, tokenise
 from training.preference_data import DataError, Row, messages_of, read_rows, text_of
 
@@ -32,13 +33,23 @@ def prompt_row(line: int, fields: dict[str, Any]) -> Row:
     return Row(line, prompt, (), (), line)
 
 
-def read_prompts(source: Source, tokenizer: Any, max_length: int, max_tokens: int) -> list[TokenisedRow]:
-    """All prompts in tokens; each leaves room for a completion.
+def read_prompts(source: Source, validation: Source | None, holdout: float) -> Parts:
+    """The prompts to learn from and those to evaluate on: `validation` or, without it, the share `holdout` of all.
 
     Raises:
         DataError, DataSourceError: some cannot be used, or there is none.
     """
-    prompts = tokenise(read_rows(source, prompt_row), tokenizer, max_length, source)
+    held_out = (read_rows(validation, prompt_row), validation) if validation else None
+    return Parts.of(read_rows(source, prompt_row), source, held_out, holdout)
+
+
+def in_tokens(rows: list[Row], source: Source, tokenizer: Any, max_length: int, max_tokens: int) -> list[TokenisedRow]:
+    """The prompts in tokens; each leaves room for a completion.
+
+    Raises:
+        DataError: some do not.
+    """
+    prompts = tokenise(rows, tokenizer, max_length, source)
     errors: list[tuple[int, str]] = []
     for one in prompts:
         length = len(one.prompt_ids)

@@ -24,11 +24,15 @@ from training.rl.rewards import ScoreScale
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """What was drawn, and how many more candidates have no reward, with the reason of one of them."""
+    """What was drawn, and how many more candidates have no reward, with the reason of one of them.
+
+    `judge_failure` is why the judge has nothing to say of some that have one.
+    """
 
     completions: list[Completion]
     lost: int = 0
     reason: str = ""
+    judge_failure: str = ""
 
     @property
     def rewards(self) -> list[float]:
@@ -40,7 +44,7 @@ class Rollouts:
 
 
 class RolloutWorker:
-    """`samples` completions a prompt, with rewards."""
+    """`samples` completions a prompt, with rewards; what the judge says is only looked at, and may be missing."""
 
     def __init__(
         self,
@@ -51,12 +55,15 @@ class RolloutWorker:
         max_tokens: int,
         temperature: float,
         truncation_penalty: float,
+        judge: Scorer | None = None,
     ) -> None:
         self._generator = generator
         self._scorer = scorer
+        self._judge = judge
         self._samples = samples
         # All of the distribution, as the learner has it: no top_p, no penalties.
-        self._sampling = Sampling(max_tokens=max_tokens, temperature=temperature, logprobs=scorer.needs.top_logprobs)
+        top = max(one.needs.top_logprobs for one in (scorer, judge) if one is not None)
+        self._sampling = Sampling(max_tokens=max_tokens, temperature=temperature, logprobs=top)
         self._truncation_penalty = truncation_penalty
 
     async def draw(
@@ -77,10 +84,14 @@ class RolloutWorker:
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None  # one is enough to tell; the others were cancelled
         found = [task.result() for task in tasks]
-        reason = next((one.reason for one in found if one.reason), "")
-        whole = Rollouts([one for part in found for one in part.completions], sum(one.lost for one in found), reason)
+        whole = Rollouts(
+            [one for part in found for one in part.completions],
+            sum(one.lost for one in found),
+            next((one.reason for one in found if one.reason), ""),
+            next((one.judge_failure for one in found if one.judge_failure), ""),
+        )
         if not whole.completions:
-            raise TrainingError(f"none of the {whole.lost} completions of a step has a reward: {reason}")
+            raise TrainingError(f"none of the {whole.lost} completions of a step has a reward: {whole.reason}")
         return whole
 
     async def _of_prompt(
@@ -99,17 +110,35 @@ class RolloutWorker:
                 rewards = (await self._scorer.score(prompt.row.prompt, candidates)).rewards_N
             except ScoringError as error:
                 return Rollouts([], self._samples, str(error))
+        judged, judge_failure = await self._judged(prompt, candidates)
         completions = [
-            self._completion(place, prompt, candidate, reward, scale)
-            for candidate, reward in zip(candidates, rewards, strict=True)
+            self._completion(place, prompt, candidate, reward, judgement, scale)
+            for candidate, reward, judgement in zip(candidates, rewards, judged, strict=True)
             if math.isfinite(reward)
         ]
         if len(completions) < len(candidates):
             reason = f"{self._scorer.name} gave a reward that is no number"
-        return Rollouts(completions, self._samples - len(completions), reason)
+        return Rollouts(completions, self._samples - len(completions), reason, judge_failure)
+
+    async def _judged(self, prompt: TokenisedRow, candidates: Sequence[Candidate]) -> tuple[Sequence[float], str]:
+        """What the judge says of each, and why it has nothing to say where that is NaN."""
+        nothing = [math.nan] * len(candidates)
+        if self._judge is None or not candidates:
+            return nothing, ""
+        try:
+            judged = (await self._judge.score(prompt.row.prompt, candidates)).rewards_N
+        except ScoringError as error:
+            return nothing, str(error)
+        return judged, "" if all(map(math.isfinite, judged)) else "what it says is no number"
 
     def _completion(
-        self, place: int, prompt: TokenisedRow, candidate: Candidate, reward: float, scale: ScoreScale
+        self,
+        place: int,
+        prompt: TokenisedRow,
+        candidate: Candidate,
+        reward: float,
+        judged: float,
+        scale: ScoreScale,
     ) -> Completion:
         is_cut = candidate.finish_reason == "length"
         return Completion(
@@ -121,6 +150,7 @@ class RolloutWorker:
             score=scale(reward) - self._truncation_penalty * is_cut,
             group=place,
             is_cut=is_cut,
+            judged=judged,
         )
 
 

@@ -1,6 +1,7 @@
 """PPO and REINFORCE with the actors that serve: `nbest train ppo` and `nbest train reinforce`.
 
     prompts -> RolloutWorker (generator, scorer) -> completions with rewards -> update (learner) -> WeightSync -> ...
+    held-out prompts -> Evaluator -> figures, samples, alarms
 
 A step draws with the weights that the step before it ended with, so learning is on-policy. Learning blocks a thread and
 not the event loop, on which the engine's answers arrive. After every `checkpoint_every` steps all is kept to go on from
@@ -8,21 +9,16 @@ not the event loop, on which the engine's answers arrive. After every `checkpoin
 """
 
 import asyncio
-import hashlib
 import itertools
 import random
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, pstdev
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reranker.device import pick_device
 from server.generation.base import Sampling
@@ -30,12 +26,14 @@ from training import checkpoints
 from training.data_source import Source
 from training.errors import TrainingError
 from training.metrics_log import MetricsTable, plot_metrics
-from training.policy import RunOptions
+from training.policy import Parts, RunOptions
 from training.policy_tokens import TokenisedRow
 from training.rl.actors import Actors, Start, normalization_of, server_settings, started_actors
+from training.rl.evaluator import Evaluator
 from training.rl.kl import KLController
 from training.rl.learner import Learner
-from training.rl.prompts import of_step, read_prompts, seeds_of_step
+from training.rl.progress import RunProgress
+from training.rl.prompts import in_tokens, of_step, read_prompts, seeds_of_step
 from training.rl.rewards import ScoreScale
 from training.rl.rollout import Rollouts, RolloutWorker
 from training.rl.run_state import RunState
@@ -47,7 +45,13 @@ SCALE_SAMPLES = 128
 """Completions of the reference, at least, that the scale of the rewards is measured on."""
 PROBE_TOKENS = 16
 PLOT_EVERY_STEPS = 10
-PANELS = ("reward", "kl", "entropy", "length", "mismatch")
+PANELS = {
+    "reward": "reward",
+    "kl": "KL to the reference, nats a completion",
+    "entropy": "entropy, nats a token",
+    "length": "length, tokens",
+    "mismatch": "engine and learner apart, nats a token",
+}
 COLUMNS = (
     *("reward", "reward_deviation", "score", "kl", "kl_k2", "kl_k3", "beta", "entropy", "length", "cut", "lost"),
     *("policy_loss", "ratio", "first_ratio_error", "gradient_norm", "learning_rate"),
@@ -58,9 +62,18 @@ COLUMNS_OF_PPO = ("clip_fraction", "value_loss", "explained_variance")
 
 
 def train_rl(
-    prompts: Source, out: Path, settings: Method, options: RunOptions, *, start: Start = started_actors
+    prompts: Source,
+    out: Path,
+    settings: Method,
+    options: RunOptions,
+    *,
+    validation_data: Source | None = None,
+    holdout: float = 0.1,
+    start: Start = started_actors,
 ) -> Path:
     """Trains on the prompts and returns the directory that can be served.
+
+    Evaluated is on the validation data or, without any, on the share `holdout` of the prompts.
 
     Raises:
         DataError, DataSourceError: prompts that cannot be used, found before anything is started.
@@ -68,33 +81,37 @@ def train_rl(
         CheckpointError: `out` holds checkpoints that this run cannot go on from.
         TrainingError: the policy cannot be trained like this, or engine and learner are apart; what was kept stays.
     """
-    return asyncio.run(_train(prompts, out, settings, options, start))
-
-
-async def _train(source: Source, out: Path, settings: Method, options: RunOptions, start: Start) -> Path:
-    _check(settings)
+    parts = read_prompts(prompts, validation_data, holdout)
+    _check(settings, parts)
     server_settings(settings)  # a misspelt reward is told before a model is loaded
+    return asyncio.run(_train(parts, out, settings, options, start))
+
+
+async def _train(parts: Parts, out: Path, settings: Method, options: RunOptions, start: Start) -> Path:
     device = torch.device(pick_device("auto"))
     learner = Learner(settings, device, optimiser_steps=optimiser_steps(settings))
-    prompts = read_prompts(source, learner.tokenizer, learner.max_length, settings.max_tokens)
+    limits = (learner.tokenizer, learner.max_length, settings.max_tokens)
+    prompts = in_tokens(parts.trained, parts.trained_source, *limits)
+    held_out = in_tokens(parts.held_out, parts.held_out_source, *limits)
     state = RunState(KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon))
     kept = out / "checkpoints"
     method = "ppo" if isinstance(settings, PPOTraining) else "reinforce"
-    digest = hashlib.sha256(repr([one.row.prompt for one in prompts]).encode()).hexdigest()
-    checkpoint = checkpoints.start(kept, asdict(settings) | {"method": method, "data": digest}, resume=options.resume)
+    run = asdict(settings) | {"method": method, "data": parts.digest}
+    checkpoint = checkpoints.start(kept, run, resume=options.resume)
     if checkpoint is not None:
         state.restore(checkpoint, learner)
     written = learner.write_for_engine(kept / "engine")
     engine = server_settings(settings, None if settings.full else written, bfloat16=learner.computes_bfloat16)
     async with start(engine) as actors:
-        await _Run(actors, learner, prompts, out, settings, options, state)()
+        evaluator = Evaluator(actors, learner, held_out, settings, out, after_step=state.step)
+        await _Run(actors, learner, prompts, evaluator, out, settings, options, state)()
     result = learner.write_result(out, merge=options.merge)
     shutil.rmtree(kept)
     return result
 
 
-def _check(settings: Method) -> None:
-    """What the fields must be to one another.
+def _check(settings: Method, parts: Parts) -> None:
+    """What the fields must be to one another, and to the prompts.
 
     Raises:
         TrainingError: they do not go together.
@@ -110,6 +127,8 @@ def _check(settings: Method) -> None:
             raise TrainingError("a completion alone has nothing to be compared with; draw 2 or more")
     if settings.kl_target is not None and settings.kl_target <= 0:
         raise TrainingError("a target of no KL leaves nothing to learn; raise --kl-target, or leave it out")
+    if settings.judge and not parts.held_out:
+        raise TrainingError("no prompt is held out for the judge; give --validation, or raise --holdout")
     if settings.temperature <= 0:
         raise TrainingError("at temperature 0 all samples are the same and nothing is learnt; raise --temperature")
 
@@ -122,6 +141,7 @@ class _Run:
         actors: Actors,
         learner: Learner,
         prompts: list[TokenisedRow],
+        evaluator: Evaluator,
         out: Path,
         settings: Method,
         options: RunOptions,
@@ -129,6 +149,7 @@ class _Run:
     ) -> None:
         self._learner = learner
         self._prompts = prompts
+        self._evaluator = evaluator
         self._out = out
         self._settings = settings
         self._options = options
@@ -158,7 +179,9 @@ class _Run:
         synced = await self._sync()
         if self._state.scale is None:
             self._state.scale = await self._measured_scale(synced.version)
-        with _progress(self._options, self._settings.steps, self._state.step) as progress:
+        with RunProgress(self._settings.steps, self._state.step, shown=self._options.progress) as progress:
+            if self._state.step == 0:
+                await self._evaluator(0, synced.version, progress.warn)
             while self._state.step < self._settings.steps:
                 timer = _Timer()
                 rollouts = await self._draw(self._state.step, synced.version, "step")
@@ -169,9 +192,11 @@ class _Run:
                 timer.lap("sync_s")
                 self._state.step += 1
                 self._record(rollouts, learnt | {"sync_difference": synced.difference}, timer)
-                progress(self._table.rows[-1])
+                progress.step(self._table.rows[-1])
+                await self._evaluator(self._state.step, synced.version, progress.warn)
                 if self._state.step % self._options.checkpoint_every == 0:
                     self._state.save(self._out / "checkpoints", self._learner)
+        self._evaluator.close()
         self._table.close()
         plot_metrics(self._table.rows, PANELS, self._out / "metrics.png")
 
@@ -234,25 +259,3 @@ class _Timer:
     def lap(self, name: str) -> None:
         now_s = time.perf_counter()
         self.laps_s[name], self._begun_s = now_s - self._begun_s, now_s
-
-
-@contextmanager
-def _progress(options: RunOptions, total: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A bar on a terminal, which is told the measures of each step."""
-    console = Console(stderr=True)
-    bar = Progress(
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[told]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (options.progress and console.is_terminal),
-    )
-    with bar:
-        task = bar.add_task("", total=total, completed=done, told="")
-
-        def advance(row: dict[str, float]) -> None:
-            told = f"reward {row['reward']:.3f} · KL {row['kl']:.2f} · {row['drawn_tokens_per_s']:.0f} tokens/s"
-            bar.update(task, advance=1, told=told)
-
-        yield advance

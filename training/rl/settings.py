@@ -19,7 +19,8 @@ class RLTraining:
     it follows that many nats a completion (`training.rl.kl`). `truncation_penalty` is taken from the score of a
     completion that was cut by its length. `reward_normalization` None: `reference` for models, `none` for functions of
     the user's own. `sync_tolerance`, in nats a token, is how far engine and learner may be apart
-    (`training.rl.weight_sync`).
+    (`training.rl.weight_sync`). Every `evaluate_every` steps held-out prompts are answered, and `judge`, a scorer like
+    the reward, says what it thinks of that (`training.rl.evaluator`).
     """
 
     base_model: str = "smollm2-135m-instruct"
@@ -41,6 +42,8 @@ class RLTraining:
     reward_normalization: RewardNormalization | None = None
     largest_importance: float = 2.0
     sync_tolerance: float | None = None
+    evaluate_every: int = 10
+    judge: str | None = None
     max_length: int | None = None
     dtype: Precision = "auto"
     gradient_checkpointing: bool = False

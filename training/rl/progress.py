@@ -1,0 +1,42 @@
+"""What a run tells while it goes: a bar on a terminal, and warnings wherever it runs."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunProgress:
+    """A bar of steps, with the measures of the last one."""
+
+    def __init__(self, total: int, done: int, *, shown: bool) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (shown and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, told="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, row: Mapping[str, float]) -> None:
+        """One step more, of which these are the measures."""
+        told = f"reward {row['reward']:.3f} · KL {row['kl']:.2f} · {row['drawn_tokens_per_s']:.0f} tokens/s"
+        self._bar.update(self._task, advance=1, told=told)
+
+    def warn(self, sentence: str) -> None:
+        """A line above the bar."""
+        self._console.print(f"Warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
