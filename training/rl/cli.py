@@ -73,7 +73,7 @@ RewardNormalization = Annotated[
 ]
 SyncTolerance = Annotated[
     float | None,
-    typer.Option(min=0.0, help="Nats a token that engine and learner may be apart; default: 0.001, in bfloat16 0.05."),
+    typer.Option(min=0.0, help="Nats a token that engine and learner may be apart; default: 0.001, in bfloat16 0.15."),
 ]
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and completion; default: the model's.")]
 Dtype = Annotated[DtypeOption, typer.Option(help="What policy and engine compute in.")]
