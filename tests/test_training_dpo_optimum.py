@@ -13,14 +13,12 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
+from math import log
 from pathlib import Path
-from typing import Any
 
-import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
+from tests.enumerable import distribution, optimum, symbol_tokenizer, total_variation
 from tests.tiny_models import save_tiny_policy
 from training.dpo import DPOTraining, train_dpo
 from training.policy import RunOptions
@@ -32,35 +30,13 @@ COMPARED_WITH = 4
 """Answers that each is compared with, at least; a connected graph of comparisons is all that the optimum needs."""
 
 
-def tokenizer() -> Any:
-    """One token for each symbol, and EOS."""
-    vocabulary = {symbol: place for place, symbol in enumerate([*SYMBOLS, "<eos>"])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>", model_max_length=128
-    )
-
-
 ANSWERS = ["", *SYMBOLS, *("".join(pair) for pair in itertools.product(SYMBOLS, repeat=2))]
 
 
-def distribution(policy: Any) -> torch.Tensor:
-    """The probability of every answer, in the order of ANSWERS, by the chain rule over the policy's own numbers."""
-    eos = len(SYMBOLS)
-    contexts = [[SYMBOLS.index(symbol) for symbol in PROMPT + first] for first in ("", *SYMBOLS)]
-    with torch.inference_mode():
-        next_token = [policy(torch.tensor([context])).logits[0, -1].double().softmax(-1) for context in contexts]
-    first = next_token[0]
-    probabilities = [first[eos]]
-    probabilities += [first[SYMBOLS.index(a)] * next_token[1 + SYMBOLS.index(a)][eos] for a in SYMBOLS]
-    probabilities += [
-        first[SYMBOLS.index(a)] * next_token[1 + SYMBOLS.index(a)][SYMBOLS.index(b)]
-        for a, b in itertools.product(SYMBOLS, repeat=2)
-    ]
-    found = torch.stack(probabilities)
-    assert float(found.sum()) == pytest.approx(1.0, abs=1e-6)
-    return found
+def token_ids(answer: str) -> list[int]:
+    """As the policy says it: closed by EOS where it is not cut."""
+    own = [SYMBOLS.index(symbol) for symbol in answer]
+    return own if finish_reason(answer) == "length" else [*own, len(SYMBOLS)]
 
 
 def finish_reason(answer: str) -> str:
@@ -87,10 +63,10 @@ def preferences(weights: list[int], rng: random.Random) -> Iterator[dict[str, st
 
 
 def test_dpo_with_exact_preferences_reaches_the_optimum_of_rlhf(tmp_path: Path) -> None:
-    """pi_ref * exp(r / beta) / Z, of which w^(1 / beta) is exp(r / beta); total variation below .03."""
+    """pi_ref * exp(r / beta) / Z; total variation below .03."""
     rng = random.Random(0)
     weights = [rng.choice([1, 2, 3]) for _ in ANSWERS]
-    base = save_tiny_policy(tmp_path / "base", tokenizer=tokenizer())
+    base = save_tiny_policy(tmp_path / "base", tokenizer=symbol_tokenizer(SYMBOLS))
     data = tmp_path / "preferences.jsonl"
     lines = [json.dumps(line) + "\n" for line in preferences(weights, rng)]
     data.write_text("".join(lines))
@@ -104,13 +80,9 @@ def test_dpo_with_exact_preferences_reaches_the_optimum_of_rlhf(tmp_path: Path) 
         dtype="float32",
     )
     written = train_dpo(data, tmp_path / "out", settings, RunOptions(progress=False), holdout=0)
-    reference = distribution(AutoModelForCausalLM.from_pretrained(base))
-    optimum = reference * torch.tensor(weights, dtype=torch.float64) ** (1 / BETA)
-    optimum /= optimum.sum()
-    reached = distribution(AutoModelForCausalLM.from_pretrained(written))
-    assert total_variation(reference, optimum) > 0.2, "there would be nothing to learn"
-    assert total_variation(reached, optimum) < 0.03
-
-
-def total_variation(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().sum() / 2)
+    prompt_ids, answers = [SYMBOLS.index(symbol) for symbol in PROMPT], [token_ids(answer) for answer in ANSWERS]
+    reference = distribution(AutoModelForCausalLM.from_pretrained(base), prompt_ids, answers)
+    reached = distribution(AutoModelForCausalLM.from_pretrained(written), prompt_ids, answers)
+    goal = optimum(reference, [log(weight) for weight in weights], BETA)
+    assert total_variation(reference, goal) > 0.2, "there would be nothing to learn"
+    assert total_variation(reached, goal) < 0.03

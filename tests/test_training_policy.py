@@ -2,12 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from peft.utils import save_and_load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
@@ -20,7 +22,7 @@ from training.cli import train_app
 from training.demonstration_data import demonstration
 from training.dpo import DPOTraining, TokenisedDPOTrainer, train_dpo
 from training.errors import TrainingError
-from training.policy import PolicyTraining, RunOptions
+from training.policy import Policy, PolicyTraining, RunOptions, write_adapter
 from training.policy_tokens import tokenise
 from training.preference_data import DataError, read_rows
 from training.sft import train_sft
@@ -174,6 +176,19 @@ def test_a_merged_model_says_what_base_and_adapter_say_together(tmp_path: Path, 
     assert written_files == {"adapter_config.json", "adapter_model.safetensors"}
     named = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == str(base)
+
+
+def test_an_adapter_is_written_without_asking_the_hub_for_its_base(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base of a run is often one that the hub has no directory of, as the embedded one."""
+    policy = Policy(PolicyTraining(**small(base)), dropout=False)
+    model = get_peft_model(policy.model, policy.adapters)
+    policy.settings = replace(policy.settings, base_model="smollm2-135m-instruct")
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("the hub was asked"))
+    written = write_adapter(model, policy, tmp_path)
+    config = json.loads((written / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "smollm2-135m-instruct"
 
 
 def test_a_model_is_written_in_the_precision_of_its_base(tmp_path: Path, base: Path) -> None:

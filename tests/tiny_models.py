@@ -36,6 +36,8 @@ CORPUS = [
 ]
 CONTEXT_LENGTH = 128
 WEIGHT_STD = 0.3
+ENGINE_HEAD_DIM = 32
+"""The least that the engine's attention takes on a CPU."""
 
 
 def tiny_tokenizer(
@@ -91,20 +93,19 @@ def tiny_config(
     architecture: Architecture, tokenizer: PreTrainedTokenizerBase, *, num_layers: int = 2, **more: Any
 ) -> PretrainedConfig:
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "bert": BertConfig}[architecture]
+    fields: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     heads = {} if architecture == "bert" else {"num_key_value_heads": 2}
-    return kind(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **heads,
-        **more,
-    )
+    return kind(**fields | heads | more)
 
 
 def save_tiny_policy(
@@ -117,7 +118,7 @@ def save_tiny_policy(
 ) -> Path:
     """A tiny Llama language model with its tokenizer, as save_pretrained writes it; `more` is of its configuration."""
     tokenizer = tokenizer or tiny_tokenizer()
-    config = tiny_config("llama", tokenizer, num_layers=num_layers, tie_word_embeddings=True, **more)
+    config = tiny_config("llama", tokenizer, num_layers=num_layers, **{"tie_word_embeddings": True} | more)
     draw_weights(AutoModelForCausalLM.from_config(config), seed).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

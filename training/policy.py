@@ -218,5 +218,6 @@ def write_adapter(model: Any, policy: Policy, out: Path) -> Path:
     # The name, not the directory of this machine it was resolved to: the adapter is read on others.
     model.peft_config["default"].base_model_name_or_path = policy.settings.base_model
     with appearing_whole(out / "adapter") as unfinished:
-        model.save_pretrained(unfinished)
+        # Embeddings never learn here; left to itself PEFT asks the hub about them, at every save.
+        model.save_pretrained(unfinished, save_embedding_layers=False)
     return out / "adapter"

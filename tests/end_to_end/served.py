@@ -13,6 +13,7 @@ import uvicorn
 from server import assembly
 from server.app import create_app
 from server.config import Settings
+from server.generation.base import Generator
 from server.generation.supervised import SupervisedGenerator
 from server.generation.vllm_engine import VllmGenerator
 from server.http_protocol import bounded_by
@@ -35,10 +36,15 @@ class Served:
 
     @property
     def generator(self) -> VllmGenerator:
-        return cast(VllmGenerator, cast(SupervisedGenerator, self.pipelines[0].generator).engine)
+        return engine_behind(self.pipelines[0].generator)
 
     def metric(self, name: str, **labels: str) -> float:
         return metric(self.url, name, **labels)
+
+
+def engine_behind(generator: Generator) -> VllmGenerator:
+    """The engine that a generator of the server asks now."""
+    return cast(VllmGenerator, cast(SupervisedGenerator, generator).engine)
 
 
 def metric(url: str, name: str, **labels: str) -> float:

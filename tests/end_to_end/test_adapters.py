@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import openai
 import pytest
@@ -19,12 +19,10 @@ from server import assembly
 from server.config import Settings
 from server.errors import BadRequestError, NotReadyError
 from server.generation.base import Generator, Sampling
-from server.generation.supervised import SupervisedGenerator
-from server.generation.vllm_engine import VllmGenerator
 from server.generation.weights import version_at
-from tests.end_to_end.served import START_TIMEOUT_S, Served
+from tests.end_to_end.served import START_TIMEOUT_S, Served, engine_behind
 from tests.end_to_end.test_best_of_n import MODEL, OPENING
-from tests.tiny_models import save_tiny_adapter, save_tiny_policy
+from tests.tiny_models import ENGINE_HEAD_DIM, save_tiny_adapter, save_tiny_policy
 
 pytestmark = [
     pytest.mark.engine,
@@ -82,14 +80,10 @@ class World:
         assert drawn.weights_version == version
 
 
-def engine_of(world: World) -> VllmGenerator:
-    return cast(VllmGenerator, cast(SupervisedGenerator, world.generator).engine)
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     root = tmp_path_factory.mktemp("world")
-    policy = save_tiny_policy(root / "policy", head_dim=32)
+    policy = save_tiny_policy(root / "policy", head_dim=ENGINE_HEAD_DIM)
     world = World(
         policy,
         save_tiny_adapter(root / "first", policy, seed=1),
@@ -127,7 +121,7 @@ async def test_a_request_under_way_keeps_its_version(world: World) -> None:
         await world.agrees(after, world.second)
         ended = [one async for outcomes in looks for one in outcomes if isinstance(one, Candidate)]
     assert {one.weights_version for one in ended} == {before}
-    engine = engine_of(world)
+    engine = engine_behind(world.generator)
     await engine.adapters.settled()
     assert len(await engine._engine.list_loras()) == 1, "the version that nobody uses has left the engine"
 
@@ -135,7 +129,7 @@ async def test_a_request_under_way_keeps_its_version(world: World) -> None:
 @module_loop
 async def test_what_does_not_fit_is_refused_and_what_was_served_goes_on(world: World, tmp_path: Path) -> None:
     version = await world.generator.load_adapter(str(world.first))
-    other = save_tiny_policy(tmp_path / "other", head_dim=32, num_layers=3)
+    other = save_tiny_policy(tmp_path / "other", head_dim=ENGINE_HEAD_DIM, num_layers=3)
     refused = {
         save_tiny_adapter(tmp_path / "rank", world.policy, rank=16): "--max-lora-rank 16",
         save_tiny_adapter(tmp_path / "base", other): "which the policy does not have",
@@ -153,7 +147,7 @@ async def test_an_engine_that_dies_is_followed_by_one_with_the_newest_adapter(wo
     version = await world.generator.load_adapter(str(adapter))
     expected = world.expected(adapter)
     save_tiny_adapter(adapter, world.policy, seed=8)  # whoever trains goes on
-    engine_of(world)._processes._processes[0].kill()
+    engine_behind(world.generator)._processes._processes[0].kill()
     async with asyncio.timeout(START_TIMEOUT_S):
         while True:
             try:

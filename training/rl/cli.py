@@ -129,7 +129,7 @@ class _Running:
     sync_tolerance: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Nats a token that engine and learner may be apart; default: 0.001, in bfloat16 0.05."
+            min=0.0, help="Nats a token that engine and learner may be apart; default: 0.001, in bfloat16 0.15."
         ),
     ] = None
     checkpoint_every: CheckpointEvery = 10

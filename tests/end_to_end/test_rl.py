@@ -1,0 +1,132 @@
+"""Training with the real engine: it ends where it should, and a sync that is broken on purpose is caught."""
+
+import json
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+
+from server.generation.base import Sampling
+from server.generation.weights import CONFIG, WEIGHTS, Adapter
+from tests.end_to_end.served import START_TIMEOUT_S, engine_behind
+from tests.enumerable import LESSONS, RewardedAnswers
+from tests.tiny_models import ENGINE_HEAD_DIM, draw_weights, save_tiny_policy
+from training.policy import RunOptions
+from training.rl.actors import Actors, server_settings, started_actors
+from training.rl.learner import Learner
+from training.rl.prompts import in_tokens, read_prompts
+from training.rl.run import train_rl
+from training.rl.settings import ReinforceTraining
+from training.rl.weight_sync import Probe, Synced, SyncError, WeightSync
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_TIMEOUT_S + 300)]
+
+BY_ROUNDING = 1e-4
+"""Nats a token: engine and learner both compute in float32."""
+LONG_PROMPT = "The film was a delight from start to finish and the cast was great. " * 3
+"""More than a block of the engine's cache, so that a stale one would be met."""
+
+module_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_engine() -> Iterator[None]:
+    """What a run's engine is set to comes from the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NBEST_KV_CACHE_GIB", "0.25")
+        patch.setenv("NBEST_MAX_NUM_SEQS", "256")
+        yield
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_rloo_through_the_engine_ends_at_the_optimum_of_rlhf(lesson: str, tmp_path: Path) -> None:
+    """As in `tests/test_rl_worlds.py`, with a new adapter in the engine after every step."""
+    world = RewardedAnswers(tmp_path, LESSONS[lesson])
+    reward = f"reward={world.save_reward_function(tmp_path / 'reward.py')}"
+    settings = ReinforceTraining(**world.training, reward_model=reward)
+    written = train_rl(world.prompts, tmp_path / "out", settings, RunOptions(progress=False), holdout=0.0)
+    assert world.distance_to_optimum() > 0.15
+    assert world.distance_to_optimum(written) < 0.03
+
+
+Add = Callable[[str, int, str], Awaitable[Any]]
+
+
+class Rig:
+    """A learner, and the engine that it hands its weights to."""
+
+    def __init__(self, actors: Actors, learner: Learner, sync: WeightSync) -> None:
+        self.learner = learner
+        self.sync = sync
+        self.adapters = engine_behind(actors.generator).adapters
+        self._versions = 0
+
+    def learn(self) -> None:
+        """Other weights than all before."""
+        self._versions += 1
+        draw_weights(self.learner.model, self._versions)
+
+    @property
+    def loaded(self) -> Adapter:
+        assert self.adapters._current is not None
+        return self.adapters._current.adapter
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def rig(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
+    root = tmp_path_factory.mktemp("rig")
+    (root / "prompts.jsonl").write_text(json.dumps({"prompt": LONG_PROMPT}) + "\n")
+    settings = ReinforceTraining(
+        base_model=str(save_tiny_policy(root / "base", head_dim=ENGINE_HEAD_DIM)),
+        dtype="float32",
+        reward_model="r=logprob",
+    )
+    learner = Learner(settings, torch.device("cpu"), optimiser_steps=1)
+    async with started_actors(server_settings(settings, learner.write_for_engine(root))) as actors:
+        rows = read_prompts(root / "prompts.jsonl", None, holdout=0.0).train
+        (prompt,) = in_tokens(rows, root / "prompts.jsonl", learner.tokenizer, learner.max_length, max_tokens=16)
+        probe = Probe(prompt, Sampling(max_tokens=16, seed=0, logprobs=0))
+        yield Rig(actors, learner, WeightSync(actors.generator, learner, root, probe, None))
+
+
+async def stale_adapter(add: Add, before: Adapter, name: str, number: int, path: str) -> Any:
+    """What is announced as the new version is the one before it."""
+    return await add(name, number, str(before.path))
+
+
+async def wrong_scale(add: Add, before: Adapter, name: str, number: int, path: str) -> Any:
+    """Its weights are right, and count twice."""
+    config = Path(path) / CONFIG
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"lora_alpha": 2 * fields["lora_alpha"]}))
+    return await add(name, number, path)
+
+
+async def stale_prefix(add: Add, before: Adapter, name: str, number: int, path: str) -> Any:
+    """It goes by the name of the one before it, so what that computed of a prompt is used again."""
+    for file in (CONFIG, WEIGHTS):
+        shutil.copyfile(Path(path) / file, before.path / file)
+    return await add(before.version, number, str(before.path))
+
+
+@module_loop
+@pytest.mark.parametrize("fault", [stale_adapter, wrong_scale, stale_prefix])
+async def test_a_broken_sync_stops_the_run_with_both_numbers(
+    fault: Callable[..., Awaitable[Any]], rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def synced() -> Synced:
+        rig.learn()
+        return await rig.sync()
+
+    assert (await synced()).difference < BY_ROUNDING
+    calls = rig.adapters._engine
+    monkeypatch.setattr(calls, "add", partial(fault, calls.add, rig.loaded))
+    with pytest.raises(SyncError, match=r"has -?\d+\.\d{4} nats a token by the engine and -?\d+\.\d{4} by the learner"):
+        await synced()
+    monkeypatch.undo()
+    assert (await synced()).difference < BY_ROUNDING
