@@ -35,11 +35,13 @@ from training.policy_tokens import TokenisedRow
 from training.rl.actors import Actors, Start, normalization_of, server_settings, started_actors
 from training.rl.kl import KLController
 from training.rl.learner import Learner
+from training.rl.memory import write_memory
 from training.rl.prompts import of_step, read_prompts, seeds_of_step
 from training.rl.rewards import ScoreScale
 from training.rl.rollout import Rollouts, RolloutWorker
 from training.rl.run_state import RunState
 from training.rl.settings import PPOTraining
+from training.rl.timed_scorer import TimedScorer
 from training.rl.update import Method, optimiser_steps, update
 from training.rl.weight_sync import Probe, WeightSync
 
@@ -52,7 +54,7 @@ COLUMNS = (
     *("reward", "reward_deviation", "score", "kl", "kl_k2", "kl_k3", "beta", "entropy", "length", "cut", "lost"),
     *("policy_loss", "ratio", "first_ratio_error", "gradient_norm", "learning_rate"),
     *("mismatch", "importance", "sync_difference"),
-    *("rollout_s", "learning_s", "sync_s", "drawn_tokens_per_s", "learnt_tokens_per_s", "peak_memory_mib"),
+    *("rollout_s", "reward_s", "learning_s", "sync_s", "drawn_tokens_per_s", "learnt_tokens_per_s", "peak_memory_mib"),
 )
 COLUMNS_OF_PPO = ("clip_fraction", "value_loss", "explained_variance")
 
@@ -86,7 +88,7 @@ async def _train(source: Source, out: Path, settings: Method, options: RunOption
         state.restore(checkpoint, learner)
     written = learner.write_for_engine(kept / "engine")
     engine = server_settings(settings, None if settings.full else written, bfloat16=learner.computes_bfloat16)
-    async with start(engine) as actors:
+    async with start(engine, learner.held_trunk) as actors:
         await _Run(actors, learner, prompts, out, settings, options, state)()
     result = learner.write_result(out, merge=options.merge)
     shutil.rmtree(kept)
@@ -133,9 +135,10 @@ class _Run:
         self._settings = settings
         self._options = options
         self._state = state
+        self._scorer = TimedScorer(actors.scorer)
         self._worker = RolloutWorker(
             actors.generator,
-            actors.scorer,
+            self._scorer,
             samples=settings.samples_per_prompt,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
@@ -160,9 +163,10 @@ class _Run:
             self._state.scale = await self._measured_scale(synced.version)
         with _progress(self._options, self._settings.steps, self._state.step) as progress:
             while self._state.step < self._settings.steps:
-                timer = _Timer()
+                timer, scored_s = _Timer(), self._scorer.busy.seconds
                 rollouts = await self._draw(self._state.step, synced.version, "step")
                 timer.lap("rollout_s")
+                timer.laps_s["reward_s"] = self._scorer.busy.seconds - scored_s
                 learnt = await asyncio.to_thread(self._learn, rollouts)
                 timer.lap("learning_s")
                 synced = await self._sync()
@@ -220,6 +224,8 @@ class _Run:
                 "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             },
         )
+        if self._state.step == 1:
+            write_memory(self._learner, self._out)
         if self._state.step % PLOT_EVERY_STEPS == 0:
             plot_metrics(self._table.rows, PANELS, self._out / "metrics.png")
 
