@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from reranker.candidate import Prompt
 from reranker.device import Device, pick_device
+from reranker.held_trunk import HeldTrunk, read_lowest
 from reranker.prefix_sharing import SharingTrunk
 from reranker.prepared import PreparationError, resolve
 from reranker.rendering import Rendered, Renderer, RenderingStyle, pad, scored_index
@@ -93,13 +94,19 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls, spec: str, *, device: Device = "auto", dtype: str = "auto", trust_remote_code: bool = False
+        cls,
+        spec: str,
+        *,
+        device: Device = "auto",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        held: HeldTrunk | None = None,
     ) -> "RewardModel":
         """The reward model of a prepared name, a directory or a hub id.
 
         `device` auto takes CUDA if present; `dtype` auto is float32 on a CPU and bfloat16 elsewhere. An adapter is
         merged into the float32 copy on a CPU, which saves its matrix products; in bfloat16 merging would round them
-        away, so there it stays beside the trunk.
+        away, so there it stays beside the trunk, as it does over a trunk that is `held`, if it is its own.
 
         Raises:
             RewardModelError: with the reason and the way out.
@@ -120,12 +127,19 @@ class RewardModel:
             config = RewardConfig.load(Path(directory))
             _check_adapter(Path(directory))
             base = resolve(config.base_model)
-            model = load_classifier(
-                base, new_head=True, num_layers=config.num_layers, dtype=precision, trust_remote_code=trust_remote_code
-            )
-            adapted = PeftModel.from_pretrained(model, directory)
-            mergeable = place.type == "cpu" and precision is torch.float32
-            model = adapted.merge_and_unload() if mergeable else adapted.get_base_model()
+            if held is not None and held.is_of(base):
+                model = PeftModel.from_pretrained(held.classifier(config.num_layers), directory).get_base_model()
+            else:
+                model = load_classifier(
+                    base,
+                    new_head=True,
+                    num_layers=config.num_layers,
+                    dtype=precision,
+                    trust_remote_code=trust_remote_code,
+                )
+                adapted = PeftModel.from_pretrained(model, directory)
+                mergeable = place.type == "cpu" and precision is torch.float32
+                model = adapted.merge_and_unload() if mergeable else adapted.get_base_model()
             renderer = make_renderer(base, model, config.style, trust_remote_code=trust_remote_code)
             return cls(spec, model, renderer, place)
 
@@ -220,9 +234,7 @@ def load_classifier(
             "choose a model trained to give a single score"
         )
     if num_layers is not None:
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_layers]
+        read_lowest(config, num_layers)
     with _quiet_transformers():  # it reports the layers and heads left out on purpose; what matters is checked below
         model, report = AutoModelForSequenceClassification.from_pretrained(
             directory,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts import model_card, reliability
+from scripts import model_card, reliability, rl_run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,6 +33,14 @@ def result(name: str) -> Any:
 
 def result_if_there(name: str) -> Any:
     return result(name) if (RESULTS / f"{name}.json").exists() else None
+
+
+def if_measured(name: str, block: Callable[[Any], str]) -> Callable[[], str]:
+    def fill() -> str:
+        found = result_if_there(name)
+        return "Not measured yet.\n" if found is None else block(found)
+
+    return fill
 
 
 def with_interval(figure: dict[str, float]) -> str:
@@ -266,6 +274,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "improve": improve,
     "rl": rl,
     "reliability": lambda: reliability.table(result_if_there),
+    "rl-memory": if_measured("rl_run", rl_run.memory),
+    "rl-memory-large": rl_run.memory_7b,
+    "rl-time": if_measured("rl_run", rl_run.time),
+    "rl-speed": if_measured("rl_speed", rl_run.speed),
     "births": births,
     "tree": tree,
 }
@@ -275,6 +287,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "benchmarks.md",
     ROOT / "docs" / "reliability.md",
+    ROOT / "docs" / "training.md",
     ROOT / "reranker" / "pretrained" / "movie-sentiment" / "README.md",
 )
 """The pages that have blocks."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from reranker.scorers.base import Scorer
 from reranker.scorers.registry import Surroundings, make_scorers
@@ -16,6 +17,9 @@ from server.generation.base import Generator
 from server.generation.supervised import SupervisedGenerator
 from server.generation.weights import WeightsShelf
 from server.pipeline import BestOfN
+
+if TYPE_CHECKING:
+    from reranker.held_trunk import HeldTrunk
 
 DEFAULT_LORA_RANK = 16
 """PEFT's examples have 8 or 16."""
@@ -28,18 +32,19 @@ async def start(
     on_restart: Callable[[float], None] | None = None,
     *,
     tempered_logprobs: bool = False,
+    held: "HeldTrunk | None" = None,
 ) -> AsyncIterator[BestOfN]:
     """Loads every model, yields the running pipeline, and frees everything on the way out.
 
     `on_batch` hears the number of sequences and of padded tokens of every scoring batch, `on_restart` the seconds
-    without an engine whenever one has died and the next is ready. `tempered_logprobs` are for training: see
-    `VllmGenerator.create`. torch, transformers and vllm are imported here and not before, so that the command line
-    answers at once.
+    without an engine whenever one has died and the next is ready. For training are `tempered_logprobs` (see
+    `VllmGenerator.create`) and the trunk that is `held` (see `reranker.held_trunk`). torch, transformers and vllm are
+    imported here and not before, so that the command line answers at once.
     """
     own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
     # The scorers first: a misspelt reward model is told in seconds, an engine takes half a minute.
     async with (
-        started_scorers(settings, own_policy, on_batch) as scorers,
+        started_scorers(settings, own_policy, on_batch, held) as scorers,
         started_generator(settings, on_restart, tempered_logprobs=tempered_logprobs) as generator,
     ):
         own_policy.set_result(generator)
@@ -62,7 +67,10 @@ async def started_generator(
 
 @asynccontextmanager
 async def started_scorers(
-    settings: Settings, own_policy: Generator | Awaitable[Generator], on_batch: Callable[[int, int], None] | None = None
+    settings: Settings,
+    own_policy: Generator | Awaitable[Generator],
+    on_batch: Callable[[int, int], None] | None = None,
+    held: "HeldTrunk | None" = None,
 ) -> AsyncIterator[dict[str, Scorer]]:
     """The scorers alone, by name, until the block is left; `own_policy` is there before the first judge asks it."""
     if any(isinstance(spec, RewardModelSpec) for spec in parse_all(settings.reward_models).values()):
@@ -76,6 +84,7 @@ async def started_scorers(
             max_wait_ms=settings.score_max_wait_ms,
             verifier_timeout_s=settings.verifier_timeout_s,
             on_batch=on_batch,
+            held=held,
         )
         yield await make_scorers(settings.reward_models, surroundings, stack)
 

@@ -7,13 +7,13 @@ not ask for itself is taken off again before anyone else sees it (`as_asked`).
 
 import asyncio
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import overload
 
 from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate
 from reranker.scorers.base import Scorer, ScoringError
+from reranker.scorers.busy import Busy
 from server.generation.base import Outcome, Sampling
 
 
@@ -34,11 +34,14 @@ class Scoring:
         self._held: list[Candidate] = []
         self._calls: set[asyncio.Task[None]] = set()
         self._rewards: dict[int, float] = {}
-        self._busy_since_s = 0.0
+        self._busy = Busy()
         self.scored_tokens = 0
         self.prompt_tokens_cut = 0
-        self.busy_s = 0.0
         self.failure: ScoringError | None = None
+
+    @property
+    def busy_s(self) -> float:
+        return self._busy.seconds
 
     def start(self, candidates: Sequence[Candidate]) -> None:
         """Sends these candidates to the scorer, or holds them back for one that needs all; returns at once."""
@@ -58,11 +61,9 @@ class Scoring:
     def _send(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
         if not candidates:
             return
-        if not self._calls:
-            self._busy_since_s = time.perf_counter()
         call = asyncio.create_task(self._score(scorer, candidates))
         self._calls.add(call)
-        call.add_done_callback(self._ended)
+        call.add_done_callback(self._calls.discard)
 
     async def cancel(self) -> None:
         """Gives up the calls still out."""
@@ -77,7 +78,8 @@ class Scoring:
 
     async def _score(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
         try:
-            scores = await scorer.score(self._prompt, candidates)
+            with self._busy:
+                scores = await scorer.score(self._prompt, candidates)
         except ScoringError as error:
             self.failure = error
             return
@@ -87,11 +89,6 @@ class Scoring:
         if self._on_reward is not None:
             for one in self.rewarded(candidates):
                 self._on_reward(one)
-
-    def _ended(self, call: asyncio.Task[None]) -> None:
-        self._calls.discard(call)
-        if not self._calls:
-            self.busy_s += time.perf_counter() - self._busy_since_s
 
 
 def sampling_for(scorer: Scorer | None, asked: Sampling) -> Sampling:

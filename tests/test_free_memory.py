@@ -1,10 +1,10 @@
+import ctypes
 import threading
 
 import numpy
 import psutil
 import pytest
 
-from server.generation import free_memory
 from server.generation.free_memory import give_back_free_memory
 
 MIB = 2**20
@@ -28,5 +28,5 @@ def test_what_a_thread_has_freed_goes_back_to_the_system() -> None:
 
 
 def test_another_c_library_is_none_of_its_business(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_memory.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     give_back_free_memory()

@@ -5,14 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from reranker.candidate import Message, Prompt
 from reranker.prepared import PRETRAINED_REWARDS
 from reranker.reward_model import ADAPTER_FILE, RewardConfig, RewardModel, RewardModelError, load_classifier
-from tests.tiny_models import Architecture, draw_weights, save_tiny_policy, save_tiny_reward_model, tiny_tokenizer
+from tests.tiny_models import (
+    Architecture,
+    save_tiny_policy,
+    save_tiny_reward_adapter,
+    save_tiny_reward_model,
+    tiny_tokenizer,
+)
 
 TEXT = Prompt(text="The film was")
 CHAT = Prompt(messages=(Message("user", "What is the capital of France?"),))
@@ -21,17 +26,6 @@ ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "bert")
 
 def load(directory: Path, **options: Any) -> RewardModel:
     return RewardModel.load(str(directory), device="cpu", **options)
-
-
-def save_adapter(directory: Path, base: Path, *, num_layers: int | None = None, task_type: str = "SEQ_CLS") -> Path:
-    """An adapter whose every weight is random, as if it had been trained."""
-    model = get_peft_model(
-        load_classifier(str(base), new_head=True, num_layers=num_layers),
-        LoraConfig(task_type=task_type, target_modules="all-linear", r=2),
-    )
-    draw_weights(model, seed=1).save_pretrained(directory)
-    RewardConfig(str(base), "document", num_layers).save(directory)
-    return directory
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -78,7 +72,7 @@ def test_a_tokenizer_of_its_own_reads_the_policys_text_and_never_its_tokens(tmp_
 
 
 def test_an_adapter_merged_scores_as_the_adapter_beside_its_trunk(tmp_path: Path) -> None:
-    directory = save_adapter(tmp_path / "adapter", save_tiny_policy(tmp_path / "base"))
+    directory = save_tiny_reward_adapter(tmp_path / "adapter", save_tiny_policy(tmp_path / "base"))
     merged = load(directory)
     rendered = [merged.render(TEXT, text) for text in (" great", " dull")]
     assert not any("lora" in name for name, _ in merged._model.named_parameters())
@@ -94,8 +88,8 @@ def test_an_adapter_merged_scores_as_the_adapter_beside_its_trunk(tmp_path: Path
 
 def test_an_adapter_reads_only_the_layers_it_names(tmp_path: Path) -> None:
     base = save_tiny_policy(tmp_path / "base", num_layers=4)
-    whole = load(save_adapter(tmp_path / "whole", base))
-    lower = load(save_adapter(tmp_path / "lower", base, num_layers=1))
+    whole = load(save_tiny_reward_adapter(tmp_path / "whole", base))
+    lower = load(save_tiny_reward_adapter(tmp_path / "lower", base, num_layers=1))
     one_layer = sum(parameter.numel() for parameter in whole._model.model.layers[0].parameters())
     assert whole.num_parameters - lower.num_parameters == 3 * one_layer
 
@@ -144,7 +138,7 @@ def test_a_missing_head_is_never_made_up(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_a_head_is_refused(tmp_path: Path) -> None:
-    directory = save_adapter(tmp_path / "adapter", save_tiny_policy(tmp_path / "base"))
+    directory = save_tiny_reward_adapter(tmp_path / "adapter", save_tiny_policy(tmp_path / "base"))
     weights = load_file(directory / ADAPTER_FILE)
     del weights["base_model.model.score.weight"]
     save_file(weights, directory / ADAPTER_FILE)
@@ -153,7 +147,7 @@ def test_an_adapter_without_a_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_its_reward_config_is_refused(tmp_path: Path) -> None:
-    directory = save_adapter(tmp_path / "adapter", save_tiny_policy(tmp_path / "base"))
+    directory = save_tiny_reward_adapter(tmp_path / "adapter", save_tiny_policy(tmp_path / "base"))
     (directory / "reward_config.json").unlink()
     with pytest.raises(RewardModelError, match=r"reward_config\.json"):
         load(directory)

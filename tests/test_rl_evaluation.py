@@ -33,7 +33,7 @@ def sample(place: int, **fields: Any) -> Sample:
 
 def test_the_figures_are_means_over_prompts() -> None:
     """Rewards 0, 0, 2, 2: squared deviations 4, variance 4 / 3, standard error sqrt(4 / 3 / 4). -10 nats, 20 tokens."""
-    of_prompts = [
+    of_prompts: list[dict[str, Any]] = [
         {"reward": 0.0, "judge": 0.5, "kl": 1.0, "length": 2, "cut": True, "repetition": 0.2},
         {"reward": 0.0, "judge": None, "kl": -1.0, "length": 4, "repetition": 0.0},
         {"reward": 2.0, "judge": None, "kl": 3.0, "length": 6, "repetition": 0.2},

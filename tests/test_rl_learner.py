@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_models import save_tiny_policy
 from training.rl.completion import Completion, Rows
 from training.rl.learner import Learner
+from training.rl.memory import num_bytes
 from training.rl.settings import PPOTraining, ReinforceTraining, RLTraining
 from training.rl.update import update
 
@@ -164,5 +167,28 @@ def test_with_an_adapter_the_learner_holds_one_model_and_the_little_that_learns(
     of_base = sum(weights.numel() for weights in AutoModelForCausalLM.from_pretrained(base).parameters())
     of_layer = (32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64)
     learner = learner_of(PPOTraining(**fields(base, lora_rank=1)))
-    assert learner.parameter_bytes == 4 * (of_base + 2 * of_layer + 33)
-    assert learner_of(PPOTraining(**fields(base, full=True))).parameter_bytes == 4 * (2 * of_base + 33)
+    parts = {name: num_bytes(tensors) // 4 for name, tensors in learner.parameters.items()}
+    assert parts == {"base": of_base, "policy": 2 * of_layer, "values": 33, "reference": 0}
+    full = learner_of(PPOTraining(**fields(base, full=True)))
+    parts = {name: num_bytes(tensors) // 4 for name, tensors in full.parameters.items()}
+    assert parts == {"base": of_base, "policy": 0, "values": 33, "reference": of_base}
+
+
+def test_a_base_stored_in_bfloat16_is_held_in_it_and_rounded_once_when_it_is_merged(base: Path, tmp_path: Path) -> None:
+    """Where products are taken in bfloat16. What learns is float32 all the same."""
+    stored = tmp_path / "stored"
+    AutoTokenizer.from_pretrained(base).save_pretrained(stored)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(stored)
+    settings = PPOTraining(**fields(stored, dtype="bfloat16"))
+    learner = learner_of(settings)
+    assert {one.dtype for one in learner.parameters["base"]} == {torch.bfloat16}
+    assert {one.dtype for one in learner.learning} == {torch.float32}
+    update(learner, drawn(stored), 0.1, settings, random.Random(0))
+    learner.write_result(tmp_path / "out", merge=True)
+    plain: Any = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(plain, tmp_path / "out" / "adapter").merge_and_unload().state_dict()
+    written = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    for name, weights in written.items():
+        assert torch.equal(weights, expected[name].bfloat16()), name
+    held_in_float32 = learner_of(PPOTraining(**fields(stored)))
+    assert {one.dtype for one in held_in_float32.parameters["base"]} == {torch.float32}

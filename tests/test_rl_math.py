@@ -7,6 +7,7 @@ import torch
 
 from training.rl.advantages import gae, leave_one_out, whiten
 from training.rl.kl import KLController, estimate_kl
+from training.rl.logprobs import entropies, token_logprobs
 from training.rl.losses import (
     explained_variance,
     importance_weights,
@@ -30,6 +31,15 @@ def test_the_score_is_earned_at_the_last_real_token_and_every_token_pays_for_its
     ref_logprobs = torch.tensor([[-2.0, -1.0, -3.0], [-1.0, -4.0, 99.0]])
     rewards = token_rewards(torch.tensor([10.0, 20.0]), logprobs, ref_logprobs, PADDED, beta=0.5)
     assert rewards.tolist() == [near(-0.5, 0.5, 9.0), near(0.0, 18.5, 0.0)]
+
+
+def test_logits_say_how_likely_a_token_was_and_how_open_the_choice() -> None:
+    """log 1 and log 3: a quarter and three quarters; then two alike, of which the choice is log 2 nats open."""
+    logits = torch.tensor([[[0.0, math.log(3)], [5.0, 5.0]]])
+    found = token_logprobs(logits, torch.tensor([[1, 0]]))
+    assert found.tolist() == [near(math.log(3 / 4), math.log(1 / 2))]
+    of_quarters = math.log(4) / 4 + 3 * math.log(4 / 3) / 4
+    assert entropies(logits).tolist() == [near(of_quarters, math.log(2))]
 
 
 def test_the_estimators_of_kl_are_means_over_completions_of_sums_over_tokens() -> None:

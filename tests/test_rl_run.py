@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from reranker.candidate import Prompt
+from reranker.held_trunk import HeldTrunk
 from server import assembly
 from server.config import Settings
 from server.pipeline import BestOfN
@@ -63,7 +64,7 @@ class World:
         self.on_load: Callable[[TorchGenerator], None] = lambda generator: None
 
     @asynccontextmanager
-    async def start(self, settings: Settings) -> AsyncIterator[Actors]:
+    async def start(self, settings: Settings, held: HeldTrunk | None) -> AsyncIterator[Actors]:
         world = self
 
         class Watched(TorchGenerator):
@@ -106,6 +107,12 @@ def test_a_run_writes_an_adapter_and_the_measures_of_every_step(method: str, bas
     assert max(logged(out, "mismatch")) < 1e-4
     assert (out / "metrics.png").stat().st_size > 0
     assert list((out / "tensorboard").iterdir())
+    held = json.loads((out / "memory.json").read_text())["held"]
+    assert held["base"] == sum(weights.nbytes for weights in load_file(base / "model.safetensors").values())
+    assert 0 < held["policy"] == held["gradients"] < held["base"]
+    assert held["optimiser"] > 2 * held["policy"]
+    seconds = zip(logged(out, "reward_s"), logged(out, "rollout_s"), strict=True)
+    assert all(0 < scoring < drawing_and_scoring for scoring, drawing_and_scoring in seconds)
     assert not (out / "checkpoints").exists()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), written)
     assert json.loads((written / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
@@ -288,8 +295,10 @@ def test_the_command_tells_how_to_serve_what_it_wrote(
     method: str, base: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @asynccontextmanager
-    async def start(settings: Settings, *, tempered_logprobs: bool) -> AsyncIterator[BestOfN]:
+    async def start(settings: Settings, *, tempered_logprobs: bool, held: HeldTrunk | None) -> AsyncIterator[BestOfN]:
         assert tempered_logprobs
+        assert held is not None
+        assert held.is_of(str(base))
         yield BestOfN(TorchGenerator(base, settings.adapter), {"reward": ScriptedScorer()})
 
     monkeypatch.setattr(assembly, "start", start)

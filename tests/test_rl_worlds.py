@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from reranker.held_trunk import HeldTrunk
 from server.config import Settings
 from tests.doubles import ScriptedScorer
 from tests.enumerable import LESSONS, RewardedAnswers
@@ -38,7 +39,7 @@ def test_a_policy_ends_at_the_optimum_of_rlhf(lesson: str, method: str, tmp_path
     world = RewardedAnswers(tmp_path, LESSONS[lesson])
 
     @asynccontextmanager
-    async def start(engine: Settings) -> AsyncIterator[Actors]:
+    async def start(engine: Settings, held: HeldTrunk | None) -> AsyncIterator[Actors]:
         yield Actors(TorchGenerator(world.base, engine.adapter), ScriptedScorer(world.rewards))
 
     settings = METHODS[method](**world.training, reward_model=REWARD)

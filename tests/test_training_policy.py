@@ -204,9 +204,11 @@ def test_products_may_be_taken_in_bfloat16(tmp_path: Path, base: Path, method: s
     """As `auto` does on processors that have instructions for it; weights that learn stay in float32."""
     row = {"prompt": "The film", "completion": " was great", "chosen": " was great", "rejected": " was dull"}
     data = write(tmp_path / "data.jsonl", [row] * 4)
-    train, kind = (train_sft, PolicyTraining) if method == "sft" else (train_dpo, DPOTraining)
-    settings = kind(**small(base, dtype="bfloat16", epochs=4))
-    adapter = train(data, tmp_path / "out", settings, QUIET, holdout=0)  # type: ignore[operator]
+    recipe = small(base, dtype="bfloat16", epochs=4)
+    if method == "sft":
+        adapter = train_sft(data, tmp_path / "out", PolicyTraining(**recipe), QUIET, holdout=0)
+    else:
+        adapter = train_dpo(data, tmp_path / "out", DPOTraining(**recipe), QUIET, holdout=0)
     weights = load_file(adapter / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert any(bool(weight.any()) for name, weight in weights.items() if "lora_B" in name)

@@ -23,6 +23,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from reranker.reward_model import RewardConfig, load_classifier
+
 Architecture = Literal["llama", "qwen2", "bert"]
 
 CHATML = (
@@ -146,6 +148,19 @@ def save_tiny_adapter(directory: Path, policy: Path, *, seed: int = 0, rank: int
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **more)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy), config)
     draw_weights(adapted, seed).save_pretrained(directory)
+    return directory
+
+
+def save_tiny_reward_adapter(
+    directory: Path, policy: Path, *, num_layers: int | None = None, task_type: str = "SEQ_CLS"
+) -> Path:
+    """A reward adapter over a saved policy, every weight random, as if it had been trained."""
+    model = get_peft_model(
+        load_classifier(str(policy), new_head=True, num_layers=num_layers),
+        LoraConfig(task_type=task_type, target_modules="all-linear", r=2),
+    )
+    draw_weights(model, seed=1).save_pretrained(directory)
+    RewardConfig(str(policy), "document", num_layers).save(directory)
     return directory
 
 

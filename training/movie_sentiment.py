@@ -10,13 +10,10 @@ with two baselines on the same comparisons.
 
 import itertools
 import json
-import platform
 import shutil
-import subprocess
 import time
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +23,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from reranker.prepared import PRETRAINED_REWARDS
 from reranker.reward_model import RewardModel
+from training.birth import birth
 from training.evaluate_reward import RewardEvaluation, accuracies, score_rows
 from training.linear_head import ScoreRows, train_linear_head
 from training.movie_ratings import REQUIREMENT, SDIST_SHA256, drawn, unseen, write_other_domains, write_splits
@@ -37,6 +35,8 @@ RECIPE = RewardTraining(
     style="document", num_layers=18, lora_layers=6, lora_rank=8, epochs=2.0, batch_size=32, learning_rate=5e-4, seed=0
 )
 """18 of 30 layers: linear probes tell ratings best near there, and scoring costs less; see training/layer_probe.py."""
+
+PACKAGES = ("torch", "transformers", "peft", "vaderSentiment")
 
 RESULTS = Path("benchmarks/results/reward_movie-sentiment.json")
 
@@ -66,7 +66,9 @@ def install(adapter: Path, run: dict[str, Any]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in adapter.iterdir():
         shutil.copyfile(file, target / file.name)
-    (target / "training.json").write_text(json.dumps({"recipe": asdict(RECIPE), "run": run} | birth(), indent=2) + "\n")
+    (target / "training.json").write_text(
+        json.dumps({"recipe": asdict(RECIPE), "run": run} | birth(PACKAGES), indent=2) + "\n"
+    )
 
 
 def evaluate(splits: dict[str, Path], other_domains: dict[str, Path], domain_snippets: int) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def evaluate(splits: dict[str, Path], other_domains: dict[str, Path], domain_sni
         "test": measure(read_rows(splits["test"]), splits["test"]),
         "other_domains": {name: measure_domain(path) for name, path in other_domains.items()},
         "adapter": json.loads((PRETRAINED_REWARDS[NAME] / "training.json").read_text()),
-        "evaluated": birth(),
+        "evaluated": birth(PACKAGES),
     }
 
 
@@ -109,18 +111,6 @@ def vader(rows: list[Row], _: Path) -> list[tuple[float, ...]]:
 
 def _text(row: Row) -> str:
     return row.texts[0]
-
-
-def birth() -> dict[str, Any]:
-    """When, from which commit, on what and with which versions."""
-    git = shutil.which("git") or "git"
-    commit = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603 fixed
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "vaderSentiment")},
-    }
 
 
 def _percent(evaluation: RewardEvaluation) -> dict[str, Any]:

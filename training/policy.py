@@ -95,9 +95,12 @@ class Parts:
 
 
 class Policy:
-    """The model to be trained and its tokenizer; `dropout` leaves the model's own, of which most have none."""
+    """The model to be trained and its tokenizer; `dropout` leaves the model's own, of which most have none.
 
-    def __init__(self, settings: PolicyTraining, *, dropout: bool) -> None:
+    It is held in float32 or, with `bfloat16`, in that if it is stored in it: for bases that are frozen.
+    """
+
+    def __init__(self, settings: PolicyTraining, *, dropout: bool, bfloat16: bool = False) -> None:
         set_seed(settings.seed)
         self.settings = settings
         self.directory = resolve(settings.base_model)
@@ -110,7 +113,8 @@ class Policy:
         if not dropout:  # in the configuration: attention's is a number of it and no module that could be turned off
             config.update({name: 0.0 for name in config.to_dict() if name.endswith(("dropout", "pdrop"))})
         self.stored_dtype = config.dtype or torch.float32
-        self.model = AutoModelForCausalLM.from_pretrained(self.directory, config=config, dtype=torch.float32)
+        held_dtype = torch.bfloat16 if bfloat16 and self.stored_dtype is torch.bfloat16 else torch.float32
+        self.model = AutoModelForCausalLM.from_pretrained(self.directory, config=config, dtype=held_dtype)
         context = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
         self.max_length = min(context, settings.max_length or context)
 
@@ -205,7 +209,7 @@ def write_weights(model: Any, policy: Policy, out: Path, *, merge: bool) -> Path
         written = write_adapter(model, policy, out)
         if not merge:
             return written
-        model = model.merge_and_unload()
+        model = model.float().merge_and_unload()
     model.to(policy.stored_dtype)
     with appearing_whole(out / "model") as unfinished:
         model.save_pretrained(unfinished)

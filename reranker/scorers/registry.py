@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from reranker.device import Device
 from reranker.scorers.base import Scorer
@@ -22,12 +23,16 @@ from reranker.scorers.spec import (
 )
 from reranker.scorers.verifier import VerifierScorer
 
+if TYPE_CHECKING:
+    from reranker.held_trunk import HeldTrunk
+
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What scorers are made with. `ask_model` gives the way to ask the MODEL of a judge.
 
-    `on_batch` hears the number of sequences and of padded tokens of every batch of a reward model.
+    `on_batch` hears the number of sequences and of padded tokens of every batch of a reward model. Reward adapters over
+    the trunk that is `held` read that one.
     """
 
     ask_model: Callable[[str], Ask]
@@ -37,6 +42,7 @@ class Surroundings:
     max_wait_ms: float = 5.0
     verifier_timeout_s: float = 10.0
     on_batch: Callable[[int, int], None] | None = None
+    held: "HeldTrunk | None" = None
 
 
 async def make_scorers(
@@ -66,6 +72,7 @@ async def _make(name: str, spec: ScorerSpec, made: Mapping[str, Scorer], surroun
                 source,
                 device=surroundings.device,
                 trust_remote_code=surroundings.trust_remote_code,
+                held=surroundings.held,
                 max_batch_tokens=surroundings.max_batch_tokens,
                 max_wait_ms=surroundings.max_wait_ms,
                 on_batch=surroundings.on_batch,

@@ -7,6 +7,7 @@ from typing import Any, Self
 from reranker.batching import PACKED, PADDED, Batcher
 from reranker.candidate import Candidate, Prompt
 from reranker.device import Device
+from reranker.held_trunk import HeldTrunk
 from reranker.rendering import Rendered
 from reranker.reward_model import Reading, RewardModel
 from reranker.scorers.base import Needs, Scores, ScoringError
@@ -38,9 +39,20 @@ class RewardModelScorer:
         self._rendering = RenderingThread(model.render)
 
     @classmethod
-    async def create(cls, name: str, spec: str, *, device: Device, trust_remote_code: bool, **batching: Any) -> Self:
+    async def create(
+        cls,
+        name: str,
+        spec: str,
+        *,
+        device: Device,
+        trust_remote_code: bool,
+        held: HeldTrunk | None = None,
+        **batching: Any,
+    ) -> Self:
         """Loads the reward model `spec` (a prepared name, directory or hub id) without holding up the event loop."""
-        model = await asyncio.to_thread(RewardModel.load, spec, device=device, trust_remote_code=trust_remote_code)
+        model = await asyncio.to_thread(
+            RewardModel.load, spec, device=device, trust_remote_code=trust_remote_code, held=held
+        )
         return cls(name, model, **batching)
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:

@@ -87,8 +87,8 @@ async def rig(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
         reward_model="r=logprob",
     )
     learner = Learner(settings, torch.device("cpu"), optimiser_steps=1)
-    async with started_actors(server_settings(settings, learner.write_for_engine(root))) as actors:
-        rows = read_prompts(root / "prompts.jsonl", None, holdout=0.0).train
+    async with started_actors(server_settings(settings, learner.write_for_engine(root)), None) as actors:
+        rows = read_prompts(root / "prompts.jsonl", None, holdout=0.0).trained
         (prompt,) = in_tokens(rows, root / "prompts.jsonl", learner.tokenizer, learner.max_length, max_tokens=16)
         probe = Probe(prompt, Sampling(max_tokens=16, seed=0, logprobs=0))
         yield Rig(actors, learner, WeightSync(actors.generator, learner, root, probe, None))

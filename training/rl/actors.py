@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from reranker.held_trunk import HeldTrunk
 from reranker.scorers.base import Scorer
 from reranker.scorers.spec import FunctionSpec, parse
 from server import assembly
@@ -27,7 +28,7 @@ class Actors:
     judge: Scorer | None = None
 
 
-Start = Callable[[Settings], AbstractAsyncContextManager[Actors]]
+Start = Callable[[Settings, HeldTrunk | None], AbstractAsyncContextManager[Actors]]
 
 
 def server_settings(settings: RLTraining, adapter: Path | None = None, *, bfloat16: bool = False) -> Settings:
@@ -53,15 +54,15 @@ def server_settings(settings: RLTraining, adapter: Path | None = None, *, bfloat
 
 
 @asynccontextmanager
-async def started_actors(settings: Settings) -> AsyncIterator[Actors]:
-    """All of them, until the block is left.
+async def started_actors(settings: Settings, held: HeldTrunk | None) -> AsyncIterator[Actors]:
+    """All of them, until the block is left; a reward adapter over the trunk that the learner holds reads that one.
 
     Raises:
         TrainingError: one of them does not start.
     """
     async with AsyncExitStack() as stack:
         try:
-            pipeline = await stack.enter_async_context(assembly.start(settings, tempered_logprobs=True))
+            pipeline = await stack.enter_async_context(assembly.start(settings, tempered_logprobs=True, held=held))
         except Exception as error:
             raise TrainingError(f"the engine or the reward model does not start: {error}") from error
         yield Actors(pipeline.generator, *pipeline.scorers.values())

@@ -1,11 +1,12 @@
 """The policy that learns, its reference and its values, in the memory of about one model.
 
 The base is frozen and learning is a LoRA adapter, so the reference is the same model with the adapter switched off, and
-the values are read by a linear head from the policy's own last states (which the head's loss does not move). Where all
-weights learn, the reference is a copy of its own.
+the values are read by a linear head from the policy's own last states (which the head's loss does not move). A reward
+adapter over the same base may read it too (`held_trunk`). Where all weights learn, the reference is a copy of its own.
 
 Log-probabilities are those of softmax(logits / temperature), of policy and reference alike: what is drawn is drawn from
-that. Dropout is off. What is in memory is float32; products may be taken in bfloat16 (`training.precision`).
+that. Dropout is off. What learns is float32; products may be taken in bfloat16 (`training.precision`), and a frozen
+base that is stored in bfloat16 is then held in it.
 """
 
 import copy
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
+from reranker.held_trunk import HeldTrunk, alias
 from training.policy import Policy, write_adapter, write_weights
 from training.precision import takes_bfloat16
 from training.rl.completion import Completion, Rows
+from training.rl.logprobs import entropies, token_logprobs
 from training.rl.settings import PPOTraining, RLTraining
 from training.whole_directory import appearing_whole
 
@@ -33,7 +36,6 @@ class Reading:
     """What the policy says of each token of some completions; `values` are 0 where there is no value head."""
 
     logprobs_N_T: torch.Tensor
-    entropies_N_T: torch.Tensor
     values_N_T: torch.Tensor
 
 
@@ -54,8 +56,9 @@ class Learner:
     def __init__(self, settings: RLTraining, device: torch.device, *, optimiser_steps: int) -> None:
         self.device = device
         self._settings = settings
-        self._policy = Policy(settings.policy, dropout=False)
+        self._policy = Policy(settings.policy, dropout=False, bfloat16=self.computes_bfloat16 and not settings.full)
         base = self._policy.model.to(device).eval()
+        self.held_trunk = None if settings.full else HeldTrunk(self._policy.directory, alias(base.base_model))
         self._reference = copy.deepcopy(base).requires_grad_(False) if settings.full else None
         self.model: Any = base if settings.full else get_peft_model(base, self._policy.adapters).eval()
         if settings.gradient_checkpointing:
@@ -65,8 +68,8 @@ class Learner:
         torch.nn.init.zeros_(self._value_head.weight)
         torch.nn.init.zeros_(self._value_head.bias)
         self._has_values = isinstance(settings, PPOTraining)
-        self._learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        groups = [{"params": self._learning, "lr": settings.learning_rate}]
+        self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups = [{"params": self.learning, "lr": settings.learning_rate}]
         if isinstance(settings, PPOTraining):
             groups.append({"params": list(self._value_head.parameters()), "lr": settings.value_learning_rate})
         self._optimiser = torch.optim.Adam(groups, eps=ADAM_EPS)
@@ -92,32 +95,46 @@ class Learner:
         return float(self._schedule.get_last_lr()[0])
 
     @property
-    def parameter_bytes(self) -> int:
-        """Of all weights in memory: base, adapter, value head, and the reference where it is a copy."""
-        held = [self.model, self._value_head, *([self._reference] if self._reference is not None else [])]
-        return sum(weights.numel() * weights.element_size() for one in held for weights in one.parameters())
+    def parameters(self) -> dict[str, list[torch.Tensor]]:
+        """All that it holds, by what they are for; the reference has some of its own only where all weights learn."""
+        adapter = [] if self._reference is not None else self.learning
+        in_adapter = {id(parameter) for parameter in adapter}
+        return {
+            "base": [parameter for parameter in self.model.parameters() if id(parameter) not in in_adapter],
+            "policy": adapter,
+            "values": list(self._value_head.parameters()),
+            "reference": [] if self._reference is None else list(self._reference.parameters()),
+        }
+
+    @property
+    def optimiser_state(self) -> list[torch.Tensor]:
+        return [tensor for of_one in self._optimiser.state.values() for tensor in of_one.values()]
 
     def read(self, completions: Sequence[Completion]) -> Reading:
         """The policy as it is, with gradients."""
-        return self._read(self.model, Rows.of(completions, self.device))
+        rows = Rows.of(completions, self.device)
+        logits_N_T_V, values_N_T = self._read(self.model, rows)
+        return Reading(token_logprobs(logits_N_T_V, rows.token_ids_N_T), values_N_T)
 
     @torch.no_grad()
     def measure(self, completions: Sequence[Completion]) -> Measured:
         """Policy, reference and values, before anything is learnt from these completions."""
         mask_N_T = Rows.of(completions, self.device).mask_N_T
-        logprobs, ref_logprobs, values, entropies = (torch.zeros_like(mask_N_T) for _ in range(4))
+        logprobs_N_T, ref_logprobs_N_T, values_N_T, entropies_N_T = (torch.zeros_like(mask_N_T) for _ in range(4))
         for begin in range(0, len(completions), self._settings.rows_at_once):
             rows = Rows.of(completions[begin : begin + self._settings.rows_at_once], self.device)
             place = (slice(begin, begin + len(rows.mask_N_T)), slice(rows.mask_N_T.shape[1]))
-            own = self._read(self.model, rows)
+            logits_N_T_V, values_N_T[place] = self._read(self.model, rows)
+            logprobs_N_T[place] = token_logprobs(logits_N_T_V, rows.token_ids_N_T)
+            entropies_N_T[place] = entropies(logits_N_T_V)
             with self._as_reference() as reference:
-                ref_logprobs[place] = self._read(reference, rows).logprobs_N_T
-            logprobs[place], values[place], entropies[place] = own.logprobs_N_T, own.values_N_T, own.entropies_N_T
-        return Measured(logprobs, ref_logprobs, values, entropies, mask_N_T)
+                logits_N_T_V, _ = self._read(reference, rows)
+            ref_logprobs_N_T[place] = token_logprobs(logits_N_T_V, rows.token_ids_N_T)
+        return Measured(logprobs_N_T, ref_logprobs_N_T, values_N_T, entropies_N_T, mask_N_T)
 
     def step(self) -> float:
         """One step of the optimiser along the gradients that have come together; the norm of the policy's."""
-        norm = torch.nn.utils.clip_grad_norm_(self._learning, LARGEST_GRADIENT_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self.learning, LARGEST_GRADIENT_NORM)
         torch.nn.utils.clip_grad_norm_(self._value_head.parameters(), LARGEST_GRADIENT_NORM)
         self._optimiser.step()
         self._schedule.step()
@@ -140,12 +157,12 @@ class Learner:
         return write_weights(self.model, self._policy, out, merge=merge)
 
     def is_finite(self) -> bool:
-        return all(bool(parameter.isfinite().all()) for parameter in self._learning)
+        return all(bool(parameter.isfinite().all()) for parameter in self.learning)
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on as if nothing had happened."""
         return {
-            "learning": [parameter.detach() for parameter in self._learning],
+            "learning": [parameter.detach() for parameter in self.learning],
             "value_head": self._value_head.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -153,7 +170,7 @@ class Learner:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        for parameter, saved in zip(self._learning, state["learning"], strict=True):
+        for parameter, saved in zip(self.learning, state["learning"], strict=True):
             parameter.copy_(saved)
         self._value_head.load_state_dict(state["value_head"])
         self._optimiser.load_state_dict(state["optimiser"])
@@ -167,26 +184,28 @@ class Learner:
         with self.model.disable_adapter():
             yield self.model
 
-    def _read(self, model: Any, rows: Rows) -> Reading:
-        num_tokens = rows.mask_N_T.shape[1]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.computes_bfloat16):
+    def _read(self, model: Any, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits_N_T_V, values_N_T) of each token of the completions, told by what stands before it."""
+        attention_mask_N_L = rows.attention_mask_N_L[:, :-1]  # the last token is predicted, and predicts nothing
+        states: list[torch.Tensor] = []  # the last ones, as the head reads them: those of all layers take memory
+        head = model.get_output_embeddings()
+        with (
+            head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.computes_bfloat16),
+        ):
             output = model(
-                input_ids=rows.input_ids_N_L,
-                attention_mask=rows.attention_mask_N_L,
-                position_ids=(rows.attention_mask_N_L.cumsum(-1) - 1).clamp(min=0),
-                logits_to_keep=num_tokens + 1,  # those that predict the completion, and one after its end
-                output_hidden_states=self._has_values,
+                input_ids=rows.input_ids_N_L[:, :-1],
+                attention_mask=attention_mask_N_L,
+                position_ids=(attention_mask_N_L.cumsum(-1) - 1).clamp(min=0),
+                logits_to_keep=rows.mask_N_T.shape[1],
                 use_cache=False,
             )
-        logprobs_N_T_V = (output.logits[:, :-1].float() / self._settings.temperature).log_softmax(-1)
-        chosen_N_T = logprobs_N_T_V.gather(-1, rows.token_ids_N_T[..., None])[..., 0]
-        with torch.no_grad():
-            entropies_N_T = -(logprobs_N_T_V.exp() * logprobs_N_T_V).sum(-1)
-        values_N_T = torch.zeros_like(entropies_N_T)
-        if self._has_values:
-            states_N_T_D = output.hidden_states[-1][:, -num_tokens - 1 : -1].detach().float()
-            values_N_T = self._value_head(states_N_T_D)[..., 0]
-        return Reading(chosen_N_T, entropies_N_T, values_N_T)
+        logits_N_T_V = output.logits.float()
+        if self._settings.temperature != 1:
+            logits_N_T_V = logits_N_T_V / self._settings.temperature
+        if not self._has_values:
+            return logits_N_T_V, torch.zeros_like(rows.mask_N_T)
+        return logits_N_T_V, self._value_head(states[0].detach().float())[..., 0]
 
 
 def _share_of_rate(step: int, warmup_steps: int, steps: int) -> float:

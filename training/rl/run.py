@@ -32,12 +32,14 @@ from training.rl.actors import Actors, Start, normalization_of, server_settings,
 from training.rl.evaluator import Evaluator
 from training.rl.kl import KLController
 from training.rl.learner import Learner
+from training.rl.memory import write_memory
 from training.rl.progress import RunProgress
 from training.rl.prompts import in_tokens, of_step, read_prompts, seeds_of_step
 from training.rl.rewards import ScoreScale
 from training.rl.rollout import Rollouts, RolloutWorker
 from training.rl.run_state import RunState
 from training.rl.settings import PPOTraining
+from training.rl.timed_scorer import TimedScorer
 from training.rl.update import Method, optimiser_steps, update
 from training.rl.weight_sync import Probe, WeightSync
 
@@ -56,7 +58,7 @@ COLUMNS = (
     *("reward", "reward_deviation", "score", "kl", "kl_k2", "kl_k3", "beta", "entropy", "length", "cut", "lost"),
     *("policy_loss", "ratio", "first_ratio_error", "gradient_norm", "learning_rate"),
     *("mismatch", "importance", "sync_difference"),
-    *("rollout_s", "learning_s", "sync_s", "drawn_tokens_per_s", "learnt_tokens_per_s", "peak_memory_mib"),
+    *("rollout_s", "reward_s", "learning_s", "sync_s", "drawn_tokens_per_s", "learnt_tokens_per_s", "peak_memory_mib"),
 )
 COLUMNS_OF_PPO = ("clip_fraction", "value_loss", "explained_variance")
 
@@ -102,7 +104,7 @@ async def _train(parts: Parts, out: Path, settings: Method, options: RunOptions,
         state.restore(checkpoint, learner)
     written = learner.write_for_engine(kept / "engine")
     engine = server_settings(settings, None if settings.full else written, bfloat16=learner.computes_bfloat16)
-    async with start(engine) as actors:
+    async with start(engine, learner.held_trunk) as actors:
         evaluator = Evaluator(actors, learner, held_out, settings, out, after_step=state.step)
         await _Run(actors, learner, prompts, evaluator, out, settings, options, state)()
     result = learner.write_result(out, merge=options.merge)
@@ -154,9 +156,10 @@ class _Run:
         self._settings = settings
         self._options = options
         self._state = state
+        self._scorer = TimedScorer(actors.scorer)
         self._worker = RolloutWorker(
             actors.generator,
-            actors.scorer,
+            self._scorer,
             samples=settings.samples_per_prompt,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
@@ -183,9 +186,10 @@ class _Run:
             if self._state.step == 0:
                 await self._evaluator(0, synced.version, progress.warn)
             while self._state.step < self._settings.steps:
-                timer = _Timer()
+                timer, scored_s = _Timer(), self._scorer.busy.seconds
                 rollouts = await self._draw(self._state.step, synced.version, "step")
                 timer.lap("rollout_s")
+                timer.laps_s["reward_s"] = self._scorer.busy.seconds - scored_s
                 learnt = await asyncio.to_thread(self._learn, rollouts)
                 timer.lap("learning_s")
                 synced = await self._sync()
@@ -245,6 +249,8 @@ class _Run:
                 "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             },
         )
+        if self._state.step == 1:
+            write_memory(self._learner, self._out)
         if self._state.step % PLOT_EVERY_STEPS == 0:
             plot_metrics(self._table.rows, PANELS, self._out / "metrics.png")
 

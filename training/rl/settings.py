@@ -1,5 +1,6 @@
 """Everything that decides the result of a run of PPO or REINFORCE."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,12 +16,12 @@ class RLTraining:
     """What both have in common.
 
     A step draws `batch_size` completions, `samples_per_prompt` of each prompt, and learns from them;
-    `micro_batch_size` are computed at once (all, unless given). `kl_coef` is beta, the price of a nat; with `kl_target`
-    it follows that many nats a completion (`training.rl.kl`). `truncation_penalty` is taken from the score of a
-    completion that was cut by its length. `reward_normalization` None: `reference` for models, `none` for functions of
-    the user's own. `sync_tolerance`, in nats a token, is how far engine and learner may be apart
-    (`training.rl.weight_sync`). Every `evaluate_every` steps held-out prompts are answered, and `judge`, a scorer like
-    the reward, says what it thinks of that (`training.rl.evaluator`).
+    `micro_batch_size` are computed at once (unless given, all that a step of the optimiser has). `kl_coef` is beta, the
+    price of a nat; with `kl_target` it follows that many nats a completion (`training.rl.kl`). `truncation_penalty` is
+    taken from the score of a completion that was cut by its length. `reward_normalization` None: `reference` for
+    models, `none` for functions of the user's own. `sync_tolerance`, in nats a token, is how far engine and learner may
+    be apart (`training.rl.weight_sync`). Every `evaluate_every` steps held-out prompts are answered, and `judge`, a
+    scorer like the reward, says what it thinks of that (`training.rl.evaluator`).
     """
 
     base_model: str = "smollm2-135m-instruct"
@@ -51,7 +52,12 @@ class RLTraining:
 
     @property
     def rows_at_once(self) -> int:
-        return self.micro_batch_size or self.batch_size
+        return self.micro_batch_size or self.rows_a_step
+
+    @property
+    def rows_a_step(self) -> int:
+        """Completions that a step of the optimiser learns from."""
+        return self.batch_size
 
     @property
     def prompts_a_step(self) -> int:
@@ -81,6 +87,10 @@ class PPOTraining(RLTraining):
     value_clip: float = 0.2
     gae_lambda: float = 0.95
     value_learning_rate: float = 1e-3
+
+    @property
+    def rows_a_step(self) -> int:
+        return math.ceil(self.batch_size / self.minibatches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
