@@ -35,6 +35,10 @@ def result_if_there(name: str) -> Any:
     return result(name) if (RESULTS / f"{name}.json").exists() else None
 
 
+def not_measured(benchmark: str) -> str:
+    return f"Not measured yet: `python -m benchmarks.{benchmark}`.\n"
+
+
 def with_interval(figure: dict[str, float]) -> str:
     return f"{figure['mean']:.2f} ({figure['low']:.2f} … {figure['high']:.2f})"
 
@@ -220,6 +224,62 @@ def first_sentence(module: Path) -> str | None:
     return re.split(r"(?<=[.:])\s", docstring.replace("\n", " "))[0].rstrip(".:") if docstring else None
 
 
+def frugal() -> str:
+    """What each stopping policy draws at plain best-of-16's reward, by the settings chosen on other prompts."""
+    found = result_if_there("frugal")
+    if found is None:
+        return not_measured("frugal")
+    rows = []
+    for pools, policies in found["policies"].items():
+        for name, measured in policies.items():
+            for criterion in ("equal", "within"):
+                one = measured[criterion]
+                bar = found["bars"].get(name) if pools == "film reviews" else None
+                rows.append(
+                    f"| {pools} | {name} | {criterion} | {with_interval(one['token_share'])} | "
+                    f"{f'{bar:.2f}' if bar else ''} | {with_interval(one['reward_minus_plain'])} |\n"
+                )
+    prompts = " and ".join(f"{count} {name}" for name, count in found["prompts"].items())
+    return (
+        f"| pools | policy | good enough | share of plain best-of-{found['plain_n']}'s tokens | bar | reward minus its "
+        "reward |\n|---|---|---|---|---|---|\n"
+        + "".join(rows)
+        + f"\nPools of {found['pool']} candidates for {prompts} prompts, each in {found['orders']} random orders; "
+        "95 % bootstrap intervals over prompts. In arithmetic a candidate counts as one token.\n"
+    )
+
+
+def frugal_waves() -> str:
+    """The share of tokens at equal reward by the size of a wave."""
+    found = result_if_there("frugal")
+    if found is None:
+        return not_measured("frugal")
+    waves = list(next(iter(found["share_by_wave"].values())))
+    rows = [
+        f"| {pools} | {' | '.join(with_interval(by_wave[wave]) for wave in waves)} |\n"
+        for pools, by_wave in found["share_by_wave"].items()
+    ]
+    return f"| candidates of a wave | {' | '.join(waves)} |\n|---|{'---|' * len(waves)}\n" + "".join(rows)
+
+
+def frugal_live() -> str:
+    """The same on the running engine."""
+    found = result_if_there("frugal_live")
+    if found is None:
+        return not_measured("frugal_live")
+    rows = [
+        f"| {name} | {with_interval(one['reward'])} | {with_interval(one['token_share'])} | "
+        f"{one['completed']:.1f} | {one['cancelled']:.1f} | {one['scored_tokens']:.0f} | {one['total_s']:.2f} |\n"
+        for name, one in found["by_policy"].items()
+    ]
+    return (
+        "| policy | reward | share of tokens | completed | cancelled | scored tokens | seconds |\n"
+        "|---|---|---|---|---|---|---|\n"
+        + "".join(rows)
+        + f"\n{found['prompts']} openings, {found['max_tokens']} new tokens; means a prompt.\n"
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "figures": quality,
     "quality": quality,
@@ -232,6 +292,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "card-counts": card(model_card.counts),
     "arithmetic": arithmetic,
     "improve": improve,
+    "frugal": frugal,
+    "frugal-waves": frugal_waves,
+    "frugal-live": frugal_live,
     "reliability": lambda: reliability.table(result_if_there),
     "births": births,
     "tree": tree,
@@ -242,6 +305,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "benchmarks.md",
     ROOT / "docs" / "reliability.md",
+    ROOT / "docs" / "stopping.md",
     ROOT / "reranker" / "pretrained" / "movie-sentiment" / "README.md",
 )
 """The pages that have blocks."""
