@@ -156,7 +156,41 @@ def _saved(figure: Any, name: str, result: dict[str, Any]) -> Path:
     return path
 
 
-DRAWN = {"quality": quality, "arithmetic": arithmetic, "improve": improve, "rl": rl}
+def frugal(result: dict[str, Any]) -> Path:
+    """Mean reward of the winner against what was drawn: plain best-of-n, and each policy at its best settings."""
+    figure, axes = plt.subplots(1, len(result["plain"]), figsize=(11, 4), layout="constrained")
+    for axis, (pools, plain) in zip(axes, result["plain"].items(), strict=True):
+        tokens, means, low, high = ([one[key] for one in plain.values()] for key in ("tokens", "reward", "low", "high"))
+        axis.plot(tokens, means, color=CURVES[0][0], marker=CURVES[0][1], markersize=3, label="plain best-of-n")
+        axis.fill_between(tokens, low, high, color=CURVES[0][0], alpha=0.08, linewidth=0)
+        goal = plain[str(result["plain_n"])]
+        axis.plot(goal["tokens"], goal["reward"], marker="o", markersize=9, markerfacecolor="none", color=CURVES[0][0])
+        for (name, found), (colour, marker) in zip(result["policies"][pools].items(), CURVES[1:], strict=False):
+            x, y = zip(*_frontier(found["curve"]), strict=True)
+            axis.plot(x, y, marker=marker, markersize=3, color=colour, label=name)
+        axis.axhline(goal["reward"], color="#999999", linewidth=0.8, linestyle="--")
+        axis.set_xlabel(f"{result['unit'][pools]} a prompt")
+        axis.set_ylabel("mean reward of the winner")
+        axis.set_title(f"{pools}, {result['prompts'][pools]} prompts", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False, loc="lower right")
+    path = FIGURES / "frugal.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _frontier(curve: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Tokens and reward of the settings that no other beats in both."""
+    best: list[tuple[float, float]] = []
+    for one in sorted(curve, key=lambda one: (one["tokens"], -one["reward"])):
+        if not best or one["reward"] > best[-1][1]:
+            best.append((one["tokens"], one["reward"]))
+    return best
+
+
+DRAWN = {"quality": quality, "arithmetic": arithmetic, "improve": improve, "rl": rl, "frugal": frugal}
 
 
 def main() -> None:

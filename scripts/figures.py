@@ -41,6 +41,8 @@ def if_measured(name: str, block: Callable[[Any], str]) -> Callable[[], str]:
         return "Not measured yet.\n" if found is None else block(found)
 
     return fill
+def not_measured(benchmark: str) -> str:
+    return f"Not measured yet: `python -m benchmarks.{benchmark}`.\n"
 
 
 def with_interval(figure: dict[str, float]) -> str:
@@ -260,6 +262,62 @@ def first_sentence(module: Path) -> str | None:
     return re.split(r"(?<=[.:])\s", docstring.replace("\n", " "))[0].rstrip(".:") if docstring else None
 
 
+def frugal() -> str:
+    """What each stopping policy draws at plain best-of-16's reward, by the settings chosen on other prompts."""
+    found = result_if_there("frugal")
+    if found is None:
+        return not_measured("frugal")
+    rows = []
+    for pools, policies in found["policies"].items():
+        for name, measured in policies.items():
+            for criterion in ("equal", "within"):
+                one = measured[criterion]
+                bar = found["bars"].get(name) if pools == "film reviews" else None
+                rows.append(
+                    f"| {pools} | {name} | {criterion} | {with_interval(one['token_share'])} | "
+                    f"{f'{bar:.2f}' if bar else ''} | {with_interval(one['reward_minus_plain'])} |\n"
+                )
+    prompts = " and ".join(f"{count} {name}" for name, count in found["prompts"].items())
+    return (
+        f"| pools | policy | good enough | share of plain best-of-{found['plain_n']}'s tokens | bar | reward minus its "
+        "reward |\n|---|---|---|---|---|---|\n"
+        + "".join(rows)
+        + f"\nPools of {found['pool']} candidates for {prompts} prompts, each in {found['orders']} random orders; "
+        "95 % bootstrap intervals over prompts. In arithmetic a candidate counts as one token.\n"
+    )
+
+
+def frugal_waves() -> str:
+    """The share of tokens at equal reward by the size of a wave."""
+    found = result_if_there("frugal")
+    if found is None:
+        return not_measured("frugal")
+    waves = list(next(iter(found["share_by_wave"].values())))
+    rows = [
+        f"| {pools} | {' | '.join(with_interval(by_wave[wave]) for wave in waves)} |\n"
+        for pools, by_wave in found["share_by_wave"].items()
+    ]
+    return f"| candidates of a wave | {' | '.join(waves)} |\n|---|{'---|' * len(waves)}\n" + "".join(rows)
+
+
+def frugal_live() -> str:
+    """The same on the running engine."""
+    found = result_if_there("frugal_live")
+    if found is None:
+        return not_measured("frugal_live")
+    rows = [
+        f"| {name} | {with_interval(one['reward'])} | {with_interval(one['token_share'])} | "
+        f"{one['completed']:.1f} | {one['cancelled']:.1f} | {one['scored_tokens']:.0f} | {one['total_s']:.2f} |\n"
+        for name, one in found["by_policy"].items()
+    ]
+    return (
+        "| policy | reward | share of tokens | completed | cancelled | scored tokens | seconds |\n"
+        "|---|---|---|---|---|---|---|\n"
+        + "".join(rows)
+        + f"\n{found['prompts']} openings, {found['max_tokens']} new tokens; means a prompt.\n"
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "figures": quality,
     "quality": quality,
@@ -273,6 +331,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "arithmetic": arithmetic,
     "improve": improve,
     "rl": rl,
+    "frugal": frugal,
+    "frugal-waves": frugal_waves,
+    "frugal-live": frugal_live,
     "reliability": lambda: reliability.table(result_if_there),
     "rl-memory": if_measured("rl_run", rl_run.memory),
     "rl-memory-large": rl_run.memory_7b,
@@ -288,6 +349,7 @@ PAGES = (
     ROOT / "docs" / "benchmarks.md",
     ROOT / "docs" / "reliability.md",
     ROOT / "docs" / "training.md",
+    ROOT / "docs" / "stopping.md",
     ROOT / "reranker" / "pretrained" / "movie-sentiment" / "README.md",
 )
 """The pages that have blocks."""

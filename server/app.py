@@ -312,7 +312,7 @@ class Endpoints:
         """
         tokens = requested_tokens(plan)
         with account.spending(tokens) as spending:
-            async with self._admission.turn(plan.best_of, tokens, plan.deadline_s) as queued_s:
+            async with self._admission.turn(plan.at_once, tokens, plan.deadline_s) as queued_s:
                 with self._metrics.candidates(plan.best_of) as tally:
 
                     def heard(outcome: Outcome) -> None:
@@ -327,6 +327,7 @@ class Endpoints:
                     except RewardError:
                         self._metrics.observe_reward_failure("error")
                         raise
+                    tally.not_drawn(result.not_drawn)
             spending.tokens = result.prompt_tokens + result.generated_tokens
         self._metrics.observe_answer(result)
         note_tokens(TokenCost(result.prompt_tokens, result.generated_tokens, result.scored_tokens))

@@ -43,14 +43,15 @@ class Metrics:
         )
         candidates = self._counter(
             "nbest_candidates",
-            "Candidates that ended: completed, failed in the engine, or cancelled (deadline, hang-up, error). "
+            "Candidates that ended: completed, failed in the engine, or cancelled (deadline, stopping policy, hang-up, "
+            "error). "
             "Those of a request that was refused before it started are not counted. Count.",
             "outcome",
         )
         self._ends = {outcome: candidates.labels(outcome) for outcome in ("completed", "failed", "cancelled")}
         self._in_flight = self._gauge(
             "nbest_candidates_in_flight",
-            "Candidates asked of the engine that have not ended: started - nbest_candidates_total. Count.",
+            "Candidates of running requests that have not ended, counting those a stopping policy may yet draw. Count.",
         )
         self._running = self._gauge(
             "nbest_admitted_candidates", "Candidates of admitted requests, generating or scoring. Count."
@@ -76,6 +77,13 @@ class Metrics:
             "Completions answered, by what ordered the candidates and what ended the wait for them. Count.",
             "ranked_by",
             "stopped_by",
+        )
+        self._spared = self._counter(
+            "nbest_spared_candidates",
+            "Candidates of answered requests that their stopping policy spared the engine: cancelled while they were "
+            "written, or not_drawn. Count.",
+            "policy",
+            "spared",
         )
         self._reward_failures = self._counter(
             "nbest_reward_failures",
@@ -182,6 +190,9 @@ class Metrics:
         self._prompt_tokens.inc(result.prompt_tokens)
         self.observe_scored_tokens(result.scored_tokens)
         self._answers.labels(result.ranked_by, result.stopped_by).inc()
+        if result.stopped_by not in ("all", "deadline"):
+            self._spared.labels(result.stopped_by, "cancelled").inc(result.cancelled)
+            self._spared.labels(result.stopped_by, "not_drawn").inc(result.not_drawn)
         winner = result.selection.winner
         rewards = [one.reward for one in result.selection.ranking if math.isfinite(one.reward)]
         if result.reward_model is not None and not rewards and result.stopped_by != "deadline":
@@ -278,6 +289,11 @@ class CandidateTally:
         elif outcome.finish_reason is not None:
             self._ended("completed", 1)
             self._generated_tokens.inc(outcome.num_tokens)
+
+    def not_drawn(self, count: int) -> None:
+        """So many were never asked of the engine."""
+        self._remaining -= count
+        self._in_flight.dec(count)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,21 +10,23 @@ from typing import Literal
 from reranker import selection
 from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate, Selection
 from reranker.scorers.base import Scorer
+from reranker.stopping import Policy, Stopping
+from server.drawing import Drawing
 from server.errors import BadRequestError, DeadlineError, GenerationError, RewardError
 from server.generation.base import Generator, Outcome, Sampling
 from server.scoring import Scoring, as_asked, sampling_for
 from server.selecting import READ_TEXTS, WITHOUT_REWARDS, RankedBy, SelectionOptions, Strategy, select
 
 RewardFailurePolicy = Literal["error", "logprob", "first"]
-StoppedBy = Literal["all", "deadline"]
+StoppedBy = Literal["all", "deadline"] | Policy
 
 
 @dataclass(frozen=True, slots=True)
 class BestOfNRequest:
     """One question to be answered with the best of `best_of` candidates.
 
-    `reward_model` None is the first one served; `majority` asks none. When `deadline_s` seconds have passed the best
-    finished so far wins.
+    `stopping` may find fewer enough. `reward_model` None is the first one served; `majority` asks none. When
+    `deadline_s` seconds have passed the best finished so far wins.
     """
 
     prompt: Prompt
@@ -34,7 +36,13 @@ class BestOfNRequest:
     strategy: Strategy = "argmax"
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     deadline_s: float | None = None
+    stopping: Stopping = field(default_factory=Stopping)
     on_reward_failure: RewardFailurePolicy = "error"
+
+    @property
+    def at_once(self) -> int:
+        """So many of its candidates are under way at the same time, at most."""
+        return self.stopping.at_once(self.best_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +64,10 @@ class Timings:
 class BestOfNResult:
     """The candidates, best first, and the account of the request.
 
-    completed + failed + cancelled = best_of. `ranked_by` tells what ordered the candidates: the reward or the votes for
-    an answer, as the strategy does it, or what stood in for them: after a reward failure the fallback that the request
-    asked for, where there is no answer to vote on the reward, and without one the order of drawing.
+    completed + failed + cancelled + not_drawn = best_of. `ranked_by` tells what ordered the candidates: the reward or
+    the votes for an answer, as the strategy does it, or what stood in for them: after a reward failure the fallback
+    that the request asked for, where there is no answer to vote on the reward, and without one the order of drawing.
+    `generated_tokens` are those of completed candidates, and of those that the stopping policy watched and gave up.
     `reward_model` is None where the strategy asks none. `candidate_s` is what the request cost the engine: the seconds
     that each candidate was under way, added up, whether it completed, failed or was cancelled.
     """
@@ -68,6 +77,7 @@ class BestOfNResult:
     completed: int
     failed: int
     cancelled: int
+    not_drawn: int
     strategy: Strategy
     reward_model: str | None
     ranked_by: RankedBy
@@ -118,21 +128,21 @@ class BestOfN:
         began_s = generated_s = time.perf_counter()
         arrived_s = began_s - queued_s
         scorer = None if request.strategy in WITHOUT_REWARDS else self.scorer(request.reward_model)
+        _check_stopping(request.stopping, scorer)
         scoring = Scoring(scorer, request.prompt, on_reward)
+        growth = growth and on_candidate is not None and request.best_of == 1
+        sampling = sampling_for(scorer, request.sampling)
+        drawing = Drawing(
+            self.generator, request.prompt, sampling, request.best_of, request.stopping, scoring, growth=growth
+        )
         completed: list[Candidate] = []
         failed: list[FailedCandidate] = []
-        candidate_s = 0.0
-        stopped_by: StoppedBy = "all"
-        snapshots = growth and on_candidate is not None and request.best_of == 1
-        sampling = sampling_for(scorer, request.sampling)
-        generation = self.generator.generate(request.prompt, sampling, request.best_of, snapshots=snapshots)
         deadline = asyncio.timeout(None if request.deadline_s is None else request.deadline_s - queued_s)
         try:
-            async with deadline, generation:
+            async with deadline, drawing:
                 began_s = generated_s = time.perf_counter()
-                async for outcomes in generation:
-                    previous_s, generated_s = generated_s, time.perf_counter()
-                    candidate_s += (request.best_of - len(completed) - len(failed)) * (generated_s - previous_s)
+                async for outcomes in drawing:
+                    generated_s = time.perf_counter()
                     finished = [one for one in outcomes if isinstance(one, Candidate) and one.finish_reason]
                     scoring.start(finished)
                     completed += [as_asked(one, request.sampling) for one in finished]
@@ -144,32 +154,36 @@ class BestOfN:
         except TimeoutError:
             if not deadline.expired():  # somebody else's time was up
                 raise
-            stopped_by = "deadline"
         finally:
             await scoring.cancel()
 
+        stopped_by: StoppedBy = "all"
+        if deadline.expired():
+            stopped_by = "deadline"
+        elif request.stopping.policy is not None and len(completed) + len(failed) < request.best_of:
+            stopped_by = request.stopping.policy
         if not completed:
             raise _nothing_finished(request, failed, stopped_by)
         selecting_s = time.perf_counter()
         choose = partial(_select, request, scoring, completed, stopped_by)
         ranking, ranked_by = await asyncio.to_thread(choose) if request.strategy in READ_TEXTS else choose()
         ended_s = time.perf_counter()
-        cancelled = request.best_of - len(completed) - len(failed)
         return BestOfNResult(
             selection=ranking,
             best_of=request.best_of,
             completed=len(completed),
             failed=len(failed),
-            cancelled=cancelled,
+            cancelled=drawing.drawn - len(completed) - len(failed),
+            not_drawn=request.best_of - drawing.drawn,
             strategy=request.strategy,
             reward_model=scorer.name if scorer else None,
             ranked_by=ranked_by,
             stopped_by=stopped_by,
-            prompt_tokens=generation.prompt_tokens,
-            generated_tokens=sum(one.num_tokens for one in completed),
+            prompt_tokens=drawing.prompt_tokens,
+            generated_tokens=sum(one.num_tokens for one in completed) + drawing.cancelled_tokens,
             scored_tokens=scoring.scored_tokens,
             prompt_tokens_cut=scoring.prompt_tokens_cut,
-            candidate_s=candidate_s + cancelled * (selecting_s - generated_s),
+            candidate_s=drawing.candidate_s,
             timings=Timings(
                 queue=began_s - arrived_s,
                 generate=generated_s - began_s,
@@ -191,6 +205,16 @@ class BestOfN:
             served = ", ".join(self.scorers)
             raise BadRequestError(f"No reward model {name!r} is served; choose one of: {served}.", param="reward_model")
         return self.scorers[name]
+
+
+def _check_stopping(stopping: Stopping, scorer: Scorer | None) -> None:
+    """Refuses a policy that would wait for rewards which come only when all candidates are there."""
+    if stopping.reads_rewards and scorer is not None and scorer.needs.all_candidates:
+        raise BadRequestError(
+            f"{stopping.policy} reads rewards as candidates end, and {scorer.name} compares all of them at the end; "
+            "name another reward_model, or leave stopping out.",
+            param="nbest.stopping",
+        )
 
 
 def _nothing_finished(

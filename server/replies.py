@@ -98,14 +98,15 @@ class Reply(ABC):
     def account(self, result: BestOfNResult) -> NBestReply:
         """The `nbest` object.
 
-        The bound on the KL divergence counts every candidate that did not fail. One that a deadline cut off ranks
-        below those in time, so it was compared; one that the engine lost was never there.
+        The bound on the KL divergence counts every candidate that did not fail. One that a deadline or a stopping
+        policy cut off, or never drew, could have been the answer; one that the engine lost was never there.
         """
         reply = NBestReply(
             best_of=result.best_of,
             completed=result.completed,
             failed=result.failed,
             cancelled=result.cancelled,
+            not_drawn=result.not_drawn,
             ranking=[one.candidate.index for one in result.selection.ranking],
             strategy=result.strategy,
             reward_model=result.reward_model,
@@ -213,7 +214,7 @@ class TextReply(Reply):
 
 
 def usage(result: BestOfNResult) -> Usage:
-    """Prompt tokens once, completion tokens of all candidates."""
+    """Prompt tokens once, completion tokens of all candidates, given up ones as far as they are known."""
     return Usage(
         prompt_tokens=result.prompt_tokens,
         completion_tokens=result.generated_tokens,

@@ -14,7 +14,10 @@ from server.selecting import RankedBy, Strategy
 
 
 class Usage(BaseModel):
-    """Prompt tokens once, completion tokens of all candidates that completed, winners or not."""
+    """Prompt tokens once, completion tokens of all candidates that completed, winners or not.
+
+    With speculative_rejection and straggler_cut also of those given up, until then.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -73,12 +76,13 @@ CandidateEvent = CandidateFinished | CandidateScored | CandidateFailed
 
 
 class NBestReply(BaseModel):
-    """The account of a best-of-N request; completed + failed + cancelled = best_of."""
+    """The account of a best-of-N request; completed + failed + cancelled + not_drawn = best_of."""
 
     best_of: int
     completed: int
     failed: int
     cancelled: int
+    not_drawn: int = Field(description="Candidates that an adaptive policy found not worth drawing.")
     ranking: list[int] = Field(
         description="Candidates that completed, best first: choices[i] is the one whose index stands at i."
     )
@@ -89,7 +93,9 @@ class NBestReply(BaseModel):
         "other strategies, and weighted_majority where no candidate has an answer. logprob, first: the fallback that "
         "nbest.on_reward_failure asked for; first also where majority found no answer, or a deadline left no reward."
     )
-    stopped_by: StoppedBy
+    stopped_by: StoppedBy = Field(
+        description="all: nothing was cut short. deadline: nbest.deadline_s. Else the stopping policy."
+    )
     generated_tokens: int
     scored_tokens: int
     prompt_tokens_cut: int = Field(
@@ -101,7 +107,7 @@ class NBestReply(BaseModel):
     )
     kl_upper_bound: float = Field(
         description="log N - (N-1)/N nats with N = best_of - failed: the furthest the choice moves from the policy. "
-        "Candidates cut off by a deadline count, since being fast is part of what was selected for."
+        "Candidates that a deadline or a policy cut off or never drew count, since they could have been chosen."
     )
     timings_s: TimingsReply
     candidates: list[CandidateReply] = Field(

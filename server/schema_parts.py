@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue
 
 from reranker.candidate import Message
+from reranker.predictive import UNKNOWN, Prior
+from reranker.stopping import WAVE, AdaptiveN, SpeculativeRejection, Stopping, StragglerCut
 from server.errors import BadRequestError
 from server.pipeline import RewardFailurePolicy
 from server.selecting import WITHOUT_REWARDS, SelectionOptions, Strategy
@@ -13,6 +15,9 @@ from server.wire import Advice, EmptyList, NoEffect, OnlyFalse, Wire
 MAX_DEADLINE_S = 86_400.0
 """A day. Timers overflow on far larger numbers, and nobody waits that long."""
 MAX_PATTERN_CHARS = 1000
+MAX_CHECKPOINTS = 16
+MAX_PRIOR = 1_000_000
+"""Far past any reward, and its square still a number."""
 
 
 def _text_parts(value: Any) -> Any:
@@ -89,10 +94,117 @@ class StreamOptions(Wire):
     ] = None
 
 
-class Stopping(Wire):
-    """When to stop before all candidates are complete."""
+class PriorFields(Wire):
+    """What is known of a prompt's rewards before the first is drawn; `nbest batch` tells it as reward_prior."""
 
-    policy: Annotated[Literal["none"], Advice("only the policy none is served; leave stopping out.")]
+    mean: float = Field(ge=-MAX_PRIOR, le=MAX_PRIOR)
+    mean_weight: float = Field(ge=0, le=MAX_PRIOR, description="So many rewards tell a prompt's mean as well.")
+    sd: float = Field(gt=0, le=MAX_PRIOR, description="Standard deviation of one prompt's rewards.")
+    sd_weight: int = Field(ge=0, le=MAX_PRIOR, description="So many rewards tell a prompt's deviation as well.")
+
+    def internal(self) -> Prior:
+        return Prior(**self.model_dump())
+
+
+PolicyName = Literal["none", "adaptive", "speculative_rejection", "adaptive_rejection", "straggler_cut"]
+STOPPING_OPTIONS_OF: dict[PolicyName, set[str]] = {
+    "none": set(),
+    "adaptive": {"price", "quantile", "prior", "target_reward", "wave"},
+    "speculative_rejection": {"checkpoints", "reject_share"},
+    "adaptive_rejection": {"price", "quantile", "prior", "target_reward", "wave", "checkpoints", "reject_share"},
+    "straggler_cut": {"wait_share", "target_reward"},
+}
+"""What each policy reads of `StoppingFields`."""
+DEFAULT_QUANTILE = 0.9
+
+
+class StoppingFields(Wire):
+    """When to stop before all candidates are complete; each option goes with some policies (docs/stopping.md)."""
+
+    policy: Annotated[
+        PolicyName,
+        Advice("stop by none, adaptive, speculative_rejection, adaptive_rejection or straggler_cut."),
+    ]
+    price: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="adaptive: what one more candidate costs, in units of the reward; drawing stops when the expected "
+        "rise of the best is less.",
+    )
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="adaptive, in place of a price: stop when the best is estimated to beat this share of what the "
+        f"policy would write. Default: {DEFAULT_QUANTILE:g}.",
+    )
+    prior: PriorFields | None = Field(
+        default=None,
+        description="adaptive: how rewards are distributed. Without it little is saved (docs/stopping.md).",
+    )
+    target_reward: float | None = Field(
+        default=None, description="adaptive, straggler_cut: a candidate with this reward or more is enough."
+    )
+    wave: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description=f"adaptive: candidates drawn at a time. Default: {WAVE}."
+    )
+    checkpoints: (
+        Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=MAX_CHECKPOINTS)] | None
+    ) = Field(
+        default=None,
+        description="speculative_rejection: tokens, ascending, at which the candidates are scored as they stand and "
+        "the worst given up.",
+    )
+    reject_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="speculative_rejection: the share given up at each checkpoint. Default: 0.5."
+    )
+    wait_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="straggler_cut: the share of candidates to wait for. Default: 1."
+    )
+
+    def internal(self, best_of: int, n: int) -> Stopping:
+        """The policy for `best_of` candidates of which `n` are asked for.
+
+        Raises:
+            BadRequestError: an option that the policy would not look at, or none where it needs one.
+        """
+        given = self.model_dump(exclude_none=True, exclude={"policy"})
+        for name in sorted(given.keys() - STOPPING_OPTIONS_OF[self.policy]):
+            policies = " and ".join(one for one, options in STOPPING_OPTIONS_OF.items() if name in options)
+            param = f"nbest.stopping.{name}"
+            raise BadRequestError(f"{param} goes with {policies}, and the policy is {self.policy}.", param=param)
+        if self.policy == "none":
+            return Stopping()
+        options = STOPPING_OPTIONS_OF[self.policy]
+        return Stopping(
+            policy=self.policy,
+            waves=self._waves(best_of, n) if "wave" in options else None,
+            rejection=self._rejection(n) if "checkpoints" in options else None,
+            stragglers=self._stragglers(n) if "wait_share" in options else None,
+        )
+
+    def _waves(self, best_of: int, n: int) -> AdaptiveN:
+        if self.price is not None and self.quantile is not None:
+            raise BadRequestError("Give a price or a quantile, not both.", param="nbest.stopping.quantile")
+        quantile = DEFAULT_QUANTILE if self.price is None and self.quantile is None else self.quantile
+        prior = self.prior.internal() if self.prior else UNKNOWN
+        return AdaptiveN(best_of, n, self.price, quantile, self.target_reward, self.wave or WAVE, prior)
+
+    def _rejection(self, n: int) -> SpeculativeRejection:
+        param = "nbest.stopping.checkpoints"
+        if self.checkpoints is None:
+            raise BadRequestError(
+                f"{self.policy} needs {param}: the lengths in tokens at which to compare, such as [16, 32].",
+                param=param,
+            )
+        if sorted(set(self.checkpoints)) != self.checkpoints:
+            raise BadRequestError(f"{param} are not ascending; sort them, each once.", param=param)
+        return SpeculativeRejection(tuple(self.checkpoints), self.reject_share or 0.5, n)
+
+    def _stragglers(self, n: int) -> StragglerCut:
+        if self.wait_share is None and self.target_reward is None:
+            raise BadRequestError(
+                "straggler_cut needs nbest.stopping.wait_share or target_reward, else there is nothing to cut.",
+                param="nbest.stopping",
+            )
+        return StragglerCut(self.wait_share or 1.0, self.target_reward, n)
 
 
 class SelectionFields(Wire):
@@ -137,7 +249,7 @@ class NBestOptions(Wire):
     deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = Field(
         default=None, description="Answer after this many seconds with the best finished so far; the reply says so."
     )
-    stopping: Stopping | None = None
+    stopping: StoppingFields | None = None
     on_reward_failure: RewardFailurePolicy | None = Field(
         default=None,
         description="What orders the candidates if the reward model fails; default: error, which answers 503.",
@@ -148,6 +260,23 @@ class NBestOptions(Wire):
         description="With stream: tell at once, in a chunk without choices, when a candidate has finished, failed, or "
         "been scored.",
     )
+
+    def stopping_policy(self, best_of: int, n: int) -> Stopping:
+        """The stopping policy.
+
+        Raises:
+            BadRequestError: it cannot be followed under this strategy, or its options contradict it.
+        """
+        if self.stopping is None:
+            return Stopping()
+        policy = self.stopping.internal(best_of, n)
+        if policy.reads_rewards and (self.strategy or "argmax") != "argmax":
+            raise BadRequestError(
+                f"{policy.policy} looks for the highest reward, and the strategy {self.strategy} for something else; "
+                "leave one of them out.",
+                param="nbest.stopping",
+            )
+        return policy
 
     def selection_options(self) -> SelectionOptions:
         """The options of the strategy.

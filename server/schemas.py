@@ -103,14 +103,23 @@ class GenerationRequest(Wire, ABC):
                 param="nbest.stream_candidates",
             )
         options = self.nbest or NBestOptions()
+        best_of = self._best_of(settings)
+        stopping = options.stopping_policy(best_of, self.num_choices)
+        if stopping.rejection is not None and settings.generator == "openai":
+            raise BadRequestError(
+                f"{stopping.policy} needs a generator that can stop one of several candidates, and an upstream server "
+                "cannot; leave stopping out, or use adaptive or straggler_cut.",
+                param="nbest.stopping.policy",
+            )
         return BestOfNRequest(
             prompt=self.internal_prompt(),
             sampling=self.sampling(),
-            best_of=self._best_of(settings),
+            best_of=best_of,
             reward_model=options.reward_model,
             strategy=options.strategy or "argmax",
             selection=options.selection_options(),
             deadline_s=options.deadline_s,
+            stopping=stopping,
             on_reward_failure=options.on_reward_failure or "error",
         )
 

@@ -7,7 +7,7 @@ not ask for itself is taken off again before anyone else sees it (`as_asked`).
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -50,18 +50,32 @@ class Scoring:
         if self._scorer.needs.all_candidates:
             self._held += candidates
         else:
-            self._send(self._scorer, candidates)
+            self._send(self._scorer, candidates, self._rewards)
+
+    async def settled(self) -> Mapping[int, float]:
+        """Waits for the calls that are out; the rewards so far, by the candidate's index."""
+        await asyncio.gather(*self._calls)
+        return self._rewards
+
+    async def beginnings(self, candidates: Sequence[Candidate]) -> dict[int, float]:
+        """What these candidates would be worth if they ended here, by index; NaN where it cannot be told."""
+        rewards = {one.index: math.nan for one in candidates}
+        if self._scorer is not None:
+            self._send(self._scorer, candidates, rewards)
+        await self.settled()
+        return rewards
 
     async def finish(self) -> None:
         """All have been started: waits for all calls; an error that is not a `ScoringError` is a bug and is raised."""
         if self._scorer is not None:
-            self._send(self._scorer, sorted(self._held, key=lambda one: one.index))
+            self._send(self._scorer, sorted(self._held, key=lambda one: one.index), self._rewards)
         await asyncio.gather(*self._calls)
 
-    def _send(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
+    def _send(self, scorer: Scorer, candidates: Sequence[Candidate], rewards: dict[int, float]) -> None:
+        """Asks for the rewards of these candidates, which go into `rewards`."""
         if not candidates:
             return
-        call = asyncio.create_task(self._score(scorer, candidates))
+        call = asyncio.create_task(self._score(scorer, candidates, rewards))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
 
@@ -76,7 +90,7 @@ class Scoring:
         """These candidates with their rewards so far, NaN where there is none."""
         return [ScoredCandidate(one, self._rewards.get(one.index, math.nan)) for one in candidates]
 
-    async def _score(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
+    async def _score(self, scorer: Scorer, candidates: Sequence[Candidate], rewards: dict[int, float]) -> None:
         try:
             with self._busy:
                 scores = await scorer.score(self._prompt, candidates)
@@ -85,8 +99,8 @@ class Scoring:
             return
         self.scored_tokens += scores.scored_tokens
         self.prompt_tokens_cut = max(self.prompt_tokens_cut, scores.prompt_tokens_cut)
-        self._rewards.update(zip((one.index for one in candidates), scores.rewards_N, strict=True))
-        if self._on_reward is not None:
+        rewards.update(zip((one.index for one in candidates), scores.rewards_N, strict=True))
+        if self._on_reward is not None and rewards is self._rewards:  # beginnings are no candidates yet
             for one in self.rewarded(candidates):
                 self._on_reward(one)
 

@@ -316,6 +316,7 @@ def _asked(request: BestOfNRequest) -> Attributes:
         "gen_ai.request.max_tokens": sampling.max_tokens,
         "gen_ai.request.seed": sampling.seed,
         "nbest.deadline_s": request.deadline_s,
+        "nbest.stopping": request.stopping.policy,
     }
     return {
         "gen_ai.provider.name": "nbest",
@@ -337,6 +338,7 @@ def _account(result: BestOfNResult) -> Attributes:
         "nbest.completed": result.completed,
         "nbest.failed": result.failed,
         "nbest.cancelled_candidates": result.cancelled,
+        "nbest.candidates_not_drawn": result.not_drawn,
         "nbest.stopped_by": result.stopped_by,
         "nbest.ranked_by": result.ranked_by,
         "nbest.winner.index": winner.candidate.index,

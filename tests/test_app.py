@@ -62,6 +62,7 @@ async def test_the_account() -> None:
         "completed": 3,
         "failed": 0,
         "cancelled": 0,
+        "not_drawn": 0,
         "strategy": "argmax",
         "reward_model": "scripted-reward",
         "ranking": [2, 1, 0],
@@ -131,6 +132,13 @@ async def test_a_deadline_is_labelled_and_what_it_cut_off_was_compared() -> None
     assert (account["stopped_by"], account["completed"], account["cancelled"]) == ("deadline", 2, 1)
     assert account["kl_upper_bound"] == pytest.approx(math.log(3) - 2 / 3)
     assert generator.cancelled == [2]
+
+
+async def test_what_a_stopping_policy_spared_is_told() -> None:
+    stopping = {"policy": "adaptive", "target_reward": 1.0, "wave": 2}
+    account = (await chat(ScriptedScorer(TASTE), best_of=5, nbest={"stopping": stopping}))["nbest"]
+    assert (account["stopped_by"], account["completed"], account["not_drawn"]) == ("adaptive", 2, 3)
+    assert account["kl_upper_bound"] == pytest.approx(math.log(5) - 4 / 5)
 
 
 async def test_a_deadline_with_nothing_finished_is_504() -> None:

@@ -79,7 +79,9 @@ async def test_numbers_that_are_none(client: httpx.AsyncClient, number: str, fie
         ({"nbest": {"reward_model": "unheard-of"}}, "nbest.reward_model"),
         ({"nbest": {"strategy": "blockwise"}}, "nbest.strategy"),
         ({"nbest": {"strategy": "majority", "selection": {"answer_regex": "(["}}}, "nbest.selection.answer_regex"),
-        ({"nbest": {"stopping": {"policy": "adaptive"}}}, "nbest.stopping.policy"),
+        ({"nbest": {"stopping": {"policy": "sometimes"}}}, "nbest.stopping.policy"),
+        ({"nbest": {"stopping": {"policy": "adaptive", "price": 0}}}, "nbest.stopping.price"),
+        ({"nbest": {"stopping": {"policy": "adaptive", "checkpoints": [8]}}}, "nbest.stopping.checkpoints"),
         ({"nbest": {"deadline": 3}}, "nbest.deadline"),
     ],
 )

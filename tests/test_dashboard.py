@@ -61,11 +61,12 @@ class Traffic:
             (False, None, {"nbest": {"strategy": "majority"}}),
             (True, None, {}),
             (True, None, {"nbest": {"on_reward_failure": "first"}}),
+            (False, None, {"nbest": {"stopping": {"policy": "adaptive", "target_reward": -1.0, "wave": 1}}}),
             (False, OverloadedError("Too much is under way.", retry_after_s=1), {}),
         ]:
             reply = await client.post("/v1/chat/completions", json=HELLO | {"best_of": 3} | extra)
             statuses.append(reply.status_code)
-        assert statuses == [200, 200, 503, 200, 429]
+        assert statuses == [200, 200, 503, 200, 200, 429]
         self.metrics.observe_batch(2, 40)  # as the reward model's scorer does
         self.metrics.observe_restart(30.0)  # as the supervisor of the engine does
 

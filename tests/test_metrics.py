@@ -24,6 +24,7 @@ def result(*rewards: float) -> BestOfNResult:
         completed=len(rewards),
         failed=0,
         cancelled=0,
+        not_drawn=0,
         strategy="argmax",
         reward_model="taste",
         ranked_by="reward",
@@ -60,6 +61,27 @@ def test_candidates_are_counted_as_they_end(metrics: Metrics) -> None:
     assert value(metrics, "nbest_candidates_total", outcome="failed") == 1
     assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 1
     assert value(metrics, "nbest_generated_tokens_total") == 8
+
+
+def test_candidates_that_were_not_drawn_did_not_end(metrics: Metrics) -> None:
+    with metrics.candidates(4) as heard:
+        heard(candidate(0))
+        heard.not_drawn(2)
+        assert value(metrics, "nbest_candidates_in_flight") == 1
+    assert value(metrics, "nbest_candidates_in_flight") == 0
+    assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 1
+
+
+def test_what_a_stopping_policy_spared_is_counted_by_its_name(metrics: Metrics) -> None:
+    stopped = replace(result(1.0), stopped_by="adaptive_rejection", cancelled=3, not_drawn=4)
+    metrics.observe_answer(stopped)
+    metrics.observe_answer(replace(stopped, stopped_by="deadline"))
+    spared = {
+        how: value(metrics, "nbest_spared_candidates_total", policy="adaptive_rejection", spared=how)
+        for how in ("cancelled", "not_drawn")
+    }
+    assert spared == {"cancelled": 3, "not_drawn": 4}
+    assert value(metrics, "nbest_spared_candidates_total", policy="deadline", spared="cancelled") is None
 
 
 def test_candidates_of_a_client_that_hangs_up_are_cancelled(metrics: Metrics) -> None:

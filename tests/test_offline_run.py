@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from reranker.candidate import Candidate, Prompt
+from reranker.stopping import AdaptiveN, Stopping
 from server.errors import GenerationError, NotReadyError, OverloadedError
 from server.generation.base import Sampling
 from server.offline.directory import RunDirectory
@@ -124,6 +125,28 @@ async def test_a_prompt_with_a_straggler_gives_the_places_of_its_other_candidate
     sizes += [replace(one, request=replace(one.request, best_of=IN_FLIGHT - 1)) for one in others]
     await watching.run.through(sizes)
     assert watching.lines[-1] == 1
+
+
+async def test_a_prompt_that_is_drawn_in_waves_takes_the_room_of_one_wave(tmp_path: Path) -> None:
+    """Each may draw as many as the room holds, one at a time; all four that are held are then under way at once."""
+    under_way, most = set[int](), 0
+
+    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+        nonlocal most
+        under_way.add(task.line)
+        most = max(most, len(under_way))
+        result = await watching.answer(task, heard)
+        under_way.remove(task.line)
+        return result
+
+    stopping = Stopping("adaptive", waves=AdaptiveN(IN_FLIGHT, price=1e-9, wave=1))
+    watching = Watching(tmp_path, answer)
+    rows = watching.rows(12)
+    await watching.run.through(
+        replace(row, request=replace(row.request, best_of=IN_FLIGHT, stopping=stopping)) for row in rows
+    )
+    assert most == HELD_PER_DRAWING
+    assert len(watching.lines) == 12
 
 
 async def test_a_scorer_slower_than_the_engine_holds_the_reading_back(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from reranker.predictive import Prior
 from server.offline.plot import plot_summary
 from server.offline.records import Result
 from server.offline.summary import BOOTSTRAP_PROMPTS, Mean, summarise
@@ -33,6 +35,22 @@ def test_a_candidate_without_a_reward_is_in_no_pool() -> None:
     curve = summarise(results([1, None], [3, 5]))["reward_at_n"]
     assert (curve["1"]["mean"], curve["1"]["prompts"]) == (2.5, 2)
     assert (curve["2"]["mean"], curve["2"]["prompts"]) == (5, 1)
+
+
+def test_a_pool_that_a_policy_cut_short_is_in_no_curve() -> None:
+    whole, cut = results([1, 2], [8, 9])
+    summary = summarise([whole, cut.model_copy(update={"stopped_by": "adaptive"})])
+    assert summary["winner_reward"]["mean"] == 5.5
+    assert {n: (one["mean"], one["prompts"]) for n, one in summary["reward_at_n"].items()} == {
+        "1": (1.5, 1),
+        "2": (2, 1),
+    }
+    assert summary["reward_prior"] is None  # that takes two prompts
+
+
+def test_the_prior_for_adaptive_stopping_is_told() -> None:
+    pools = [[0.0, 2.0], [10.0, 14.0]]
+    assert summarise(results(*pools))["reward_prior"] == asdict(Prior.of(pools))
 
 
 def test_a_run_without_rewards_or_without_results_has_no_curve() -> None:

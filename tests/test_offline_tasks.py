@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from reranker.candidate import Candidate, Message, Prompt
+from reranker.stopping import AdaptiveN, Stopping
 from server.config import Settings
 from server.offline.inputs import Row
 from server.offline.line_set import LineSet, Names
@@ -54,6 +55,11 @@ def test_what_a_row_leaves_open_comes_from_the_run() -> None:
     assert (left_open.best_of, left_open.sampling.max_tokens) == (6, 9)
     assert (said.best_of, said.sampling.max_tokens) == (2, 3)
     assert task({"messages": HI, "max_completion_tokens": 4}).request.sampling.max_tokens == 4
+
+
+def test_a_row_can_have_a_stopping_policy() -> None:
+    row = {"prompt": "p", "nbest": {"stopping": {"policy": "adaptive", "price": 0.5}}}
+    assert task(row).request.stopping == Stopping("adaptive", waves=AdaptiveN(6, price=0.5))
 
 
 def test_a_line_has_a_seed_of_its_own_unless_it_says_one() -> None:
@@ -163,6 +169,7 @@ def test_a_row_to_rerank_chooses_its_strategy_and_its_reward_model() -> None:
         ({"prompt": "p", "candidates": [1]}, "candidates[0]: input should be a valid string"),
         ({"prompt": "p", "candidates": [{"txt": "a"}]}, "text is required."),
         ({"prompt": "p", "messages": HI, "candidates": ["a"]}, "Give either messages or prompt"),
+        ({"prompt": "p", "candidates": ["a"], "nbest": {"stopping": {"policy": "adaptive"}}}, "none can be spared"),
     ],
 )
 def test_bad_candidates_are_told_in_a_sentence(row: Row, told: str) -> None:

@@ -68,9 +68,9 @@ async def test_candidate_seconds_count_each_candidate_until_it_ended(monkeypatch
         generator, "generate", lambda prompt, sampling, n, **_: OneAfterTheOther(generator, sampling, n, False)
     )
     clock_s = itertools.count()
-    monkeypatch.setattr("server.pipeline.time", SimpleNamespace(perf_counter=lambda: float(next(clock_s))))
+    monkeypatch.setattr("server.drawing.time", SimpleNamespace(perf_counter=lambda: float(next(clock_s))))
     result = await pipeline(generator).run(request(deadline_s=0.05, strategy="majority"))
-    # Under way at 1 s; the first ends at 2 s (3 candidates x 1 s), the second at 3 s (2 x 1 s), the deadline at 4 s.
+    # Under way at 0 s; the first ends at 1 s (3 candidates x 1 s), the second at 2 s (2 x 1 s), the deadline at 3 s.
     assert (result.completed, result.failed, result.cancelled) == (1, 1, 1)
     assert result.candidate_s == 3 + 2 + 1
 

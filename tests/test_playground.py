@@ -164,6 +164,14 @@ class TestDrawing:
             assert await browser.js(STATES) == ["winner", "cancelled"]
             assert "1 cancelled, stopped by deadline" in await browser.text("#status")
 
+    async def test_what_a_policy_did_not_draw_is_shown_so(self) -> None:
+        stopping = {"policy": "adaptive", "target_reward": 0, "wave": 2}
+        async with opened(ScriptedGenerator(["a", "b", "c"]), ScriptedScorer()) as (browser, _):
+            await draw(browser, best_of="4", others=json.dumps({"nbest": {"stopping": stopping}}))
+            await browser.until(WINNER)
+            assert await browser.js(STATES) == ["winner", "finished", "spared", "spared"]
+            assert "2 completed, 2 not drawn, stopped by adaptive" in await browser.text("#status")
+
     async def test_one_candidate_of_a_plain_text_grows(self) -> None:
         generator = ScriptedGenerator(["so very good " + "word " * 40], word_delay_s=0.05)
         async with opened(generator) as (browser, _):

@@ -22,15 +22,20 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from reranker.candidate import Message, Prompt
+from reranker.predictive import Prior
+from reranker.stopping import AdaptiveN, SpeculativeRejection, Stopping, StragglerCut
 from server.config import Settings
 from server.errors import BadRequestError
 from server.pipeline import BestOfNRequest
 from server.schema_parts import (
     OPTIONS_OF,
+    STOPPING_OPTIONS_OF,
     ChatMessage,
     JsonSchemaFormat,
+    PolicyName,
     ResponseFormat,
     SelectionFields,
+    StoppingFields,
     StreamOptions,
     TextPart,
 )
@@ -267,6 +272,84 @@ def test_options_of_the_extension_reach_the_pipeline() -> None:
     options = {"reward_model": "taste", "deadline_s": 2, "on_reward_failure": "first", "strategy": "argmax"}
     planned = plan(ChatCompletionRequest, nbest={**options, "stopping": {"policy": "none"}})
     assert (planned.reward_model, planned.deadline_s, planned.on_reward_failure) == ("taste", 2.0, "first")
+
+
+class TestStoppingOptions:
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "price": 0.5,
+        "quantile": 0.8,
+        "prior": {"mean": 1.0, "mean_weight": 2.0, "sd": 3.0, "sd_weight": 4},
+        "target_reward": -1.0,
+        "wave": 2,
+        "checkpoints": [8, 16],
+        "reject_share": 0.25,
+        "wait_share": 0.75,
+    }
+    NEEDED: ClassVar[dict[str, dict[str, Any]]] = {
+        "speculative_rejection": {"checkpoints": [8]},
+        "adaptive_rejection": {"checkpoints": [8]},
+        "straggler_cut": {"wait_share": 0.5},
+    }
+
+    @pytest.mark.parametrize("policy", STOPPING_OPTIONS_OF)
+    @pytest.mark.parametrize("name", OPTIONS)
+    def test_an_option_reaches_the_policy_or_is_refused(self, policy: PolicyName, name: str) -> None:
+        bare = {"policy": policy, **self.NEEDED.get(policy, {})}
+        asked = {"stopping": bare | {name: self.OPTIONS[name]}}
+        if name in STOPPING_OPTIONS_OF[policy]:
+            changed = plan(ChatCompletionRequest, nbest=asked).stopping
+            assert changed.policy == policy
+            assert changed != plan(ChatCompletionRequest, nbest={"stopping": bare}).stopping
+        else:
+            with pytest.raises(BadRequestError, match=f"and the policy is {policy}") as refusal:
+                plan(ChatCompletionRequest, nbest=asked)
+            assert refusal.value.param == f"nbest.stopping.{name}"
+
+    def test_every_option_is_tried(self) -> None:
+        assert (
+            set(self.OPTIONS)
+            == set(StoppingFields.model_fields) - {"policy"}
+            == set().union(*STOPPING_OPTIONS_OF.values())
+        )
+
+    def test_the_policies_in_full(self) -> None:
+        prior = Prior(mean=1.0, mean_weight=2.0, sd=3.0, sd_weight=4)
+        asked = {"policy": "adaptive", "price": 0.5, "prior": self.OPTIONS["prior"], "target_reward": 9, "wave": 2}
+        planned = plan(ChatCompletionRequest, best_of=6, n=2, nbest={"stopping": asked}).stopping
+        assert planned == Stopping("adaptive", waves=AdaptiveN(6, 2, 0.5, None, 9.0, 2, prior))
+        assert (planned.at_once(6), planned.at_once(1), Stopping().at_once(6)) == (2, 1, 6)
+        asked = {"policy": "adaptive_rejection", "checkpoints": [8, 16], "reject_share": 0.25}
+        planned = plan(ChatCompletionRequest, n=3, nbest={"stopping": asked}).stopping
+        rejection = SpeculativeRejection((8, 16), 0.25, least=3)
+        assert planned == Stopping("adaptive_rejection", waves=AdaptiveN(4, 3, quantile=0.9), rejection=rejection)
+        asked = {"policy": "straggler_cut", "wait_share": 0.75}
+        planned = plan(ChatCompletionRequest, n=2, nbest={"stopping": asked}).stopping
+        assert planned == Stopping("straggler_cut", stragglers=StragglerCut(0.75, least=2))
+
+    @pytest.mark.parametrize(
+        ("nbest", "param"),
+        [
+            ({"stopping": {"policy": "adaptive", "price": 1.0, "quantile": 0.5}}, "nbest.stopping.quantile"),
+            ({"stopping": {"policy": "adaptive"}, "strategy": "majority"}, "nbest.stopping"),
+            ({"stopping": {"policy": "adaptive"}, "strategy": "mbr"}, "nbest.stopping"),
+            ({"stopping": {"policy": "straggler_cut", "target_reward": 1}, "strategy": "majority"}, "nbest.stopping"),
+            ({"stopping": {"policy": "straggler_cut"}}, "nbest.stopping"),
+            ({"stopping": {"policy": "speculative_rejection"}}, "nbest.stopping.checkpoints"),
+            ({"stopping": {"policy": "speculative_rejection", "checkpoints": [8, 8]}}, "nbest.stopping.checkpoints"),
+            ({"stopping": {"policy": "speculative_rejection", "checkpoints": [9, 8]}}, "nbest.stopping.checkpoints"),
+        ],
+    )
+    def test_what_cannot_be_honoured_is_refused(self, nbest: dict[str, Any], param: str) -> None:
+        with pytest.raises(BadRequestError) as refusal:
+            plan(ChatCompletionRequest, nbest=nbest)
+        assert refusal.value.param == param
+
+    @pytest.mark.parametrize("policy", ["speculative_rejection", "adaptive_rejection"])
+    def test_an_upstream_server_cannot_give_up_one_of_several(self, policy: str) -> None:
+        upstream = Settings(generator="openai", base_url="http://127.0.0.1:1/v1")
+        asked = ChatCompletionRequest(**CHAT, nbest={"stopping": {"policy": policy, "checkpoints": [8]}})
+        with pytest.raises(BadRequestError, match="use adaptive or straggler_cut"):
+            asked.plan(upstream)
 
 
 class TestSelectionOptions:

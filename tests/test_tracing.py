@@ -152,6 +152,7 @@ async def test_the_run_tells_what_was_asked_and_what_it_came_to(traces: Traces) 
         "nbest.completed": 3,
         "nbest.failed": 0,
         "nbest.cancelled_candidates": 0,
+        "nbest.candidates_not_drawn": 0,
         "nbest.stopped_by": "all",
         "nbest.ranked_by": "reward",
         "nbest.winner.index": 2,

@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Options = TypeVar("Options", bound="DataclassInstance")
-Settings = TypeVar("Settings", bound="DataclassInstance")
+Options = TypeVar("Options")
+Settings = TypeVar("Settings")
 
 
 class DtypeOption(StrEnum):

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from reranker.candidate import Message, Prompt
+from server.pipeline import StoppedBy
 from server.reply_schemas import CandidateReply
 from server.selecting import RankedBy, Strategy
 
@@ -39,6 +40,7 @@ class Result(BaseModel):
     reward_model: str | None
     strategy: Strategy
     ranked_by: RankedBy
+    stopped_by: StoppedBy = "all"
     sampling: dict[str, Any]
     seed: int | None
     prompt_tokens: int

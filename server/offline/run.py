@@ -100,20 +100,22 @@ class Run:
                             self._write(row)
                             continue
                         await self._held.enter(row.request.best_of)
-                        await self._drawing.enter(row.request.best_of)
+                        await self._drawing.enter(row.request.at_once)
                         lines.create_task(self._line(row))
                 syncing.cancel()
         except BaseExceptionGroup as errors:
             raise _first(errors) from errors
 
     async def _line(self, task: Task) -> None:
-        drawing = task.request.best_of
+        drawing, left = task.request.at_once, task.request.best_of
 
         def heard(outcome: Outcome) -> None:
-            nonlocal drawing
-            if drawing and (isinstance(outcome, FailedCandidate) or outcome.finish_reason is not None):
-                drawing -= 1
-                self._drawing.leave(1)
+            nonlocal drawing, left
+            if isinstance(outcome, FailedCandidate) or outcome.finish_reason is not None:
+                left -= 1
+                if 0 <= left < drawing:  # no more than are left are under way
+                    drawing -= 1
+                    self._drawing.leave(1)
 
         try:
             self._write(task.result(await self._answered(task, heard)))

@@ -2,15 +2,17 @@
 
 At n the mean is over the prompts that have at least n rewarded candidates, each with the expectation over all ways to
 draw n of them (`reranker.estimators`). Its 95 % interval is the bootstrap's over prompts up to `BOOTSTRAP_PROMPTS` of
-them; where there are more, mean ± 1.96 s/√P, which the bootstrap comes to and which needs no prompt to be kept.
+them; where there are more, mean ± 1.96 s/√P, which the bootstrap comes to and which needs no prompt to be kept. Pools
+that a stopping policy has cut short are left out, since it stops where rewards are high.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reranker.estimators import bootstrap_mean, expected_max, kl_upper_bound
+from reranker.predictive import Prior
 from server.offline.records import Result
 
 BOOTSTRAP_PROMPTS = 2000
@@ -45,7 +47,7 @@ class Mean:
 def summarise(results: Iterable[Result]) -> dict[str, Any]:
     """The summary of these results; one is held at a time."""
     prompts = prompt_tokens = generated_tokens = scored_tokens = 0
-    winners, curve = Mean(), list[Mean]()
+    winners, curve, pools = Mean(), list[Mean](), list[list[float]]()
     for result in results:
         prompts += 1
         prompt_tokens += result.prompt_tokens
@@ -53,7 +55,11 @@ def summarise(results: Iterable[Result]) -> dict[str, Any]:
         scored_tokens += result.scored_tokens
         if result.winner.reward is not None:
             winners.add(result.winner.reward)
+        if result.stopped_by not in ("all", "deadline"):
+            continue
         rewards = [reward for reward in result.rewards if math.isfinite(reward)]
+        if len(pools) < BOOTSTRAP_PROMPTS:
+            pools.append(rewards)
         curve += [Mean() for _ in range(len(rewards) - len(curve))]
         for n, mean in zip(range(1, len(rewards) + 1), curve, strict=False):
             mean.add(expected_max(rewards, n))
@@ -63,7 +69,16 @@ def summarise(results: Iterable[Result]) -> dict[str, Any]:
         "generated_tokens": generated_tokens,
         "scored_tokens": scored_tokens,
         "winner_reward": winners.told() if winners.count else None,
+        "reward_prior": _prior(pools),
         "reward_at_n": {
             str(n): {**mean.told(), "kl_upper_bound": kl_upper_bound(n)} for n, mean in enumerate(curve, start=1)
         },
     }
+
+
+def _prior(pools: list[list[float]]) -> dict[str, Any] | None:
+    """What adaptive stopping is told beforehand about prompts like these (docs/stopping.md)."""
+    try:
+        return asdict(Prior.of(pools))
+    except ValueError:
+        return None

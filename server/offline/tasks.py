@@ -76,6 +76,7 @@ class Task:
             reward_model=found.reward_model,
             strategy=found.strategy,
             ranked_by=found.ranked_by,
+            stopped_by=found.stopped_by,
             sampling=dict(self.sampling),
             seed=self.request.sampling.seed,
             prompt_tokens=found.prompt_tokens,
@@ -180,6 +181,10 @@ class Reranking:
         asked = validated(document, ScoreRequest)
         prompt, texts_alone = asked.internal(self.settings)
         options = origin.nbest or NBestOptions()
+        if options.stopping is not None and options.stopping.policy != "none":
+            raise BadRequestError(
+                "The candidates are there already, so none can be spared; leave stopping out.", param="nbest.stopping"
+            )
         request = BestOfNRequest(
             prompt=prompt,
             sampling=Sampling(seed=origin.seed),

@@ -57,6 +57,11 @@ class Row {
     this.part("text").textContent = "stopped before it finished";
   }
 
+  spare() {
+    this.become("spared", "not drawn");
+    this.part("text").textContent = "not worth its tokens any more";
+  }
+
   win() {
     this.become("winner", "winner");
     this.element.querySelector("details").open = true;
@@ -96,9 +101,10 @@ export class Candidates {
     this.#rows[0].part("text").textContent += text;
   }
 
-  /** All is known: the ranking, best first, and that whatever has not ended never will. */
-  decide(ranking) {
+  /** All is known: the ranking, best first, that the last `numSpared` were not drawn, and that no other ends any more. */
+  decide(ranking, numSpared) {
     this.#ranking = ranking;
+    for (const row of this.#rows.slice(this.#rows.length - numSpared)) row.spare();
     this.end();
     this.#rows[ranking[0]].win();
   }

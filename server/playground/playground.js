@@ -18,6 +18,7 @@ let model = null;
 /** Stops the request under way; null where there is none. */
 let stopping = null;
 
+const inWords = (name) => name.replaceAll("_", " ");
 const order = () => document.querySelector("[name=order]:checked").value;
 
 async function meet() {
@@ -26,7 +27,7 @@ async function meet() {
     model = served.model.id;
     byId("model").textContent = model;
     byId("reward_model").replaceChildren(...served.model.reward_models.map((name) => new Option(name)));
-    byId("strategy").replaceChildren(...served.strategies.map((name) => new Option(name.replaceAll("_", " "), name)));
+    byId("strategy").replaceChildren(...served.strategies.map((name) => new Option(inWords(name), name)));
     byId("problem").hidden = true;
     describe();
   } catch (refusal) {
@@ -145,7 +146,7 @@ function tellTokens(count) {
 function conclude(account, usage, firstS) {
   const { rewards } = candidates;
   const [winner] = account.ranking;
-  candidates.decide(account.ranking);
+  candidates.decide(account.ranking, account.not_drawn);
   candidates.sort(order());
   if (rewards.length < 2) curve.start(0);
 
@@ -164,9 +165,11 @@ function conclude(account, usage, firstS) {
   byId("figure-tokens-note").textContent =
     `${whole(usage.prompt_tokens)} prompt + ${whole(usage.completion_tokens)} drawn · ${whole(account.scored_tokens)} scored`;
   byId("figure-price-note").textContent = `prompt and drawn tokens at ${request.pricePerMillion()} a million`;
-  const counts = ["completed", "failed", "cancelled"].filter((end) => account[end]).map((end) => `${account[end]} ${end}`);
-  const stop = account.stopped_by === "all" ? "" : `, stopped by ${account.stopped_by.replaceAll("_", " ")}`;
-  byId("status").textContent = `Candidate ${winner + 1} wins by ${account.strategy.replaceAll("_", " ")}: ${counts.join(", ")}${stop}.`;
+  const counts = ["completed", "failed", "cancelled", "not_drawn"]
+    .filter((end) => account[end])
+    .map((end) => `${account[end]} ${inWords(end)}`);
+  const stop = account.stopped_by === "all" ? "" : `, stopped by ${inWords(account.stopped_by)}`;
+  byId("status").textContent = `Candidate ${winner + 1} wins by ${inWords(account.strategy)}: ${counts.join(", ")}${stop}.`;
   byId("scale").textContent = rewards.length > 1 ? "Bars go from the lowest reward of these candidates to the highest." : "";
 }
 

@@ -75,6 +75,39 @@ def test_streamed_candidates_are_those_of_the_whole_reply(client: openai.OpenAI)
     assert rewards == pytest.approx({one["index"]: one["reward"] for one in whole}, abs=1e-4)
 
 
+def test_an_adaptive_policy_draws_the_first_of_the_same_candidates(client: openai.OpenAI) -> None:
+    """Any reward is enough here, so one wave of two is drawn."""
+    stopping = {"policy": "adaptive", "target_reward": -1e6, "wave": 2}
+    plain = complete(client, seed=60)
+    stopped = complete(client, seed=60, nbest={"stopping": stopping})
+    assert stopped.nbest["candidates"] == plain.nbest["candidates"][:2]
+    assert (stopped.nbest["completed"], stopped.nbest["not_drawn"]) == (2, 6)
+    assert stopped.nbest["stopped_by"] == "adaptive"
+    assert stopped.usage.completion_tokens == sum(one["num_tokens"] for one in plain.nbest["candidates"][:2])
+
+
+def test_waves_continue_the_seeds(client: openai.OpenAI) -> None:
+    stopping = {"policy": "adaptive", "target_reward": 1e6, "wave": 3}
+    in_waves = complete(client, seed=60, nbest={"stopping": stopping})
+    texts = [one["text"] for one in complete(client, seed=60).nbest["candidates"]]
+    assert [one["text"] for one in in_waves.nbest["candidates"]] == texts
+    assert (in_waves.nbest["completed"], in_waves.nbest["stopped_by"]) == (8, "all")
+
+
+def test_rejected_candidates_are_stopped_in_the_engine(client: openai.OpenAI, served: Served) -> None:
+    cancelled_before = served.generator.cancelled_total
+    stopping = {"policy": "speculative_rejection", "checkpoints": [4, 16], "reject_share": 0.5}
+    reply = complete(client, seed=60, max_tokens=48, nbest={"stopping": stopping})
+    account = reply.nbest
+    assert account["cancelled"] >= 4  # half of 8 and half of 4, but for those that had ended by themselves
+    assert account["completed"] + account["cancelled"] == 8
+    assert account["stopped_by"] == "speculative_rejection"
+    assert served.generator.cancelled_total - cancelled_before == account["cancelled"]
+    completed = sum(one["num_tokens"] for one in account["candidates"])
+    assert completed < reply.usage.completion_tokens < 8 * 48
+    assert eventually(lambda: served.generator.unfinished == 0, 5)
+
+
 def test_the_score_endpoint_gives_the_same_rewards(client: openai.OpenAI, served: Served) -> None:
     candidates = complete(client).nbest["candidates"]
     body = {"prompt": OPENING, "candidates": [one["text"] for one in candidates]}
