@@ -62,10 +62,14 @@ def test_an_adaptive_policy_draws_the_first_of_the_same_candidates(client: opena
     stopping = {"policy": "adaptive", "target_reward": -1e6, "wave": 2}
     plain = complete(client, seed=60)
     stopped = complete(client, seed=60, nbest={"stopping": stopping})
-    assert stopped.nbest["candidates"] == plain.nbest["candidates"][:2]
+    drawn, of_plain = (
+        [(one["index"], one["text"], one["num_tokens"]) for one in reply.nbest["candidates"]]
+        for reply in (stopped, plain)
+    )
+    assert drawn == of_plain[:2]
     assert (stopped.nbest["completed"], stopped.nbest["not_drawn"]) == (2, 6)
     assert stopped.nbest["stopped_by"] == "adaptive"
-    assert stopped.usage.completion_tokens == sum(one["num_tokens"] for one in plain.nbest["candidates"][:2])
+    assert stopped.usage.completion_tokens == sum(num_tokens for _, _, num_tokens in drawn)
 
 
 def test_waves_continue_the_seeds(client: openai.OpenAI) -> None:
