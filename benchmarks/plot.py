@@ -1,5 +1,6 @@
 """Draws every figure whose results are there, from benchmarks/results alone: `python -m benchmarks.plot`."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ FIGURES = RESULTS.parent / "figures"
 WINNER, JUDGE = "#1f5fa8", "#c2571a"
 CURVES = (("#222222", "^"), ("#7a3fa0", "D"), ("#1f5fa8", "o"), ("#2e8b57", "s"), ("#c2571a", "v"))
 """Told apart by colour and by marker."""
+MEASURES = {
+    "reward": "mean reward (movie-sentiment)",
+    "vader": "independent judge (VADER, -1 to 1)",
+    "perplexity_under_base": "perplexity under the base policy",
+}
 
 
 def quality(result: dict[str, Any]) -> Path:
@@ -73,43 +79,78 @@ def arithmetic(result: dict[str, Any]) -> Path:
 def improve(result: dict[str, Any]) -> Path:
     """Reward, judge and perplexity against KL to the base: best of n as a curve, trained policies as points."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    panels = {
-        "reward": f"mean reward ({result['reward_model']})",
-        "vader": "independent judge (VADER, -1 to 1)",
-        "perplexity_under_base": "perplexity under the base policy",
-    }
-    best, policies = result["best_of_n_of_the_base"], result["policies_at_best_of_1"]
-    for axis, (measure, label) in zip(axes, panels.items(), strict=True):
-        kl = [one["kl"]["mean"] for one in best.values()]
-        means, low, high = ([one[measure][bound] for one in best.values()] for bound in ("mean", "low", "high"))
-        axis.plot(kl, means, marker="o", color=WINNER, label="best of n of the base, n = 1 … 32 (KL: bound)")
-        axis.fill_between(kl, low, high, color=WINNER, alpha=0.12, linewidth=0)
-        for n, x, y in zip(best, kl, means, strict=True):
-            axis.annotate(n, (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7, color=WINNER)
+    policies = result["policies_at_best_of_1"]
+    for axis, measure in zip(axes, MEASURES, strict=True):
+        _best_of_n_against_kl(axis, result["best_of_n_of_the_base"], measure)
         for (name, one), (colour, marker) in zip(policies.items(), CURVES[1:], strict=False):
-            x, y = one["kl"], one[measure]
-            axis.errorbar(
-                x["mean"],
-                y["mean"],
-                xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
-                yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
-                marker=marker,
-                color=colour,
-                capsize=3,
-                linestyle="none",
-                label=f"{name}, best_of 1",
-            )
-        axis.set_xlabel("KL to the base, nats a sequence")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+            _point(axis, one, measure, colour, marker, f"{name}, best_of 1")
     axes[0].legend(fontsize=7, frameon=False, loc="lower right")
+    return _saved(figure, "improve", result)
+
+
+def rl(result: dict[str, Any]) -> Path:
+    """Reward of the samples learnt from against minutes, and reward and judge against KL: a point for each seed."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    for axis, measure in zip(axes[1:], ("reward", "vader"), strict=True):
+        _best_of_n_against_kl(axis, result["best_of_n_of_the_base"], measure)
+    best_of_4 = result["best_of_n_of_the_base"]["4"]["reward"]["mean"]
+    axes[0].axhline(best_of_4, color=WINNER, linestyle="--", label="best of 4 of the base")
+    for (method, runs), (colour, marker) in zip(result["runs"].items(), CURVES[3:], strict=False):
+        for number, run in enumerate(runs.values()):
+            label = f"{method}, {len(runs)} seeds" if number == 0 else None
+            minutes = [seconds / 60 for seconds in itertools.accumulate(_step_s(row) for row in run["steps"])]
+            axes[0].plot(minutes, [row["reward"] for row in run["steps"]], color=colour, alpha=0.7, label=label)
+            for axis, measure in zip(axes[1:], ("reward", "vader"), strict=True):
+                _point(axis, run["held_out"], measure, colour, marker, label)
+    axes[0].set_xlabel("minutes of training")
+    axes[0].set_ylabel("reward of the samples learnt from")
+    axes[0].grid(alpha=0.3)
+    axes[0].spines[["top", "right"]].set_visible(False)
+    for axis in axes[:2]:
+        axis.legend(fontsize=7, frameon=False, loc="lower right")
+    return _saved(figure, "rl", result)
+
+
+def _step_s(row: dict[str, float]) -> float:
+    return sum(seconds for name, seconds in row.items() if name.endswith("_s"))
+
+
+def _best_of_n_against_kl(axis: Any, best: dict[str, Any], measure: str) -> None:
+    kl = [one["kl"]["mean"] for one in best.values()]
+    means, low, high = ([one[measure][bound] for one in best.values()] for bound in ("mean", "low", "high"))
+    axis.plot(kl, means, marker="o", color=WINNER, label="best of n of the base, n = 1 … 32 (KL: bound)")
+    axis.fill_between(kl, low, high, color=WINNER, alpha=0.12, linewidth=0)
+    for n, x, y in zip(best, kl, means, strict=True):
+        axis.annotate(n, (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7, color=WINNER)
+    axis.set_xlabel("KL to the base, nats a sequence")
+    axis.set_ylabel(MEASURES[measure])
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _point(axis: Any, found: dict[str, Any], measure: str, colour: str, marker: str, label: str | None) -> None:
+    """A policy by its KL and a measure, each with its interval."""
+    x, y = found["kl"], found[measure]
+    axis.errorbar(
+        x["mean"],
+        y["mean"],
+        xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
+        yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]],
+        marker=marker,
+        color=colour,
+        capsize=3,
+        linestyle="none",
+        label=label,
+    )
+
+
+def _saved(figure: Any, name: str, result: dict[str, Any]) -> Path:
     figure.suptitle(
         f"{result['policy']}, {result['prompts']['held_out']} held-out film-review openings, "
         f"{result['max_tokens']} new tokens, 95 % intervals over prompts",
         fontsize=10,
     )
-    path = FIGURES / "improve.png"
+    path = FIGURES / f"{name}.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
@@ -149,7 +190,7 @@ def _frontier(curve: list[dict[str, Any]]) -> list[tuple[float, float]]:
     return best
 
 
-DRAWN = {"quality": quality, "arithmetic": arithmetic, "improve": improve, "frugal": frugal}
+DRAWN = {"quality": quality, "arithmetic": arithmetic, "improve": improve, "rl": rl, "frugal": frugal}
 
 
 def main() -> None:

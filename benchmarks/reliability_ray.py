@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("faults", nargs="*", help=f"{', '.join(FAULTS)}; all of them when none is named")
     flags = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # as on a cluster that the server starts itself
+    os.environ.setdefault("RAY_worker_niceness", "0")  # for a machine that has other things to do as well
     path = RESULTS / "reliability_ray.json"
     faults = json.loads(path.read_text())["faults"] if path.exists() else {}
     with Nodes.joined(SETTINGS) as nodes, nodes.serving(application(SETTINGS), SETTINGS) as url:

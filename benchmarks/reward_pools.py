@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import training_openings
 from benchmarks.birth import birth_certificate
-from benchmarks.improve import MODEL, nbest, write_openings
+from benchmarks.judged import MODEL, nbest, write_openings
 from benchmarks.stats import hand_in
 from reranker.candidate import Candidate
 from reranker.prepared import resolve

@@ -11,7 +11,7 @@ attention be replaced by name, and hands it whatever keyword the trunk was calle
 
 The keys and values of a prompt are kept when its batch is done, because candidates are scored as they finish: the
 next of them goes into a later batch, and then its prompt is not computed again. The prompts used last are kept, up to
-`KEPT_PROMPT_TOKENS`.
+`KEPT_PROMPT_TOKENS` (`reranker.kept_prompts`).
 
 What is the same prompt is decided by its tokens (`Rendered.prefix_ids`) and nothing else. A prompt that was cut to make
 room for a long candidate is another prompt, and shares with nobody.
@@ -26,8 +26,7 @@ docs/decisions/0005.
 """
 
 import logging
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from reranker.kept_prompts import KeptPrompts, TokenIds
 from reranker.rendering import Rendered
 
 log = logging.getLogger("nbest")
@@ -48,19 +48,15 @@ SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt's tokens, and its keys and values by layer, each (KV heads, 1, tokens, D), once they are computed."""
-
-    token_ids: tuple[int, ...]
-    by_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Group:
-    """A prompt and the candidates that continue it, as places in the row; `place` None: the prompt is kept already."""
+    """A prompt and the candidates that continue it, as places in the row.
 
-    prompt: Prompt
-    place: slice | None
+    A prompt that was kept has its places among the kept ones instead. `keep_at` is where a new one is to be kept, if
+    there is room.
+    """
+
+    prompt: slice | torch.Tensor
+    keep_at: torch.Tensor | None = None
     candidates: list[slice] = field(default_factory=list)
 
 
@@ -72,6 +68,7 @@ class Row:
     tokens computed for it: its own, and its prompt's if it is the first to need them.
     """
 
+    kept: KeptPrompts
     input_ids_T: list[int] = field(default_factory=list)
     position_ids_T: list[int] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
@@ -93,8 +90,7 @@ class SharingTrunk:
     def __init__(self, trunk: Any, device: torch.device, kept_tokens: int = KEPT_PROMPT_TOKENS) -> None:
         self._trunk = trunk
         self._device = device
-        self._kept_tokens = kept_tokens
-        self._kept: OrderedDict[tuple[int, ...], Prompt] = OrderedDict()
+        self._kept = KeptPrompts(kept_tokens, device)
 
     @classmethod
     def where_equal(cls, model: Any, device: torch.device) -> "SharingTrunk | None":
@@ -114,7 +110,7 @@ class SharingTrunk:
             alone_N_D = torch.stack([states.last_hidden_state[0, -1] for states in alone])
             model.set_attn_implementation(ATTENTION)
             try:
-                shared_N_D, _ = cls(trunk, device).scored_states(pair)
+                shared_N_D, _ = cls(trunk, device, kept_tokens=0).scored_states(pair)
             except (
                 TypeError,
                 KeyError,
@@ -133,26 +129,40 @@ class SharingTrunk:
 
     def scored_states(self, batch_N: Sequence[Rendered]) -> tuple[torch.Tensor, list[int]]:
         """(states_N_D at the scored tokens, tokens computed for each candidate: see `Row`)."""
-        row = self._lay_out(batch_N)
-        states_T_D = self._trunk(
-            input_ids=torch.tensor([row.input_ids_T], device=self._device),
-            position_ids=torch.tensor([row.position_ids_T], device=self._device),
-            use_cache=False,
-            row=row,
-        ).last_hidden_state[0]
-        self._keep([group.prompt for group in row.groups])
-        return states_T_D[torch.tensor(row.scored_N, device=self._device)], row.computed_tokens_N
-
-    def _lay_out(self, batch_N: Sequence[Rendered]) -> Row:
-        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        by_prompt: dict[TokenIds, list[int]] = {}
         for index, rendered in enumerate(batch_N):
             by_prompt.setdefault(rendered.prefix_ids, []).append(index)
-        row = Row(scored_N=[0] * len(batch_N), computed_tokens_N=[0] * len(batch_N))
+        found = {ids: self._kept.find(ids) for ids in by_prompt}
+        known = {ids: places for ids, places in found.items() if places is not None}
+        new = {ids: self._kept.add(ids, by_prompt) for ids in by_prompt if ids not in known}
+        row = self._lay_out(batch_N, by_prompt, known, new)
+        try:
+            states_T_D = self._trunk(
+                input_ids=torch.tensor([row.input_ids_T], device=self._device),
+                position_ids=torch.tensor([row.position_ids_T], device=self._device),
+                use_cache=False,
+                row=row,
+            ).last_hidden_state[0]
+        except BaseException:  # the new ones may be half written
+            for prompt_ids, places in new.items():
+                if places is not None:
+                    self._kept.forget(prompt_ids)
+            raise
+        return states_T_D[torch.tensor(row.scored_N, device=self._device)], row.computed_tokens_N
+
+    def _lay_out(
+        self,
+        batch_N: Sequence[Rendered],
+        by_prompt: Mapping[TokenIds, list[int]],
+        known: Mapping[TokenIds, torch.Tensor],
+        new: Mapping[TokenIds, torch.Tensor | None],
+    ) -> Row:
+        row = Row(self._kept, scored_N=[0] * len(batch_N), computed_tokens_N=[0] * len(batch_N))
         for prompt_ids, members in by_prompt.items():
-            if prompt_ids in self._kept:
-                group = Group(self._kept[prompt_ids], None)
+            if prompt_ids in known:
+                group = Group(known[prompt_ids])
             else:
-                group = Group(Prompt(prompt_ids), row.append(prompt_ids, first_position=0))
+                group = Group(row.append(prompt_ids, first_position=0), new[prompt_ids])
                 row.computed_tokens_N[members[0]] = len(prompt_ids)
             row.groups.append(group)
             for index in members:
@@ -162,15 +172,6 @@ class SharingTrunk:
                 row.scored_N[index] = place.stop - 1
                 row.computed_tokens_N[index] += len(own_ids)
         return row
-
-    def _keep(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            self._kept[prompt.token_ids] = prompt
-            self._kept.move_to_end(prompt.token_ids)
-        excess = sum(map(len, self._kept)) - self._kept_tokens
-        while excess > 0:
-            oldest, _ = self._kept.popitem(last=False)
-            excess -= len(oldest)
 
 
 def attend_along_row(
@@ -211,19 +212,29 @@ def attend_along_row(
         )
 
     for group in row.groups:
-        if group.place is not None:
-            keys, values = key[:, :, group.place].clone(), value[:, :, group.place].clone()
-            group.prompt.by_layer[module.layer_idx] = keys, values
-            if keys.shape[2]:
-                attend(group.place, keys, values)
-        keys, values = group.prompt.by_layer[module.layer_idx]
+        keys, values = _of_prompt(group, row.kept, module.layer_idx, key, value)
         length, longest = keys.shape[2], max(one.stop - one.start for one in group.candidates)
+        if isinstance(group.prompt, slice) and length:
+            attend(group.prompt, keys, values)
         keys, values = F.pad(keys, (0, 0, 0, longest)), F.pad(values, (0, 0, 0, longest))
         for place in group.candidates:
             end = length + place.stop - place.start
             keys[:, :, length:end], values[:, :, length:end] = key[:, :, place], value[:, :, place]
             attend(place, keys[:, :, :end], values[:, :, :end])
     return attended.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
+
+
+def _of_prompt(
+    group: Group, kept: KeptPrompts, layer: int, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values of a group's prompt, each (KV heads, 1, tokens, D), from the row or from among the kept."""
+    if not isinstance(group.prompt, slice):
+        keys, values = kept.read(layer, group.prompt)
+        return keys[:, None], values[:, None]
+    keys, values = key[:, :, group.prompt], value[:, :, group.prompt]
+    if group.keep_at is not None:
+        kept.write(layer, group.keep_at, keys[:, 0], values[:, 0])
+    return keys, values
 
 
 def _mask(

@@ -162,24 +162,56 @@ def improve() -> str:
     rows = {f"base, best of {n}": one for n, one in found["best_of_n_of_the_base"].items()}
     rows |= {f"{name}, best of 1": one for name, one in found["policies_at_best_of_1"].items()}
 
-    def kl(figure: dict[str, float]) -> str:
-        return with_interval(figure) if "low" in figure else f"≤ {figure['mean']:.2f}"
-
-    lines = [
-        f"| {name} | {with_interval(one['reward'])} | {with_interval(one['vader'])} "
-        f"| {with_interval(one['perplexity_under_base'])} | {kl(one['kl'])} |\n"
-        for name, one in rows.items()
-    ]
     variety = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["distinct_first_words"].items())
     drawn = ", ".join(f"{count} of {name}" for name, count in found["samples_a_prompt"].items())
     return (
-        "| | mean reward | VADER, -1 to 1 | perplexity under the base | KL to the base, nats a sequence |\n"
-        "|---|---|---|---|---|\n"
-        + "".join(lines)
+        against_base(rows)
         + f"\n{found['prompts']['held_out']} held-out openings, {found['max_tokens']} new tokens, 95 % bootstrap "
         f"intervals over openings; samples an opening: {drawn}. Trained on {found['prompts']['train']} other openings: "
         f"{' and '.join(map(str, found['demonstrations']))} winners in the rounds, {found['pairs']} pairs for DPO. "
         f"Different first four words among the samples of an opening: {variety}.\n"
+    )
+
+
+def rl() -> str:
+    """What PPO and REINFORCE made of the policy, seed by seed, against best of n of what they started from."""
+    found = result("rl")
+    best = found["best_of_n_of_the_base"]
+    rows = {f"base, best of {n}": best[n] for n in ("1", "4", "16")}
+    told = []
+    for method, runs in found["runs"].items():
+        rows |= {f"{method}, seed {seed}, best of 1": run["held_out"] for seed, run in runs.items()}
+        minutes = [sum(run["seconds"].values()) / 60 for run in runs.values()]
+        shares = {
+            name: sum(run["seconds"][name] for run in runs.values()) for name in ("rollout_s", "learning_s", "sync_s")
+        }
+        of_all = ", ".join(f"{name[:-2]} {100 * part / sum(shares.values()):.0f} %" for name, part in shares.items())
+        variety = " / ".join(f"{100 * run['distinct_first_words']:.0f} %" for run in runs.values())
+        told.append(
+            f"{method}: {min(minutes):.0f} to {max(minutes):.0f} minutes a run ({of_all}), different first four words "
+            f"among the samples of an opening {variety}"
+        )
+    return (
+        against_base(rows)
+        + f"\n{found['prompts']['held_out']} held-out openings, {found['max_tokens']} new tokens, 95 % bootstrap "
+        f"intervals over openings; trained on {found['prompts']['train']} others. {'; '.join(told)}; the base "
+        f"{100 * found['distinct_first_words_of_the_base']:.0f} %.\n"
+    )
+
+
+def against_base(rows: dict[str, Any]) -> str:
+    """Policies by all that is measured of them (`benchmarks.judged`)."""
+
+    def kl(figure: dict[str, float]) -> str:
+        return with_interval(figure) if "low" in figure else f"≤ {figure['mean']:.2f}"
+
+    return (
+        "| | mean reward | VADER, -1 to 1 | perplexity under the base | KL to the base, nats a sequence |\n"
+        "|---|---|---|---|---|\n"
+    ) + "".join(
+        f"| {name} | {with_interval(one['reward'])} | {with_interval(one['vader'])} "
+        f"| {with_interval(one['perplexity_under_base'])} | {kl(one['kl'])} |\n"
+        for name, one in rows.items()
     )
 
 
@@ -295,6 +327,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "frugal": frugal,
     "frugal-waves": frugal_waves,
     "frugal-live": frugal_live,
+    "rl": rl,
     "reliability": lambda: reliability.table(result_if_there),
     "births": births,
     "tree": tree,

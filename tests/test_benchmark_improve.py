@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import improve, plot
+from benchmarks.judged import Sample
 from scripts import figures
 
 PROMPTS = ("This film", "The plot")
@@ -17,7 +18,7 @@ PROMPTS = ("This film", "The plot")
 def samples(count: int, nats: float) -> list[dict[str, Any]]:
     """Rewards 0, 1, 2, ... for each prompt; ten tokens of two nats each under the base, `nats` in all by the policy."""
     return [
-        asdict(improve.Sample(prompt, f" is {reward}", float(reward), 0.5, 10, -20.0, nats))
+        asdict(Sample(prompt, f" is {reward}", float(reward), 0.5, 10, -20.0, nats))
         for prompt in PROMPTS
         for reward in range(count)
     ]

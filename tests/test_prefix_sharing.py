@@ -137,6 +137,22 @@ def test_the_oldest_prompts_are_forgotten() -> None:
     assert [computed(one) for one in (first, third, second)] == [1, 1, 9]
 
 
+def test_what_has_no_room_is_scored_all_the_same_and_not_kept() -> None:
+    """Of a batch's prompts the first is kept; the second would drive it out, and the third is longer than the room."""
+    model = classifier("llama")
+    assert SharingTrunk.where_equal(model, torch.device("cpu")) is not None
+    trunk = SharingTrunk(model.base_model, torch.device("cpu"), kept_tokens=12)
+    batch = [one for length in (8, 6, 20) for one in continued(tokens(length, length), (5,), (6, 7))]
+    with torch.inference_mode():
+        alone_N_D = torch.cat(
+            [SharingTrunk(model.base_model, torch.device("cpu")).scored_states([one])[0] for one in batch]
+        )
+        for expected in ([9, 2, 7, 2, 21, 2], [1, 2, 7, 2, 21, 2]):
+            states_N_D, computed_N = trunk.scored_states(batch)
+            assert computed_N == expected
+            torch.testing.assert_close(states_N_D, alone_N_D, atol=1e-4, rtol=0)
+
+
 def test_a_batch_that_failed_leaves_no_half_computed_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     model = classifier("llama")
     sharing = reward_model(model)

@@ -85,7 +85,8 @@ def test_scoring_batches_are_counted_in_the_scorers_replica(url: str) -> None:
 
 @pytest.mark.timeout(600)  # an engine starts in it
 def test_a_generator_killed_under_twenty_requests_is_replaced_and_loses_none(process: ServeProcess) -> None:
-    replica, engine = process.named(GENERATOR_REPLICA), process.engine()
+    assert eventually(process.is_ready, START_TIMEOUT_S)
+    engine, replica = process.engine(), process.named(GENERATOR_REPLICA)
     assert replica is not None
     parts = [engine, *engine.children(recursive=True)]
     body = {"model": MODEL, "prompt": "Once", "best_of": 2, "max_tokens": 100}

@@ -1,0 +1,58 @@
+import random
+
+import torch
+
+from reranker.kept_prompts import KeptPrompts
+
+CPU = torch.device("cpu")
+
+
+def of(prompt: tuple[int, ...], layer: int) -> torch.Tensor:
+    """(1 head, T, 2 dimensions) that tells prompt, place and layer."""
+    rows = [[1000.0 * layer + token, place] for place, token in enumerate(prompt)]
+    return torch.tensor(rows).reshape(1, len(prompt), 2)
+
+
+def test_places_are_given_up_by_the_prompt_used_longest_ago() -> None:
+    kept = KeptPrompts(5, CPU)
+    first, second, third = (1, 1), (2, 2), (3, 3)
+    assert kept.add(first, [first]) is not None
+    assert kept.add(second, [second]) is not None
+    assert kept.find(first) is not None
+    assert kept.add(third, [third]) is not None
+    assert kept.find(second) is None
+    assert kept.find(first) is not None
+
+
+def test_none_is_driven_out_that_the_batch_needs_and_none_for_what_never_fits() -> None:
+    kept = KeptPrompts(5, CPU)
+    first, second, longest = (1, 1, 1), (2, 2, 2), (3,) * 6
+    assert kept.add(first, [first]) is not None
+    assert kept.add(second, [first, second]) is None
+    assert kept.add(longest, [longest]) is None
+    assert kept.find(first) is not None
+
+
+def test_what_is_read_is_what_was_written_whatever_came_and_went() -> None:
+    """Prompts of random lengths, some forgotten in between; there is always room for as many tokens as at first."""
+    dice = random.Random(0)
+    kept = KeptPrompts(40, CPU)
+    known: list[tuple[int, ...]] = []
+    for number in range(300):
+        prompt = (number,) * dice.randint(0, 12)
+        if (places := kept.add(prompt, [prompt])) is None:
+            continue
+        for layer in (0, 1):
+            kept.write(layer, places, of(prompt, layer), -of(prompt, layer))
+        known.append(prompt)
+        if dice.random() < 0.2:
+            kept.forget(known.pop())
+        known = [one for one in known if kept.find(one) is not None]
+        for one in known:
+            found = kept.find(one)
+            assert found is not None
+            for layer in (0, 1):
+                keys, values = kept.read(layer, found)
+                assert torch.equal(keys, of(one, layer))
+                assert torch.equal(values, -of(one, layer))
+    assert kept.add((7,) * 40, [(7,) * 40]) is not None
