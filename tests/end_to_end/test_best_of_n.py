@@ -88,7 +88,8 @@ def test_rejected_candidates_are_stopped_in_the_engine(client: openai.OpenAI, se
     assert account["cancelled"] >= 4  # half of 8 and half of 4, but for those that had ended by themselves
     assert account["completed"] + account["cancelled"] == 8
     assert account["stopped_by"] == "speculative_rejection"
-    assert served.generator.cancelled_total - cancelled_before == account["cancelled"]
+    # One that ends while the beginnings are scored is given up, too, with nothing left to stop in the engine.
+    assert 0 < served.generator.cancelled_total - cancelled_before <= account["cancelled"]
     completed = sum(one["num_tokens"] for one in account["candidates"])
     assert completed < reply.usage.completion_tokens < 8 * 48
     assert eventually(lambda: served.generator.unfinished == 0, 5)
