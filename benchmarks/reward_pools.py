@@ -1,6 +1,6 @@
 """Pools to try stopping policies on: candidates with their tokens and rewards, and what their beginnings are worth.
 
-Draws 32 continuations of every opening with `nbest batch`, then cuts each after 8, 16, … tokens and has the reward
+Draws 32 continuations of every opening with `nbest batch`, then cuts each after 8, 16 and 32 tokens and has the reward
 model score those as well. Both go on in --out where they were interrupted; the result is for `benchmarks.frugal`.
 
     python -m benchmarks.reward_pools [--out runs/reward_pools] [--prompts 48]
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import training_openings
 from benchmarks.birth import birth_certificate
-from benchmarks.improve import MODEL, nbest, write_openings
+from benchmarks.judged import MODEL, nbest, write_openings
 from benchmarks.stats import hand_in
 from reranker.candidate import Candidate
 from reranker.prepared import resolve
@@ -29,7 +29,7 @@ from server.generation.base import Generator
 from server.offline.records import Result
 
 BEST_OF, MAX_TOKENS, SEED = 32, 64, 7
-LENGTHS = (8, 16, 24, 32, 48)
+LENGTHS = (8, 16, 32)
 """Tokens after which a beginning is scored."""
 
 
@@ -71,6 +71,8 @@ async def score_beginnings(out: Path, results: list[Result]) -> dict[int, dict[s
     journal = out / "beginnings.jsonl"
     done = dict(json.loads(line) for line in journal.read_text().splitlines()) if journal.exists() else {}
     missing = [one for one in results if one.line not in done]
+    if not missing:
+        return done
     tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL))
     nobody: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
     async with assembly.started_scorers(Settings(), nobody) as scorers:

@@ -41,6 +41,8 @@ def if_measured(name: str, block: Callable[[Any], str]) -> Callable[[], str]:
         return "Not measured yet.\n" if found is None else block(found)
 
     return fill
+
+
 def not_measured(benchmark: str) -> str:
     return f"Not measured yet: `python -m benchmarks.{benchmark}`.\n"
 

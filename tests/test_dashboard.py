@@ -56,14 +56,15 @@ class Traffic:
 
     async def flow(self, client: httpx.AsyncClient) -> None:
         statuses = []
-        for self.scorer.fails, self.generator.refusal, extra in [
+        asked: list[tuple[bool, OverloadedError | None, dict[str, Any]]] = [
             (False, None, {}),
             (False, None, {"nbest": {"strategy": "majority"}}),
             (True, None, {}),
             (True, None, {"nbest": {"on_reward_failure": "first"}}),
             (False, None, {"nbest": {"stopping": {"policy": "adaptive", "target_reward": -1.0, "wave": 1}}}),
             (False, OverloadedError("Too much is under way.", retry_after_s=1), {}),
-        ]:
+        ]
+        for self.scorer.fails, self.generator.refusal, extra in asked:
             reply = await client.post("/v1/chat/completions", json=HELLO | {"best_of": 3} | extra)
             statuses.append(reply.status_code)
         assert statuses == [200, 200, 503, 200, 200, 429]

@@ -49,8 +49,8 @@ def test_a_pool_that_a_policy_cut_short_is_in_no_curve() -> None:
 
 
 def test_the_prior_for_adaptive_stopping_is_told() -> None:
-    pools = [[0.0, 2.0], [10.0, 14.0]]
-    assert summarise(results(*pools))["reward_prior"] == asdict(Prior.of(pools))
+    summary = summarise(results([0.0, 2.0], [10.0, 14.0]))
+    assert summary["reward_prior"] == asdict(Prior.of([[0.0, 2.0], [10.0, 14.0]]))
 
 
 def test_a_run_without_rewards_or_without_results_has_no_curve() -> None:

@@ -347,7 +347,8 @@ class TestStoppingOptions:
     @pytest.mark.parametrize("policy", ["speculative_rejection", "adaptive_rejection"])
     def test_an_upstream_server_cannot_give_up_one_of_several(self, policy: str) -> None:
         upstream = Settings(generator="openai", base_url="http://127.0.0.1:1/v1")
-        asked = ChatCompletionRequest(**CHAT, nbest={"stopping": {"policy": policy, "checkpoints": [8]}})
+        options = {"stopping": {"policy": policy, "checkpoints": [8]}}
+        asked = ChatCompletionRequest.model_validate(CHAT | {"nbest": options})
         with pytest.raises(BadRequestError, match="use adaptive or straggler_cut"):
             asked.plan(upstream)
 

@@ -11,12 +11,17 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import typer
 
-Options = TypeVar("Options")
-Settings = TypeVar("Settings")
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Options = TypeVar("Options", bound=_Dataclass)
+Settings = TypeVar("Settings", bound=_Dataclass)
 
 
 class DtypeOption(StrEnum):

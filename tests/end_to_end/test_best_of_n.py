@@ -80,10 +80,14 @@ def test_an_adaptive_policy_draws_the_first_of_the_same_candidates(client: opena
     stopping = {"policy": "adaptive", "target_reward": -1e6, "wave": 2}
     plain = complete(client, seed=60)
     stopped = complete(client, seed=60, nbest={"stopping": stopping})
-    assert stopped.nbest["candidates"] == plain.nbest["candidates"][:2]
+    drawn, of_plain = (
+        [(one["index"], one["text"], one["num_tokens"]) for one in reply.nbest["candidates"]]
+        for reply in (stopped, plain)
+    )
+    assert drawn == of_plain[:2]
     assert (stopped.nbest["completed"], stopped.nbest["not_drawn"]) == (2, 6)
     assert stopped.nbest["stopped_by"] == "adaptive"
-    assert stopped.usage.completion_tokens == sum(one["num_tokens"] for one in plain.nbest["candidates"][:2])
+    assert stopped.usage.completion_tokens == sum(num_tokens for _, _, num_tokens in drawn)
 
 
 def test_waves_continue_the_seeds(client: openai.OpenAI) -> None:
@@ -102,7 +106,8 @@ def test_rejected_candidates_are_stopped_in_the_engine(client: openai.OpenAI, se
     assert account["cancelled"] >= 4  # half of 8 and half of 4, but for those that had ended by themselves
     assert account["completed"] + account["cancelled"] == 8
     assert account["stopped_by"] == "speculative_rejection"
-    assert served.generator.cancelled_total - cancelled_before == account["cancelled"]
+    # One that ends while the beginnings are scored is given up, too, with nothing left to stop in the engine.
+    assert 0 < served.generator.cancelled_total - cancelled_before <= account["cancelled"]
     completed = sum(one["num_tokens"] for one in account["candidates"])
     assert completed < reply.usage.completion_tokens < 8 * 48
     assert eventually(lambda: served.generator.unfinished == 0, 5)
