@@ -17,6 +17,8 @@ FIGURES = RESULTS.parent / "figures"
 WINNER, JUDGE = "#1f5fa8", "#c2571a"
 CURVES = (("#222222", "^"), ("#7a3fa0", "D"), ("#1f5fa8", "o"), ("#2e8b57", "s"), ("#c2571a", "v"))
 """Told apart by colour and by marker."""
+TRAINED = (CURVES[1], CURVES[3], CURVES[4])
+"""Policies beside the curve of best-of-n, which is blue with circles."""
 MEASURES = {
     "reward": "mean reward (movie-sentiment)",
     "vader": "independent judge (VADER, -1 to 1)",
@@ -82,7 +84,7 @@ def improve(result: dict[str, Any]) -> Path:
     policies = result["policies_at_best_of_1"]
     for axis, measure in zip(axes, MEASURES, strict=True):
         _best_of_n_against_kl(axis, result["best_of_n_of_the_base"], measure)
-        for (name, one), (colour, marker) in zip(policies.items(), CURVES[1:], strict=False):
+        for (name, one), (colour, marker) in zip(policies.items(), TRAINED, strict=False):
             _point(axis, one, measure, colour, marker, f"{name}, best_of 1")
     axes[0].legend(fontsize=7, frameon=False, loc="lower right")
     return _saved(figure, "improve", result)
@@ -95,7 +97,7 @@ def rl(result: dict[str, Any]) -> Path:
         _best_of_n_against_kl(axis, result["best_of_n_of_the_base"], measure)
     best_of_4 = result["best_of_n_of_the_base"]["4"]["reward"]["mean"]
     axes[0].axhline(best_of_4, color=WINNER, linestyle="--", label="best of 4 of the base")
-    for (method, runs), (colour, marker) in zip(result["runs"].items(), CURVES[3:], strict=False):
+    for (method, runs), (colour, marker) in zip(result["runs"].items(), TRAINED[1:], strict=False):
         for number, run in enumerate(runs.values()):
             label = f"{method}, {len(runs)} seeds" if number == 0 else None
             minutes = [seconds / 60 for seconds in itertools.accumulate(_step_s(row) for row in run["steps"])]

@@ -223,6 +223,13 @@ def against_base(rows: dict[str, Any]) -> str:
     )
 
 
+def many_lines() -> str:
+    runs = ", ".join(f"{one['peak_mib']:.0f} MiB for {one['lines']:,} lines" for one in result("many_lines")["runs"])
+    return (
+        f"The peak of the command's memory, with a generator that takes no time: {runs} (`benchmarks/many_lines.py`).\n"
+    )
+
+
 def births() -> str:
     """Where each figure comes from."""
     lines = ["| result | command | commit | date | machine |\n|---|---|---|---|---|\n"]
@@ -332,6 +339,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "card-counts": card(model_card.counts),
     "arithmetic": arithmetic,
     "improve": improve,
+    "many-lines": many_lines,
     "rl": rl,
     "frugal": frugal,
     "frugal-waves": frugal_waves,
@@ -349,6 +357,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "offline.md",
     ROOT / "docs" / "reliability.md",
     ROOT / "docs" / "training.md",
     ROOT / "docs" / "stopping.md",
