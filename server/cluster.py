@@ -104,6 +104,10 @@ def _start_cluster(settings: Settings, quiet: dict[str, Any]) -> None:
     reserved = math.ceil(deployments.reserved_cpus(settings))
     # By default each replica computes with as many threads as it reserves cores, which is for machines that are shared.
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    # The machine is the server's own: its replicas do not stand back behind other processes, and the proxy is not taken
+    # for dead when for some seconds models that load leave it no core.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     ray.init(num_cpus=max(cores, reserved), include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
 
 
