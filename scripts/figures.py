@@ -223,6 +223,26 @@ def against_base(rows: dict[str, Any]) -> str:
     )
 
 
+def offline() -> str:
+    """What the offline mode makes of the engine, and against the simplest way."""
+    found = result("offline")
+    tokens, pairs, ratios = found["tokens_per_s"], found["pairs_per_s"], found["times_as_fast_as"]
+
+    def ratio(name: str) -> str:
+        one = ratios[name]
+        return f"{one['median']:.2f} ({one['low']:.2f} … {one['high']:.2f}) | {one['bar']:g}"
+
+    return (
+        "| offline mode | other way | offline | other | ratio (extremes) | to be reached |\n|---|---|---|---|---|---|\n"
+        f"| `logprob` | the bare engine, nothing scored or written | {tokens['offline, logprob']:.0f} tokens/s "
+        f"| {tokens['bare engine']:.0f} tokens/s | {ratio('bare engine')} |\n"
+        f"| reward model | transformers: generate all, then score all | {pairs['offline, reward model']:.1f} pairs/s "
+        f"| {pairs['transformers']:.1f} pairs/s | {ratio('transformers')} |\n"
+        f"\n{found['prompts']} prompts, {found['best_of']} candidates of {found['max_tokens']} tokens each, "
+        f"{ratios['transformers']['rounds']} rounds in turn.\n"
+    )
+
+
 def many_lines() -> str:
     runs = ", ".join(f"{one['peak_mib']:.0f} MiB for {one['lines']:,} lines" for one in result("many_lines")["runs"])
     return (
@@ -340,6 +360,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "arithmetic": arithmetic,
     "improve": improve,
     "many-lines": many_lines,
+    "offline": offline,
     "rl": rl,
     "frugal": frugal,
     "frugal-waves": frugal_waves,
