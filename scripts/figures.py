@@ -35,16 +35,15 @@ def result_if_there(name: str) -> Any:
     return result(name) if (RESULTS / f"{name}.json").exists() else None
 
 
+NOT_MEASURED = "Not measured yet.\n"
+
+
 def if_measured(name: str, block: Callable[[Any], str]) -> Callable[[], str]:
     def fill() -> str:
         found = result_if_there(name)
-        return "Not measured yet.\n" if found is None else block(found)
+        return NOT_MEASURED if found is None else block(found)
 
     return fill
-
-
-def not_measured(benchmark: str) -> str:
-    return f"Not measured yet: `python -m benchmarks.{benchmark}`.\n"
 
 
 def with_interval(figure: dict[str, float]) -> str:
@@ -295,7 +294,7 @@ def frugal() -> str:
     """What each stopping policy draws at plain best-of-16's reward, by the settings chosen on other prompts."""
     found = result_if_there("frugal")
     if found is None:
-        return not_measured("frugal")
+        return NOT_MEASURED
     rows = []
     for pools, policies in found["policies"].items():
         for name, measured in policies.items():
@@ -320,7 +319,7 @@ def frugal_waves() -> str:
     """The share of tokens at equal reward by the size of a wave."""
     found = result_if_there("frugal")
     if found is None:
-        return not_measured("frugal")
+        return NOT_MEASURED
     waves = list(next(iter(found["share_by_wave"].values())))
     rows = [
         f"| {pools} | {' | '.join(with_interval(by_wave[wave]) for wave in waves)} |\n"
@@ -333,7 +332,7 @@ def frugal_live() -> str:
     """The same on the running engine."""
     found = result_if_there("frugal_live")
     if found is None:
-        return not_measured("frugal_live")
+        return NOT_MEASURED
     rows = [
         f"| {name} | {with_interval(one['reward'])} | {with_interval(one['token_share'])} | "
         f"{one['completed']:.1f} | {one['cancelled']:.1f} | {one['scored_tokens']:.0f} | {one['total_s']:.2f} |\n"
