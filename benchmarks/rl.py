@@ -36,10 +36,10 @@ from benchmarks.judged import (
 from benchmarks.stats import hand_in
 
 RECIPES = {
-    "ppo": ("--steps", "40", "--batch-size", "32", "--epochs", "2", "--minibatches", "2", "--learning-rate", "5e-4"),
-    "reinforce": ("--steps", "60", "--batch-size", "32", "--learning-rate", "1e-3"),
+    "ppo": ("--steps", "24", "--batch-size", "32", "--epochs", "2", "--minibatches", "2", "--learning-rate", "3e-4"),
+    "reinforce": ("--steps", "40", "--batch-size", "32", "--learning-rate", "1e-3"),
 }
-COMMON = ("--max-tokens", str(MAX_TOKENS), "--samples-per-prompt", "4", "--kl-coef", "0.05", "--holdout", "0")
+COMMON = ("--max-tokens", str(MAX_TOKENS), "--samples-per-prompt", "4", "--kl-coef", "0.1", "--holdout", "0")
 SECONDS = ("rollout_s", "learning_s", "sync_s")
 KEPT = ("step", "reward", "kl", "entropy", "length", "mismatch", "sync_difference", *SECONDS, "peak_memory_mib")
 """Columns of a run's metrics that the result keeps."""
