@@ -147,7 +147,13 @@ async def score(out: Path, adapters: Mapping[str, Path]) -> None:
         models = {}
         for name, adapter in adapters.items():
             models[name] = await RewardModelScorer.create(
-                name, str(adapter), device="cpu", trust_remote_code=False, max_batch_tokens=4096, max_wait_ms=5
+                name,
+                str(adapter),
+                device="cpu",
+                dtype="float32",
+                trust_remote_code=False,
+                max_batch_tokens=4096,
+                max_wait_ms=5,
             )
             stack.push_async_callback(models[name].close)
         lines = []

@@ -6,19 +6,25 @@
                     and then scores everything in padded batches; against it the offline mode with the reward model:
                     pairs of a prompt and a scored completion a second
 
-All draw the same number of tokens: the end of a text is biased away. Both ways load the same weights in the same
-precision. The order turns from round to round.
+Two kinds of work, at either end of what there is:
 
-    python -m benchmarks.offline [--rounds 3] [--best-of 8] [--max-tokens 48] [--prompts 30]
+    openings    of film reviews, five tokens each; every candidate has as many tokens as it may: the end of a text is
+                biased away, so no place in a batch is ever free for another and no prompt is worth sharing
+    problems    arithmetic word problems behind worked examples; a candidate ends with its line
+
+Both ways load the same weights in the same precision. The order turns from round to round.
+
+    python -m benchmarks.offline [--rounds 3] [--best-of 8] [--prompts 30]
 """
 
 import argparse
 import asyncio
-import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -28,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.birth import birth_certificate
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.stats import hand_in, paired_ratio
+from benchmarks.word_problems import word_problems
 from reranker.candidate import Prompt
 from reranker.prepared import resolve
 from reranker.rendering import pad
@@ -44,12 +51,30 @@ from server.offline.run import Run
 from server.offline.tasks import Drawing, read_task
 from server.pipeline import BestOfN
 
+PROBLEMS_SEED = 1
+NEVER_ENDING = -100.0
+"""Bias of the token that ends a text."""
 SCORING_ROWS = 32
 """Rows of a padded batch of transformers' arm."""
 BARS = {"bare engine": 0.9, "transformers": 2.0}
 """How many times as fast as the other way the offline mode has to be."""
 
 console = Console(stderr=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be answered; `stop`: the string that ends a candidate, None where only its length does."""
+
+    prompts: Sequence[str]
+    max_tokens: int
+    stop: str | None
+
+
+def works(num_prompts: int) -> dict[str, Work]:
+    openings = [OPENINGS[number % len(OPENINGS)] for number in range(num_prompts)]
+    problems = [one.prompt for one in word_problems(num_prompts, seed=PROBLEMS_SEED)]
+    return {"openings": Work(openings, 48, None), "problems": Work(problems, 24, "\n")}
 
 
 class Tokens:
@@ -64,44 +89,43 @@ class Tokens:
 
 
 class Ways:
-    """The ways to answer the same prompts; each returns the number of tokens it has drawn."""
+    """The ways to do the same work; each returns the number of tokens it has drawn."""
 
-    def __init__(self, pipeline: BestOfN, settings: Settings, best_of: int, max_tokens: int, prompts: int) -> None:
+    def __init__(self, pipeline: BestOfN, settings: Settings, best_of: int, work: Work) -> None:
         self._pipeline = pipeline
         self._settings = settings
-        self._best_of = best_of
-        self._max_tokens = max_tokens
-        self._prompts = [OPENINGS[number % len(OPENINGS)] for number in range(prompts)]
-        self._tokenizer = AutoTokenizer.from_pretrained(resolve(settings.model), padding_side="left")
-        dtype = getattr(torch, pick_dtype("cpu"))
-        self._policy = AutoModelForCausalLM.from_pretrained(resolve(settings.model), dtype=dtype).eval()
-        self._reward_model = RewardModel.load(settings.reward_models["movie-sentiment"], device="cpu")
-        # The model as transformers itself runs it; ours computes a prompt once by an attention of its own.
-        self._classifier = self._reward_model._model
-        self._classifier.set_attn_implementation("sdpa")
+        self.best_of = best_of
+        self._work = work
+        self._transformers = Transformers(settings, best_of, work)
 
     async def bare_engine(self, seed: int) -> int:
-        never_ending = ((self._tokenizer.eos_token_id, -100.0),)
+        eos = self._transformers.tokenizer.eos_token_id
+        ends: Mapping[str, Any] = (
+            {"stop": (self._work.stop,)} if self._work.stop else {"logit_bias": ((eos, NEVER_ENDING),)}
+        )
 
         async def draw(number: int, prompt: str) -> int:
-            sampling = Sampling(max_tokens=self._max_tokens, seed=seed + 1000 * number, logit_bias=never_ending)
-            async with self._pipeline.generator.generate(Prompt(text=prompt), sampling, self._best_of) as generation:
+            sampling = Sampling(max_tokens=self._work.max_tokens, seed=seed + 1000 * number, **ends)
+            async with self._pipeline.generator.generate(Prompt(text=prompt), sampling, self.best_of) as generation:
                 return sum([getattr(one, "num_tokens", 0) async for outcomes in generation for one in outcomes])
 
-        return sum(await asyncio.gather(*(draw(*one) for one in enumerate(self._prompts))))
+        return sum(await asyncio.gather(*(draw(*one) for one in enumerate(self._work.prompts))))
 
     def offline(self, reward_model: str) -> Callable[[int], Awaitable[int]]:
+        eos = self._transformers.tokenizer.eos_token_id
+        ends = {"stop": [self._work.stop]} if self._work.stop else {"logit_bias": {str(eos): NEVER_ENDING}}
+        body = {
+            "best_of": self.best_of,
+            "max_tokens": self._work.max_tokens,
+            "nbest": {"reward_model": reward_model},
+            **ends,
+        }
+
         async def run(seed: int) -> int:
-            body = {
-                "best_of": self._best_of,
-                "max_tokens": self._max_tokens,
-                "logit_bias": {str(self._tokenizer.eos_token_id): -100},
-                "nbest": {"reward_model": reward_model},
-            }
             kind, names, tokens = Drawing(self._settings, self._settings.model, seed, body), Names(), Tokens()
             rows = (
                 read_task(line, {"prompt": prompt}, kind, names, self._settings.max_body_bytes)
-                for line, prompt in enumerate(self._prompts, start=1)
+                for line, prompt in enumerate(self._work.prompts, start=1)
             )
             models = drawing_models(self._pipeline)
             with tempfile.TemporaryDirectory() as out:
@@ -116,70 +140,109 @@ class Ways:
     async def transformers(self, seed: int) -> int:
         """Blocks the event loop: nothing else runs meanwhile."""
         torch.manual_seed(seed)
-        prompts_a_batch = max(1, self._settings.max_num_seqs // self._best_of)
-        texts = [
-            one
-            for start in range(0, len(self._prompts), prompts_a_batch)
-            for one in self._generate(self._prompts[start : start + prompts_a_batch])
-        ]
+        return self._transformers()
+
+
+class Transformers:
+    """One process that generates all, in batches as large as the engine's, and then scores all in padded batches."""
+
+    def __init__(self, settings: Settings, best_of: int, work: Work) -> None:
+        self._best_of = best_of
+        self._work = work
+        self._prompts_a_batch = max(1, settings.max_num_seqs // best_of)
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve(settings.model), padding_side="left")
+        dtype = getattr(torch, pick_dtype("cpu"))
+        self._policy = AutoModelForCausalLM.from_pretrained(resolve(settings.model), dtype=dtype).eval()
+        self._reward_model = RewardModel.load(settings.reward_models["movie-sentiment"], device="cpu")
+        # The model as transformers itself runs it; ours computes a prompt once by an attention of its own.
+        self._classifier = self._reward_model._model
+        self._classifier.set_attn_implementation("sdpa")
+        self._ends = [self.tokenizer.eos_token_id]
+        if work.stop is not None:  # every token with the string in it ends a candidate, as it does in the engine
+            tokens = self.tokenizer.batch_decode([[one] for one in range(len(self.tokenizer))])
+            self._ends += [number for number, text in enumerate(tokens) if work.stop in text]
+
+    def __call__(self) -> int:
+        prompts, drawn = self._work.prompts, 0
+        texts: list[tuple[str, str]] = []
+        for start in range(0, len(prompts), self._prompts_a_batch):
+            answered, tokens = self._generate(prompts[start : start + self._prompts_a_batch])
+            texts += answered
+            drawn += tokens
         for start in range(0, len(texts), SCORING_ROWS):
             rendered = [self._reward_model.render(Prompt(text=p), t) for p, t in texts[start : start + SCORING_ROWS]]
             with torch.inference_mode():
-                forward_rewards(self._classifier, *pad(rendered, pad_id=self._tokenizer.pad_token_id))
-        return len(texts) * self._max_tokens
+                forward_rewards(self._classifier, *pad(rendered, pad_id=self.tokenizer.pad_token_id))
+        return drawn
 
     @torch.inference_mode()
-    def _generate(self, prompts: Sequence[str]) -> list[tuple[str, str]]:
-        asked = self._tokenizer(prompts, return_tensors="pt", padding=True)
-        drawn = self._policy.generate(
+    def _generate(self, prompts: Sequence[str]) -> tuple[list[tuple[str, str]], int]:
+        """The prompts with their answers, and how many tokens those have."""
+        asked = self.tokenizer(prompts, return_tensors="pt", padding=True)
+        tokens_N_T = self._policy.generate(
             **asked,
             do_sample=True,
             top_k=0,
             num_return_sequences=self._best_of,
-            min_new_tokens=self._max_tokens,
-            max_new_tokens=self._max_tokens,
-            pad_token_id=self._tokenizer.pad_token_id,
-        )
-        answers = self._tokenizer.batch_decode(drawn[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [(prompts[number // self._best_of], answer) for number, answer in enumerate(answers)]
+            min_new_tokens=None if self._work.stop else self._work.max_tokens,
+            max_new_tokens=self._work.max_tokens,
+            eos_token_id=self._ends,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )[:, asked["input_ids"].shape[1] :]
+        ends_N_T = torch.isin(tokens_N_T, torch.tensor(self._ends)).int()
+        drawn_N_T = ends_N_T.cumsum(-1) - ends_N_T == 0  # up to the first end, and with it
+        answers = self.tokenizer.batch_decode(tokens_N_T, skip_special_tokens=True)
+        pairs = [(prompts[number // self._best_of], answer) for number, answer in enumerate(answers)]
+        return pairs, int(drawn_N_T.sum())
 
 
-async def measure(rounds: int, best_of: int, max_tokens: int, prompts: int) -> dict[str, Any]:
+async def measure(rounds: int, best_of: int, prompts: int) -> dict[str, Any]:
     settings = Settings(
         reward_models={"movie-sentiment": "movie-sentiment", "likely": "logprob"}, max_model_len=2048, max_best_of=64
     )
-    seconds: dict[str, list[float]] = {}
-    candidates = prompts * best_of
     async with assembly.start(settings) as pipeline:
-        ways = Ways(pipeline, settings, best_of, max_tokens, prompts)
-        by_name = {
-            "bare engine": ways.bare_engine,
-            "offline, logprob": ways.offline("likely"),
-            "offline, reward model": ways.offline("movie-sentiment"),
-            "transformers": ways.transformers,
+        by_work = {
+            name: await in_turn(Ways(pipeline, settings, best_of, work), work, rounds)
+            for name, work in works(prompts).items()
         }
-        names = list(by_name)
-        for number in range(-1, rounds):  # the first round warms up
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                started_s = time.perf_counter()
-                drawn = await by_name[name]((number + 2) * 10_000_000)
-                elapsed_s = time.perf_counter() - started_s
-                assert drawn == candidates * max_tokens, f"{name} drew {drawn} tokens"
-                if number >= 0:
-                    seconds.setdefault(name, []).append(elapsed_s)
-                console.print(number, name, f"{elapsed_s:.2f} s")
-    speeds = {
-        "bare engine": paired_ratio(seconds["bare engine"], seconds["offline, logprob"]),
-        "transformers": paired_ratio(seconds["transformers"], seconds["offline, reward model"]),
-    }
     return {
         "birth": birth_certificate(flags=settings.model_dump(exclude={"api_key", "judge_api_key"}, mode="json")),
         "prompts": prompts,
         "best_of": best_of,
-        "max_tokens": max_tokens,
-        "tokens_per_s": {name: candidates * max_tokens / statistics.median(times) for name, times in seconds.items()},
-        "pairs_per_s": {name: candidates / statistics.median(times) for name, times in seconds.items()},
+        "works": by_work,
+    }
+
+
+async def in_turn(ways: Ways, work: Work, rounds: int) -> dict[str, Any]:
+    by_name = {
+        "bare engine": ways.bare_engine,
+        "offline, logprob": ways.offline("likely"),
+        "offline, reward model": ways.offline("movie-sentiment"),
+        "transformers": ways.transformers,
+    }
+    names = list(by_name)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    tokens: dict[str, list[int]] = {name: [] for name in names}
+    for number in range(-1, rounds):  # the first round warms up
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            started_s = time.perf_counter()
+            drawn = await by_name[name]((number + 2) * 10_000_000)
+            elapsed_s = time.perf_counter() - started_s
+            console.print(number, name, f"{elapsed_s:.2f} s, {drawn} tokens")
+            if number >= 0:
+                seconds[name].append(elapsed_s)
+                tokens[name].append(drawn)
+    speeds = {
+        "bare engine": paired_ratio(seconds["bare engine"], seconds["offline, logprob"]),
+        "transformers": paired_ratio(seconds["transformers"], seconds["offline, reward model"]),
+    }
+    candidates = len(work.prompts) * ways.best_of
+    return {
+        "max_tokens": work.max_tokens,
+        "tokens_a_candidate": {name: fmean(drawn) / candidates for name, drawn in tokens.items()},
+        "tokens_per_s": {name: sum(tokens[name]) / sum(taken) for name, taken in seconds.items()},
+        "pairs_per_s": {name: candidates / median(taken) for name, taken in seconds.items()},
         "times_as_fast_as": {name: {**ratio, "bar": BARS[name]} for name, ratio in speeds.items()},
     }
 
@@ -188,7 +251,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--best-of", type=int, default=8)
-    parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--prompts", type=int, default=len(OPENINGS))
     arguments = parser.parse_args()
     hand_in("offline", asyncio.run(measure(**vars(arguments))))

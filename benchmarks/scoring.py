@@ -78,7 +78,7 @@ def draw(prompt_tokens: int, candidate_tokens: int, seed: int) -> list[Rendered]
 
 
 def ways(directory: Path, client: httpx.AsyncClient) -> dict[str, Way]:
-    ours = RewardModel.load(str(directory), device="cpu")
+    ours = RewardModel.load(str(directory), device="cpu", dtype="float32")
     assert ours.shares_prompts
     theirs = load_classifier(str(directory)).eval()
 

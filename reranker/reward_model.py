@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from reranker.candidate import Prompt
-from reranker.device import Device, pick_device
+from reranker.device import Device, Precision, pick_device, takes_bfloat16
 from reranker.held_trunk import HeldTrunk, read_lowest
 from reranker.prefix_sharing import SharingTrunk
 from reranker.prepared import PreparationError, resolve
@@ -98,15 +98,16 @@ class RewardModel:
         spec: str,
         *,
         device: Device = "auto",
-        dtype: str = "auto",
+        dtype: Precision = "auto",
         trust_remote_code: bool = False,
         held: HeldTrunk | None = None,
     ) -> "RewardModel":
         """The reward model of a prepared name, a directory or a hub id.
 
-        `device` auto takes CUDA if present; `dtype` auto is float32 on a CPU and bfloat16 elsewhere. An adapter is
-        merged into the float32 copy on a CPU, which saves its matrix products; in bfloat16 merging would round them
-        away, so there it stays beside the trunk, as it does over a trunk that is `held`, if it is its own.
+        `device` auto takes CUDA if present; `dtype` auto is what that device computes fastest. On a CPU an adapter is
+        merged in float32, which saves its matrix products, and the sum rounded once if bfloat16 is what is computed.
+        Elsewhere the trunk is loaded in bfloat16, where merging would round the adapter away: it stays beside it, as it
+        does over a trunk that is `held`, if it is its own.
 
         Raises:
             RewardModelError: with the reason and the way out.
@@ -114,12 +115,13 @@ class RewardModel:
         if device == "cuda" and not torch.cuda.is_available():
             raise RewardModelError("there is no CUDA device that torch can use here; run with --device cpu")
         place = torch.device(pick_device(device))
-        precision = getattr(torch, dtype if dtype != "auto" else "float32" if place.type == "cpu" else "bfloat16")
+        computed = torch.bfloat16 if takes_bfloat16(dtype, place.type) else torch.float32
+        loaded = torch.float32 if place.type == "cpu" else computed
         with _told_as_reward_model_error(spec):
             directory = resolve(spec)
             _check_directory(directory)
             if not (Path(directory) / "adapter_config.json").is_file():
-                model = load_classifier(directory, dtype=precision, trust_remote_code=trust_remote_code)
+                model = load_classifier(directory, dtype=computed, trust_remote_code=trust_remote_code)
                 ours = (Path(directory) / CONFIG_FILE).is_file()  # fully fine-tuned here, in the style it tells
                 style = RewardConfig.load(Path(directory)).style if ours else None
                 renderer = make_renderer(directory, model, style, trust_remote_code=trust_remote_code)
@@ -134,12 +136,12 @@ class RewardModel:
                     base,
                     new_head=True,
                     num_layers=config.num_layers,
-                    dtype=precision,
+                    dtype=loaded,
                     trust_remote_code=trust_remote_code,
                 )
                 adapted = PeftModel.from_pretrained(model, directory)
-                mergeable = place.type == "cpu" and precision is torch.float32
-                model = adapted.merge_and_unload() if mergeable else adapted.get_base_model()
+                model = adapted.merge_and_unload() if loaded is torch.float32 else adapted.get_base_model()
+                _keep_head(model.to(computed))
             renderer = make_renderer(base, model, config.style, trust_remote_code=trust_remote_code)
             return cls(spec, model, renderer, place)
 
@@ -250,6 +252,11 @@ def load_classifier(
             f"{directory} lacks the weights {', '.join(sorted(missing)[:3])}, which would be made up at random; "
             "it is not a complete reward model"
         )
+    return _keep_head(model)
+
+
+def _keep_head(model: Any) -> Any:
+    """A decoder's head is read in float32 (`_head_rewards`)."""
     if hasattr(model, "score"):
         model.score.float()
     return model

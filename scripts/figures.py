@@ -225,20 +225,31 @@ def against_base(rows: dict[str, Any]) -> str:
 def offline() -> str:
     """What the offline mode makes of the engine, and against the simplest way."""
     found = result("offline")
-    tokens, pairs, ratios = found["tokens_per_s"], found["pairs_per_s"], found["times_as_fast_as"]
-
-    def ratio(name: str) -> str:
-        one = ratios[name]
-        return f"{one['median']:.2f} ({one['low']:.2f} … {one['high']:.2f}) | {one['bar']:g}"
-
+    head = (
+        "| work | scorer of the offline mode | other way | offline | other | ratio (extremes) | to be reached |\n"
+        "|---|---|---|---|---|---|---|\n"
+    )
+    rounds = found["works"]["openings"]["times_as_fast_as"]["transformers"]["rounds"]
     return (
-        "| offline mode | other way | offline | other | ratio (extremes) | to be reached |\n|---|---|---|---|---|---|\n"
-        f"| `logprob` | the bare engine, nothing scored or written | {tokens['offline, logprob']:.0f} tokens/s "
-        f"| {tokens['bare engine']:.0f} tokens/s | {ratio('bare engine')} |\n"
-        f"| reward model | transformers: generate all, then score all | {pairs['offline, reward model']:.1f} pairs/s "
-        f"| {pairs['transformers']:.1f} pairs/s | {ratio('transformers')} |\n"
-        f"\n{found['prompts']} prompts, {found['best_of']} candidates of {found['max_tokens']} tokens each, "
-        f"{ratios['transformers']['rounds']} rounds in turn.\n"
+        head
+        + "".join(_offline_rows(name, work) for name, work in found["works"].items())
+        + f"\n{found['prompts']} prompts, {found['best_of']} candidates each, {rounds} rounds in turn.\n"
+    )
+
+
+def _offline_rows(name: str, work: Any) -> str:
+    tokens, pairs, ratios = work["tokens_per_s"], work["pairs_per_s"], work["times_as_fast_as"]
+
+    def row(scorer: str, way: str, other: str, speeds: dict[str, float], digits: int, unit: str) -> str:
+        ratio = ratios[other]
+        return (
+            f"| {name} | {scorer} | {way} | {speeds[f'offline, {scorer}']:.{digits}f} {unit} "
+            f"| {speeds[other]:.{digits}f} {unit} "
+            f"| {ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f}) | {ratio['bar']:g} |\n"
+        )
+
+    return row("logprob", "the bare engine, nothing scored or written", "bare engine", tokens, 0, "tokens/s") + row(
+        "reward model", "transformers: generate all, then score all", "transformers", pairs, 1, "pairs/s"
     )
 
 

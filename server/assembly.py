@@ -79,6 +79,7 @@ async def started_scorers(
         surroundings = Surroundings(
             ask_model=lambda model: _judge(settings, model, own_policy, stack),
             device=settings.device,
+            reward_dtype=settings.reward_dtype,
             trust_remote_code=settings.trust_remote_code,
             max_batch_tokens=settings.score_batch_tokens,
             max_wait_ms=settings.score_max_wait_ms,

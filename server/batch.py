@@ -48,6 +48,7 @@ RESULT_SETTINGS = (
     "base_url",
     "reward_models",
     "dtype",
+    "reward_dtype",
     "max_model_len",
 )
 """Settings that results depend on; a run does not go on under others unasked."""

@@ -195,6 +195,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Precision of the policy; auto takes what this device computes fastest."
     )
+    reward_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Precision of reward models; auto takes what this device computes fastest. In bfloat16 a reward "
+        "depends a little on what is scored beside it.",
+    )
     max_model_len: int | None = Field(
         default=None,
         ge=1,

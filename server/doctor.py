@@ -130,7 +130,7 @@ def check_engine(settings: Settings) -> Iterator[Finding]:
     try:
         import torch
 
-        from reranker.device import pick_device
+        from reranker.device import pick_device, takes_bfloat16
         from server.generation.vllm_engine import pick_dtype
     except (ImportError, OSError) as error:  # OSError: a shared library that is not there
         yield Finding("engine", f"vLLM cannot be imported: {error}", "problem", "run `make clean setup`")
@@ -146,9 +146,14 @@ def check_engine(settings: Settings) -> Iterator[Finding]:
         able = torch.cpu.get_capabilities()
         units = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if able.get(name)]
         yield Finding("device", f"cpu: {able.get('cpu_name', platform.processor())} with {', '.join(units) or 'none'}")
-    asked = settings.dtype != "auto"
-    dtype = settings.dtype if asked else pick_dtype(device)
-    yield Finding("dtype", f"{dtype}, {'as asked' if asked else 'the fastest here'}")
+    dtype = pick_dtype(device) if settings.dtype == "auto" else settings.dtype
+    yield Finding("dtype", f"{dtype}, {_chosen(settings.dtype)}")
+    rewards = "bfloat16" if takes_bfloat16(settings.reward_dtype, device) else "float32"
+    yield Finding("reward_dtype", f"{rewards}, {_chosen(settings.reward_dtype)}")
+
+
+def _chosen(dtype: str) -> str:
+    return "the fastest here" if dtype == "auto" else "as asked"
 
 
 def check_upstream(settings: Settings) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from reranker.device import computes_bfloat16
 from server import auth, doctor
 from server.cli import app
 from server.config import ConfigError, Settings
@@ -57,6 +58,13 @@ def test_the_dtype_is_told_with_its_reason() -> None:
     assert told["device"].startswith("cpu: ")
     told = {one.subject: one.found for one in doctor.check_engine(Settings(device="cpu", dtype="bfloat16"))}
     assert told["dtype"] == "bfloat16, as asked"
+
+
+def test_the_dtype_of_rewards_is_told_with_its_reason() -> None:
+    told = {one.subject: one.found for one in doctor.check_engine(Settings(device="cpu", reward_dtype="float32"))}
+    assert told["reward_dtype"] == "float32, as asked"
+    told = {one.subject: one.found for one in doctor.check_engine(Settings(device="cpu"))}
+    assert told["reward_dtype"] == f"{'bfloat16' if computes_bfloat16('cpu') else 'float32'}, the fastest here"
 
 
 def test_cuda_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

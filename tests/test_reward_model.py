@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from reranker.candidate import Message, Prompt
+from reranker.device import Precision
 from reranker.prepared import PRETRAINED_REWARDS
 from reranker.reward_model import ADAPTER_FILE, RewardConfig, RewardModel, RewardModelError, load_classifier
 from tests.tiny_models import (
@@ -21,11 +23,12 @@ from tests.tiny_models import (
 
 TEXT = Prompt(text="The film was")
 CHAT = Prompt(messages=(Message("user", "What is the capital of France?"),))
+CPU = torch.device("cpu")
 ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "bert")
 
 
-def load(directory: Path, **options: Any) -> RewardModel:
-    return RewardModel.load(str(directory), device="cpu", **options)
+def load(directory: Path, dtype: Precision = "float32", **options: Any) -> RewardModel:
+    return RewardModel.load(str(directory), device="cpu", dtype=dtype, **options)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -71,19 +74,34 @@ def test_a_tokenizer_of_its_own_reads_the_policys_text_and_never_its_tokens(tmp_
     assert rendered.token_ids != tuple(tiny_tokenizer()("The film was great")["input_ids"])
 
 
-def test_an_adapter_merged_scores_as_the_adapter_beside_its_trunk(tmp_path: Path) -> None:
+def test_an_adapter_is_merged_and_scores_as_the_adapter_beside_its_trunk(tmp_path: Path) -> None:
     directory = save_tiny_reward_adapter(tmp_path / "adapter", save_tiny_policy(tmp_path / "base"))
     merged = load(directory)
     rendered = [merged.render(TEXT, text) for text in (" great", " dull")]
     assert not any("lora" in name for name, _ in merged._model.named_parameters())
-    beside = load(directory, dtype="bfloat16")
-    assert any("lora" in name for name, _ in beside._model.named_parameters())
+    beside = load_classifier(str(tmp_path / "base"), new_head=True)
+    adapted = RewardModel("", PeftModel.from_pretrained(beside, directory).get_base_model(), merged.renderer, CPU)
+    assert any("lora" in name for name, _ in adapted._model.named_parameters())
     plain = load_classifier(str(tmp_path / "base"), new_head=True)
     plain.score.weight.data = load_file(directory / ADAPTER_FILE)["base_model.model.score.weight"]
-    unadapted = RewardModel("plain", plain, merged.renderer, torch.device("cpu"))
+    unadapted = RewardModel("plain", plain, merged.renderer, CPU)
     rewards = merged.score(rendered)
-    assert rewards == pytest.approx(beside.score(rendered), abs=0.05 * max(map(abs, rewards)))
+    assert rewards == pytest.approx(adapted.score(rendered), abs=1e-4)
     assert rewards != pytest.approx(unadapted.score(rendered), abs=0.1)
+
+
+def test_in_bfloat16_an_adapter_is_merged_before_it_is_rounded(tmp_path: Path) -> None:
+    base = save_tiny_policy(tmp_path / "base")
+    directory = save_tiny_reward_adapter(tmp_path / "adapter", base)
+    exact, rounded = load(directory), load(directory, dtype="bfloat16")
+    weights = dict(rounded._model.named_parameters())
+    assert not any("lora" in name for name in weights)
+    assert weights.pop("score.weight").dtype is torch.float32, "the head is read in float32"
+    for name, weight in weights.items():
+        assert torch.equal(weight, exact._model.get_parameter(name).to(torch.bfloat16)), name
+    rendered = [exact.render(TEXT, text) for text in (" great", " dull")]
+    rewards = exact.score(rendered)
+    assert rounded.score(rendered) == pytest.approx(rewards, abs=0.05 * max(map(abs, rewards)))
 
 
 def test_an_adapter_reads_only_the_layers_it_names(tmp_path: Path) -> None:
@@ -105,7 +123,7 @@ def test_no_candidates_no_rewards(tmp_path: Path) -> None:
 
 
 def test_the_pretrained_reward_prefers_praise() -> None:
-    model = RewardModel.load("movie-sentiment", device="cpu")
+    model = RewardModel.load("movie-sentiment", device="cpu", dtype="float32")
     texts = ["A delight: warm, funny and superbly acted.", "It is a film.", "A dull, lifeless and badly acted mess."]
     rewards = model.score([model.render(CHAT, text) for text in texts])
     assert rewards == sorted(rewards, reverse=True)

@@ -81,7 +81,7 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 async def scorer_of(adapter: Path, held: HeldTrunk | None, stack: AsyncExitStack) -> Scorer:
     """As a server makes it."""
-    settings = load_settings({"reward_models": [f"reward={adapter}"], "device": "cpu"})
+    settings = load_settings({"reward_models": [f"reward={adapter}"], "device": "cpu", "reward_dtype": "float32"})
     nobody: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     return (await stack.enter_async_context(started_scorers(settings, nobody, held=held)))["reward"]
 
@@ -141,7 +141,7 @@ async def test_scoring_while_the_learner_learns_gives_what_either_gives_alone(
 
 
 def test_beside_the_trunk_a_reward_takes_its_adapter_and_head_alone(adapter: Path, learner: Learner) -> None:
-    model = RewardModel.load(str(adapter), device="cpu", held=learner.held_trunk)
+    model = RewardModel.load(str(adapter), device="cpu", dtype="float32", held=learner.held_trunk)
     own = own_tensors(model, learner)
     assert own
     assert all("lora_" in name or "score" in name for name in own)
@@ -153,7 +153,7 @@ def test_beside_the_trunk_a_reward_takes_its_adapter_and_head_alone(adapter: Pat
 def test_a_second_copy_of_the_base_would_be_counted(shared: bool, adapter: Path, learner: Learner) -> None:
     """Other tests leave weights of their own in this process, so what is told is what one reward model adds."""
     before = held_bytes(learner)
-    model = RewardModel.load(str(adapter), device="cpu", held=learner.held_trunk if shared else None)
+    model = RewardModel.load(str(adapter), device="cpu", dtype="float32", held=learner.held_trunk if shared else None)
     after = held_bytes(learner)
     own = num_bytes(weights for name, weights in model._model.named_parameters() if name in own_tensors(model, learner))
     assert after["reward"] - before["reward"] == own
@@ -164,7 +164,10 @@ def test_a_second_copy_of_the_base_would_be_counted(shared: bool, adapter: Path,
 def test_another_base_is_loaded_as_ever(tmp_path: Path, learner: Learner) -> None:
     other = save_tiny_policy(tmp_path / "other", num_layers=3, seed=5)
     adapter = save_tiny_reward_adapter(tmp_path / "of-other", other)
-    held, loaded = (RewardModel.load(str(adapter), device="cpu", held=trunk) for trunk in (learner.held_trunk, None))
+    held, loaded = (
+        RewardModel.load(str(adapter), device="cpu", dtype="float32", held=trunk)
+        for trunk in (learner.held_trunk, None)
+    )
     assert len(own_tensors(held, learner)) == len(list(held._model.parameters()))
     rendered = [held.render(PROMPT, text) for text in TEXTS]
     assert held.score(rendered) == loaded.score(rendered)
@@ -181,7 +184,8 @@ def test_the_default_models_are_one_base_and_little_more() -> None:
         for weights in learner.learning:
             weights.add_(torch.randn_like(weights) / 10)
     shared, serving = (
-        RewardModel.load("movie-sentiment", device="cpu", held=held) for held in (learner.held_trunk, None)
+        RewardModel.load("movie-sentiment", device="cpu", dtype="float32", held=held)
+        for held in (learner.held_trunk, None)
     )
     texts = (" a delight, warm and superbly acted.", " dull and far too long.", " fine.")
     rendered = [shared.render(PROMPT, text) for text in texts]

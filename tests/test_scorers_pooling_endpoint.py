@@ -85,7 +85,7 @@ async def test_one_request_carries_the_tokens_the_model_itself_would_read(
 ) -> None:
     server = Server(reward_model)
     scores = await (await connect(server, route)).score(prompt, candidates("Paris.", "It is Rome, of course."))
-    here = RewardModel.load(reward_model, device="cpu")
+    here = RewardModel.load(reward_model, device="cpu", dtype="float32")
     expected = [list(here.render(prompt, text).token_ids) for text in ("Paris.", "It is Rome, of course.")]
     assert server.asked == [(f"/{route}", {"model": "reward", "use_activation": False, "input": expected})]
     assert scores == Scores(tuple(float(len(ids)) for ids in expected), scored_tokens=55)

@@ -108,7 +108,9 @@ async def made(specs: Mapping[str, str], answer: str = '{"grade": 5}') -> AsyncI
         return Answer(answer, num_tokens=10)
 
     async with AsyncExitStack() as stack:
-        yield await make_scorers(specs, Surroundings(ask_model=lambda model: ask, device="cpu"), stack)
+        yield await make_scorers(
+            specs, Surroundings(ask_model=lambda model: ask, device="cpu", reward_dtype="float32"), stack
+        )
 
 
 @pytest.fixture
@@ -144,7 +146,7 @@ async def test_several_are_served_at_once_and_a_request_names_one(specs: dict[st
     assert set(rewards["likely"].values()) == {-1.0}  # the double draws every word at −1 nat
     assert set(rewards["judge"].values()) == {5.0}
     assert [by_name[name].winner.candidate.text for name in ("short", "both", "all")] == ["dull"] * 3
-    here = RewardModel.load(specs["reward"], device="cpu")
+    here = RewardModel.load(specs["reward"], device="cpu", dtype="float32")
     expected = here.score([here.render(PROMPT, text) for text in texts])
     assert [rewards["reward"][text] for text in texts] == pytest.approx(expected, abs=1e-4)
 

@@ -16,7 +16,7 @@ def candidates(*texts: str) -> list[Candidate]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> RewardModel:
-    return RewardModel.load(str(save_tiny_reward_model(tmp_path)), device="cpu")
+    return RewardModel.load(str(save_tiny_reward_model(tmp_path)), device="cpu", dtype="float32")
 
 
 def scorer(model: RewardModel, batches: list[int] | None = None) -> RewardModelScorer:
@@ -56,7 +56,7 @@ async def test_candidates_that_finish_later_find_their_prompt_computed(model: Re
 async def test_a_prompt_that_does_not_fit_is_cut_and_the_scores_say_by_how_much(
     architecture: Architecture, tmp_path: Path
 ) -> None:
-    model = RewardModel.load(str(save_tiny_reward_model(tmp_path, architecture)), device="cpu")
+    model = RewardModel.load(str(save_tiny_reward_model(tmp_path, architecture)), device="cpu", dtype="float32")
     prompt = Prompt(text="The film was dull. " * 60)
     texts = [" great", " a delight from start to finish"]
     rendered = [model.render(prompt, text) for text in texts]

@@ -51,7 +51,7 @@ def test_training_learns_what_people_prefer_and_what_is_saved_holds_it(method: M
     out = tmp_path / "out"
     validated = train_reward(train, out, settings(base, method=method), validation_data=test, progress=False)
     saved = str(out / {"lora": "adapter", "head": "adapter", "full": "model"}[method])
-    model = RewardModel.load(saved, device="cpu")
+    model = RewardModel.load(saved, device="cpu", dtype="float32")
     assert model.renderer.style == "document"  # the tiny tokenizer has a chat template: it is what was trained in
     loaded = evaluate_reward(model, test).overall
     assert validated is not None
@@ -73,7 +73,7 @@ def test_the_mean_and_deviation_of_trained_rewards_are_saved(tmp_path: Path) -> 
     data = write(tmp_path / "train.jsonl", lines)
     train_reward(data, tmp_path / "out", settings(base, epochs=2), holdout=0, progress=False)
     adapter = tmp_path / "out" / "adapter"
-    model = RewardModel.load(str(adapter), device="cpu")
+    model = RewardModel.load(str(adapter), device="cpu", dtype="float32")
     rewards = model.score([model.render(Prompt(text=""), line["text"]) for line in lines])
     config = RewardConfig.load(adapter)
     assert config.reward_mean == pytest.approx(statistics.mean(rewards), abs=1e-3)
@@ -132,7 +132,7 @@ def test_pairs_with_prompts_train_through_the_command(tmp_path: Path) -> None:
         evaluate_app, ["reward", "--data", str(data), "--reward-model", str(out / "adapter"), "--device", "cpu"]
     )
     assert evaluated.exit_code == 0, evaluated.output
-    model = RewardModel.load(str(out / "adapter"), device="cpu")
+    model = RewardModel.load(str(out / "adapter"), device="cpu", dtype="float32")
     asked = Prompt(text="film 3")
     assert model.renderer.style == "chat"
     assert len(model.score([model.render(asked, "great 3"), model.render(asked, "dull 3")])) == 2

@@ -14,6 +14,7 @@ import torch
 import typer
 from transformers import AutoModel
 
+from reranker.device import computes_bfloat16
 from reranker.prepared import resolve
 from reranker.rendering import Rendered, pad, scored_index
 from reranker.reward_model import make_renderer
@@ -22,7 +23,6 @@ from training.evaluate_reward import score_all
 from training.movie_ratings import write_splits
 from training.movie_sentiment import RECIPE
 from training.pair_accuracy import pair_accuracy
-from training.precision import computes_bfloat16
 from training.preference_data import read_rows, render_rows
 
 RIDGE = 1000.0

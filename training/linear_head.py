@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from reranker.device import computes_bfloat16
 from reranker.prepared import resolve
 from reranker.rendering import Rendered, pad
 from reranker.reward_model import make_renderer
 from training.evaluate_reward import score_all
-from training.precision import computes_bfloat16
 from training.preference_data import Row, ordered_pairs, render_rows
 from training.reward import RewardTraining, bradley_terry_loss
 

@@ -75,7 +75,7 @@ def evaluate(splits: dict[str, Path], other_domains: dict[str, Path], domain_sni
     """The installed adapter and the baselines, with all that is needed to tell where it came from."""
     train = read_rows(splits["train"])
     scorers: dict[str, ScoreRows] = {
-        NAME: partial(score_rows, RewardModel.load(NAME, device="cpu")),
+        NAME: partial(score_rows, RewardModel.load(NAME, device="cpu", dtype="float32")),
         "linear head on the frozen trunk": train_linear_head(train, splits["train"], RECIPE),
         "VADER lexicon": vader,
     }

@@ -19,13 +19,13 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 
+from reranker.device import Precision, takes_bfloat16
 from reranker.prepared import resolve
 from training import checkpoints
 from training.data_source import Source
 from training.errors import TrainingError
 from training.metrics_log import LOG_EVERY_STEPS, MetricsLog
 from training.policy_tokens import TokenisedRow, tokenise
-from training.precision import Precision, takes_bfloat16
 from training.preference_data import DataError, Row, hold_out
 from training.whole_directory import appearing_whole
 

@@ -35,6 +35,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from reranker.device import Precision, takes_bfloat16
 from reranker.prepared import resolve
 from reranker.rendering import Rendered, RenderingStyle, pad
 from reranker.reward_model import RewardConfig, RewardModelError, forward_rewards, load_classifier, make_renderer
@@ -43,7 +44,6 @@ from training.data_source import Source
 from training.evaluate_reward import score_all
 from training.metrics_log import LOG_EVERY_STEPS, MetricsLog
 from training.pair_accuracy import PairAccuracy, pair_accuracy
-from training.precision import Precision, takes_bfloat16
 from training.preference_data import DataError, Example, has_comparison, hold_out, ordered_pairs, read_rows, render_rows
 from training.whole_directory import appearing_whole
 

@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reranker.device import Device
+from reranker.device import Device, Precision
 from reranker.scorers.base import Scorer
 from reranker.scorers.ensemble import EnsembleScorer
 from reranker.scorers.judge import Ask, Judge, JudgeScorer
@@ -37,6 +37,7 @@ class Surroundings:
 
     ask_model: Callable[[str], Ask]
     device: Device = "auto"
+    reward_dtype: Precision = "auto"
     trust_remote_code: bool = False
     max_batch_tokens: int = 4096
     max_wait_ms: float = 5.0
@@ -71,6 +72,7 @@ async def _make(name: str, spec: ScorerSpec, made: Mapping[str, Scorer], surroun
                 name,
                 source,
                 device=surroundings.device,
+                dtype=surroundings.reward_dtype,
                 trust_remote_code=surroundings.trust_remote_code,
                 held=surroundings.held,
                 max_batch_tokens=surroundings.max_batch_tokens,

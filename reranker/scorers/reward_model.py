@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from reranker.batching import PACKED, PADDED, Batcher
 from reranker.candidate import Candidate, Prompt
-from reranker.device import Device
+from reranker.device import Device, Precision
 from reranker.held_trunk import HeldTrunk
 from reranker.rendering import Rendered
 from reranker.reward_model import Reading, RewardModel
@@ -45,13 +45,14 @@ class RewardModelScorer:
         spec: str,
         *,
         device: Device,
+        dtype: Precision,
         trust_remote_code: bool,
         held: HeldTrunk | None = None,
         **batching: Any,
     ) -> Self:
         """Loads the reward model `spec` (a prepared name, directory or hub id) without holding up the event loop."""
         model = await asyncio.to_thread(
-            RewardModel.load, spec, device=device, trust_remote_code=trust_remote_code, held=held
+            RewardModel.load, spec, device=device, dtype=dtype, trust_remote_code=trust_remote_code, held=held
         )
         return cls(name, model, **batching)
 

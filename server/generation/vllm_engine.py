@@ -43,6 +43,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
+from reranker.device import computes_bfloat16
 from server.errors import BadRequestError, ContextLengthError, EngineDiedError
 from server.generation.adapter_fit import Shapes, policy_shapes
 from server.generation.base import Outcome, Sampling
@@ -73,8 +74,7 @@ def pick_dtype(device: str) -> str:
     """
     if device == "cuda":
         return "auto"
-    native_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native_bfloat16 else "float32"
+    return "bfloat16" if computes_bfloat16(device) else "float32"
 
 
 def pick_max_rank(rank: int) -> int:

@@ -18,6 +18,7 @@ def served() -> Iterator[Served]:
             "judge": "judge:self",
         },
         dtype="float32",
+        reward_dtype="float32",
         max_model_len=1024,
         kv_cache_gib=1,
         max_num_seqs=32,

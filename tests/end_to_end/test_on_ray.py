@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_TIMEOUT_S + 120)]
 
 MODEL = "smollm2-135m-instruct"
 GENERATOR_REPLICA = "ray::ServeReplica:nbest:generator"
-AS_IN_ONE_PROCESS = ("dtype", "max_model_len", "kv_cache_gib", "max_num_seqs", "max_best_of")
+AS_IN_ONE_PROCESS = ("dtype", "reward_dtype", "max_model_len", "kv_cache_gib", "max_num_seqs", "max_best_of")
 """Settings that decide what a seed gives."""
 
 

@@ -5,7 +5,7 @@ the values are read by a linear head from the policy's own last states (which th
 adapter over the same base may read it too (`held_trunk`). Where all weights learn, the reference is a copy of its own.
 
 Log-probabilities are those of softmax(logits / temperature), of policy and reference alike: what is drawn is drawn from
-that. Dropout is off. What learns is float32; products may be taken in bfloat16 (`training.precision`), and a frozen
+that. Dropout is off. What learns is float32; products may be taken in bfloat16 (`reranker.device`), and a frozen
 base that is stored in bfloat16 is then held in it.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
+from reranker.device import takes_bfloat16
 from reranker.held_trunk import HeldTrunk, alias
 from training.policy import Policy, write_adapter, write_weights
-from training.precision import takes_bfloat16
 from training.rl.completion import Completion, Rows
 from training.rl.logprobs import entropies, token_logprobs
 from training.rl.settings import PPOTraining, RLTraining

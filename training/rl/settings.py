@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from reranker.device import Precision
 from training.policy import PolicyTraining
-from training.precision import Precision
 
 RewardNormalization = Literal["none", "reference"]
 Baseline = Literal["rloo", "batch"]
