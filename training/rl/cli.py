@@ -75,6 +75,9 @@ class _Drawing:
     steps: Annotated[int, typer.Option(min=1, help="Batches to draw and to learn from.")] = 100
     batch_size: Annotated[int, typer.Option(min=1, help="Completions a step.")] = 64
     samples_per_prompt: Annotated[int, typer.Option(min=1, help="Completions of each prompt among them.")] = 4
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Draw the next batch while this one is learnt from: one step off-policy.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
