@@ -53,7 +53,10 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
+    return save_prompts(tmp_path / "prompts.jsonl")
+
+
+def save_prompts(path: Path) -> Path:
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     return path
 
@@ -379,6 +382,26 @@ def test_a_functions_numbers_are_left_alone_and_a_models_are_not() -> None:
 def test_the_engine_begins_with_the_learners_adapter_and_precision(base: Path, tmp_path: Path) -> None:
     settings = server_settings(PPOTraining(base_model=str(base)), tmp_path, bfloat16=False)
     assert (settings.model, settings.adapter, settings.dtype) == (str(base), tmp_path, "float32")
+
+
+def test_the_engine_is_told_where_the_weights_are_wherever_it_stands(
+    base: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Told(TorchGenerator):
+        async def load_adapter(self, path: str) -> str:
+            told.append(path)
+            return await super().load_adapter(path)
+
+    @asynccontextmanager
+    async def start(settings: Settings, _: HeldTrunk | None) -> AsyncIterator[Actors]:
+        told.append(str(settings.adapter))
+        yield Actors(Told(base, settings.adapter), ScriptedScorer())
+
+    monkeypatch.chdir(base.parent)
+    train_rl(prompts, Path("out"), settings_of("ppo", base, steps=1), QUIET, start=start)
+    assert told == [str(base.parent / "out" / "checkpoints" / "engine" / "adapter")] * 3
 
 
 @pytest.mark.parametrize("method", ["ppo", "reinforce"])
