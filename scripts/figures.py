@@ -380,6 +380,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rl-memory-large": rl_run.memory_7b,
     "rl-time": if_measured("rl_run", rl_run.time),
     "rl-speed": if_measured("rl_speed", rl_run.speed),
+    "rl-overlap": if_measured("rl_overlap", rl_run.overlap),
     "births": births,
     "tree": tree,
 }

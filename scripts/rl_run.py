@@ -1,4 +1,4 @@
-"""The tables of docs/training.md: what a run of PPO holds in memory, where its time goes, how fast its learner is."""
+"""The tables of docs/training.md: what a run of PPO holds in memory, and where its time goes."""
 
 from typing import Any
 
@@ -85,6 +85,27 @@ def speed(found: dict[str, Any]) -> str:
         + "".join(rows)
         + f"\n{rounds} rounds in turn, {found['completions']} completions of {found['completion_tokens']} tokens after "
         f"prompts of {low} to {high}, on {found['device']}. {_born(found)}\n"
+    )
+
+
+def overlap(found: dict[str, Any]) -> str:
+    """Seconds a step with drawing and learning in turn and one over the other."""
+
+    def row(way: str, one: dict[str, Any]) -> str:
+        whole = one["step_s"]
+        return (
+            f"| {way} | {whole['median']:.1f} ({whole['low']:.1f} … {whole['high']:.1f}) | {one['learning_s']:.1f} "
+            f"| {one['rollout_s']:.1f} | {one['sync_s']:.1f} | {one['mismatch']:.4f} | {one['importance']:.3f} |\n"
+        )
+
+    ratio = found["times_as_fast"]
+    return (
+        "| drawing and learning | seconds a step, median (extremes) | learning | waiting for completions | weight sync "
+        "| `mismatch` | `importance` |\n|---|---|---|---|---|---|---|\n"
+        + "".join(row(way, one) for way, one in found["ways"].items())
+        + f"\nOverlapping, a step is {ratio['median']:.2f} times as fast ({ratio['low']:.2f} … {ratio['high']:.2f}; "
+        f"{ratio['rounds']} rounds by turns). {found['completions']} completions of {found['completion_tokens']} "
+        f"tokens a step, {found['epochs']} passes, on {found['device']}. {_born(found)}\n"
     )
 
 

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from server import logs
-from server.cluster import joined_cluster
+from server.cluster import in_thread, joined_cluster
 from server.config import Settings, replica_range
 from server.errors import NbestError, NotReadyError
 from server.launch import StartError
@@ -220,14 +220,10 @@ async def started_workers(settings: Settings, start: StartPipeline) -> AsyncIter
         ConfigError: there is no such cluster.
         StartError: a model could not be loaded.
     """
-    cluster = joined_cluster(settings)
-    await asyncio.to_thread(cluster.__enter__)  # in another thread, where Ray leaves the signals to us
-    try:
+    async with in_thread(joined_cluster(settings)):
         workers = Workers(settings, start, replica_range(settings.generator_replicas)[1])
         try:
             await workers.ready()
             yield workers
         finally:
             await workers.close()
-    finally:
-        await asyncio.to_thread(cluster.__exit__, None, None, None)

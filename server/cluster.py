@@ -1,18 +1,22 @@
 """Runs the three deployments on Ray until a signal ends them: the counterpart of `server.launch`.
 
+Or those of generator and scorer alone, under a pipeline in this process: that of `server.assembly`.
+
 Without an address a Ray cluster of this machine alone is started below this process and ends with it. With one the
 application joins a cluster that is there, and is all that is taken away again.
 
 Nothing is heard of Ray but its errors, nothing is reported to its makers, and there is no dashboard.
 """
 
+import asyncio
 import contextlib
 import logging
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,10 +24,12 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from server import deployments
+from server import assembly, deployments
 from server.config import ConfigError, Settings
 from server.launch import address_of, invitation, kill_children, listen, prepared_console, warn_if_open_to_all
+from server.pipeline import BestOfN
 
+NAME_WITHOUT_ROUTER = "nbest-models"
 OBJECT_STORE_BYTES = 200 << 20
 """Far more than the messages between the deployments take; Ray would set a third of the memory aside."""
 
@@ -51,8 +57,7 @@ def serve(settings: Settings, console: Console) -> None:
     loading = f"Starting generator, scorer and router on Ray, loading {settings.model} …"
     try:
         with contextlib.ExitStack() as stack:
-            if not _verbose(settings):  # Ray tells its news on stdout, where this server says nothing
-                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+            stack.enter_context(_without_rays_news(settings))
             with console.status(loading):
                 if not console.is_terminal:
                     console.print(loading)
@@ -65,6 +70,55 @@ def serve(settings: Settings, console: Console) -> None:
     except _Signalled as signalled:
         if signalled.number == signal.SIGINT:
             raise KeyboardInterrupt from None
+
+
+@contextlib.asynccontextmanager
+async def started(settings: Settings, *, tempered_logprobs: bool = False) -> AsyncIterator[BestOfN]:
+    """Generators and scorers as replicas, and the pipeline over them in this process, until the block is left.
+
+    For `tempered_logprobs` see `server.generation.vllm_engine.VllmGenerator.create`.
+
+    Raises:
+        ConfigError: the cluster cannot be joined, or already has them.
+        StartError: a replica did not come up.
+    """
+    start_generator = partial(assembly.started_generator, tempered_logprobs=tempered_logprobs)
+    models = deployments.application_without_router(settings, start_generator, assembly.started_scorers)
+    async with in_thread(_deployed_without_router(models, settings)):
+        yield await deployments.connected(*deployments.handles(NAME_WITHOUT_ROUTER))
+
+
+@contextlib.contextmanager
+def _deployed_without_router(models: Any, settings: Settings) -> Iterator[None]:
+    with (
+        _without_rays_news(settings),
+        joined_cluster(settings),
+        deployments.deployed(models, settings, None, name=NAME_WITHOUT_ROUTER),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _without_rays_news(settings: Settings) -> Iterator[None]:
+    """Ray tells its news on stdout, where what runs on it says nothing."""
+    if _verbose(settings):
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def in_thread(blocking: contextlib.AbstractContextManager[None]) -> AsyncIterator[None]:
+    """Enters and leaves it in another thread, where Ray leaves the signals to us, and the loop goes on meanwhile."""
+    entering = asyncio.ensure_future(asyncio.to_thread(blocking.__enter__))
+    try:
+        await asyncio.shield(entering)  # a thread cannot be cancelled
+        yield
+    finally:
+        await asyncio.wait([entering])
+        if entering.exception() is None:
+            await asyncio.to_thread(blocking.__exit__, None, None, None)
 
 
 @contextlib.contextmanager

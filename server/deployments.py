@@ -218,9 +218,7 @@ class RouterReplica:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[BestOfN]:
-        scorers = await connect_scorers(self._scorer)
-        generator = FailoverGenerator(await RemoteGenerator.connect(self._generator))
-        yield ReplicatedBestOfN(generator, scorers, self._scorer.needs.remote)
+        yield await connected(self._generator, self._scorer)
 
     async def _exposition(self) -> bytes:
         """The metrics of all router and scorer replicas, so that it does not matter which router is scraped."""
@@ -236,6 +234,19 @@ class RouterReplica:
         return merged(dict([await self.metrics(), *(one for one in answers if not isinstance(one, BaseException))]))
 
 
+async def connected(generator: DeploymentHandle, scorer: DeploymentHandle) -> BestOfN:
+    """The pipeline over both deployments. Waits for a replica of each."""
+    scorers = await connect_scorers(scorer)
+    failover = FailoverGenerator(await RemoteGenerator.connect(generator))
+    return ReplicatedBestOfN(failover, scorers, scorer.needs.remote)
+
+
+def handles(name: str) -> tuple[DeploymentHandle, DeploymentHandle]:
+    """Generator and scorer of the application of that name."""
+    generator, scorer = (serve.get_deployment_handle(deployment, name) for deployment in (GENERATOR, SCORER))
+    return generator, scorer
+
+
 def application(
     settings: Settings,
     start_generator: StartGenerator = assembly.started_generator,
@@ -247,6 +258,24 @@ def application(
         ConfigError: keys have budgets, and there may be several routers.
     """
     _check_budgets(settings)
+    return _deployment(
+        RouterReplica,
+        ROUTER,
+        settings,
+        settings.router_replicas,
+        target_ongoing=ROUTER_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},  # it only waits
+    ).bind(settings, *_models(settings, start_generator, start_scorers))
+
+
+def application_without_router(settings: Settings, start_generator: StartGenerator, start_scorers: StartScorers) -> Any:
+    """Generators and scorers alone, for a pipeline in the process that deploys them."""
+    _, scorer = _models(settings, start_generator, start_scorers)
+    return scorer  # which brings the generator, the policy that its judges may ask
+
+
+def _models(settings: Settings, start_generator: StartGenerator, start_scorers: StartScorers) -> tuple[Any, Any]:
+    """The deployments of generator and scorer."""
     generator = _deployment(
         GeneratorReplica,
         GENERATOR,
@@ -264,14 +293,7 @@ def application(
         target_ongoing=SCORER_ONGOING_CALLS,
         ray_actor_options={"num_cpus": settings.scorer_cpus, "num_gpus": settings.scorer_gpus},
     ).bind(settings, generator, start_scorers)
-    return _deployment(
-        RouterReplica,
-        ROUTER,
-        settings,
-        settings.router_replicas,
-        target_ongoing=ROUTER_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0},  # it only waits
-    ).bind(settings, generator, scorer)
+    return generator, scorer
 
 
 def _check_budgets(settings: Settings) -> None:
@@ -293,36 +315,39 @@ def from_config(values: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def deployed(app: Any, settings: Settings, port: int) -> Iterator[None]:
-    """The application on the cluster of this process, reached at `port`, until the block is left.
+def deployed(app: Any, settings: Settings, port: int | None, *, name: str = APP_NAME) -> Iterator[None]:
+    """The application on the cluster of this process, until the block is left; reached at `port`, if there is one.
 
     Raises:
         ConfigError: the cluster already has one.
         StartError: a replica did not come up.
     """
     before = serve.status()
-    if APP_NAME in before.applications:
+    if name in before.applications:
         raise ConfigError(
-            f"The Ray cluster already serves an application named {APP_NAME}; stop that one, or join another cluster "
+            f"The Ray cluster already serves an application named {name}; stop that one, or join another cluster "
             "with --ray-address."
         )
     logging.getLogger("ray.serve").setLevel(settings.log_level.upper())
     try:
-        serve.start(
-            proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
-            http_options={"host": settings.host, "port": port},
-        )
+        if port is None:
+            serve.start(proxy_location="Disabled")
+        else:
+            serve.start(
+                proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
+                http_options={"host": settings.host, "port": port},
+            )
         try:
-            serve.run(app, name=APP_NAME)
+            serve.run(app, name=name, route_prefix=None if port is None else "/")
         except RuntimeError as error:
-            statuses = serve.status().applications[APP_NAME].deployments.items()
+            statuses = serve.status().applications[name].deployments.items()
             told = {name: one.message for name, one in statuses if one.status != "HEALTHY"}
             raise StartError(f"The server did not start: {reason_of_failed_start(told) or error}") from error
         yield
     finally:
         with suppress(TimeoutError):  # requests under way have had their time
-            serve.delete(APP_NAME)
-        if not before.proxies:
+            serve.delete(name)
+        if not before.proxies and not serve.status().applications:
             serve.shutdown()
 
 

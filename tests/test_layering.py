@@ -53,8 +53,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """A module imports from its own layer and those above it in this list."""
 
-TRAINING_IMPORTS = ("reranker", "training", "server.errors", "server.generation", "server.config", "server.assembly")
-"""The actors come from `server.assembly`."""
+TRAINING_IMPORTS = (
+    *("reranker", "training", "server.errors", "server.generation", "server.config"),
+    *("server.pipeline", "server.assembly", "server.cluster"),
+)
+"""The actors come from `server.assembly`, or on Ray from `server.cluster`, as a pipeline."""
 ONLY_FOR_THE_COMMAND = ("training", "benchmarks")
 """Packages that nothing else imports; the command does, when one of their subcommands is called."""
 

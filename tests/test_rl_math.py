@@ -136,6 +136,33 @@ def test_importance_weights_are_cut_off_above() -> None:
     assert found.tolist() == near(2.0, 3.0, 0.5)
 
 
+@pytest.mark.parametrize("method", ["ppo", "reinforce"])
+def test_weighted_a_batch_of_the_step_before_teaches_what_one_of_the_learner_would(method: str) -> None:
+    """a, b, b, b were drawn, since a had 1/4; the learner gives it 1/2: weights 2 and 2/3. Advantages are 3 and 1.
+
+    The gradient of the logit of a is -mean(w A ([a] - 1/2)) = -(2 * 3/2 - 3 * 2/3 * 1/2) / 4 = -1/2, as that of a and b
+    by halves: -(3/2 - 1/2) / 2. Unweighted it is -(3/2 - 3 * 1/2) / 4 = 0. Weights of 1 at most: -(3/2 - 1) / 4.
+    """
+    answers = torch.tensor([[0, 1, 1, 1]])
+    drawn = torch.tensor([[0.25, 0.75, 0.75, 0.75]]).log()
+    advantages = torch.tensor([[3.0, 1.0, 1.0, 1.0]])
+
+    def gradient(largest: float) -> list[float]:
+        logits = torch.zeros(2, requires_grad=True)
+        logprobs = logits.log_softmax(-1)[answers]
+        old = logprobs.detach()
+        losses = (
+            policy_loss(logprobs, old, advantages, 0.2) if method == "ppo" else reinforce_loss(logprobs, advantages)
+        )
+        weighted = losses * importance_weights(old, drawn, largest)
+        token_mean(weighted, torch.ones_like(drawn), 4).backward()  # type: ignore[no-untyped-call]
+        assert logits.grad is not None
+        return list(logits.grad.tolist())
+
+    assert gradient(largest=3.0) == near(-0.5, 0.5)
+    assert gradient(largest=1.0) == near(-0.125, 0.125)
+
+
 def test_parts_of_a_batch_add_up_to_the_batch() -> None:
     """Sums 6 and 9 of five tokens: 3, whether the rows come together or one by one."""
     losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 99.0]])

@@ -1,9 +1,11 @@
 """A run of PPO or REINFORCE: what it writes, that it can go on, and that it stops when engine and learner part."""
 
+import asyncio
 import csv
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,21 @@ from server.pipeline import BestOfN
 from tests.doubles import ScriptedGenerator, ScriptedScorer
 from tests.tiny_models import save_tiny_policy, tiny_tokenizer
 from tests.torch_generator import Fault, TorchGenerator
+from tests.waiting import eventually
 from training.checkpoints import CheckpointError
 from training.cli import train_app
 from training.errors import TrainingError
 from training.policy import RunOptions
 from training.policy_tokens import TokenisedRow
 from training.preference_data import DataError, Row
+from training.rl import run
 from training.rl.actors import Actors, normalization_of, server_settings
 from training.rl.prompts import in_tokens, of_step, read_prompts, seeds_of_step
 from training.rl.rewards import ScoreScale
-from training.rl.rollout import RolloutWorker
+from training.rl.rollout import Rollouts, RolloutWorker
 from training.rl.run import train_rl
 from training.rl.settings import PPOTraining, ReinforceTraining
+from training.rl.update import update
 from training.rl.weight_sync import SyncError
 
 QUIET = RunOptions(progress=False)
@@ -48,7 +53,10 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
+    return save_prompts(tmp_path / "prompts.jsonl")
+
+
+def save_prompts(path: Path) -> Path:
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     return path
 
@@ -134,10 +142,19 @@ class PowerCutError(Exception):
     """Stands for whatever ends a run."""
 
 
-@pytest.mark.parametrize(("method", "cut_at_load"), [("ppo", 2), ("ppo", 4), ("reinforce", 4)])
-def test_an_interrupted_run_ends_as_one_that_was_not(method: str, cut_at_load: int, base: Path, prompts: Path) -> None:
-    """Weights, optimiser, beta, what is drawn next and the versions of the weights; a checkpoint every second step."""
-    settings, options = settings_of(method, base, steps=5), RunOptions(checkpoint_every=2, progress=False)
+@pytest.mark.parametrize(
+    ("method", "cut_at_load", "overlap"),
+    [("ppo", 2, False), ("ppo", 4, False), ("reinforce", 4, False), ("ppo", 4, True), ("reinforce", 4, True)],
+)
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    method: str, cut_at_load: int, overlap: bool, base: Path, prompts: Path
+) -> None:
+    """Weights, optimiser, beta, what is drawn next and the versions of the weights; a checkpoint every second step.
+
+    Where drawing overlaps learning, the batch after the checkpoint is by weights that are not in it.
+    """
+    settings = settings_of(method, base, steps=5, overlap=overlap)
+    options = RunOptions(checkpoint_every=2, progress=False)
     through = World(base)
     expected = train_rl(prompts, base.parent / "through", settings, options, start=through.start)
 
@@ -157,11 +174,88 @@ def test_an_interrupted_run_ends_as_one_that_was_not(method: str, cut_at_load: i
     found = train_rl(prompts, out, settings, resuming, start=world.start)
     weights = "adapter_model.safetensors"
     assert (found / weights).read_bytes() == (expected / weights).read_bytes()
-    for column in ("step", "reward", "kl", "beta", "policy_loss", "entropy"):
+    for column in ("step", "reward", "kl", "beta", "policy_loss", "entropy", "staleness", "mismatch", "importance"):
         assert logged(out, column) == logged(base.parent / "through", column)
     versions = through.generators[0].versions
     assert world.generators[-1].versions == versions[-len(world.generators[-1].versions) :]
     assert len(world.generators[-1].versions) == {2: 6, 4: 4}[cut_at_load]
+
+
+class Diary:
+    """What a run does, in its order; each draw of a batch by the number of the load that its weights came with."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch, *, learn_after_draws: Sequence[int]) -> None:
+        """Learning from batch k ends when so many batches as `learn_after_draws` has at k are there."""
+        diary = self
+        self.lines: list[str] = []
+        waits = iter(learn_after_draws)
+
+        class Drawing(RolloutWorker):
+            async def draw(self, prompts: Any, seeds: Any, version: str | None, scale: ScoreScale) -> Rollouts:
+                drawn = await super().draw(prompts, seeds, version, scale)
+                diary.lines.append(f"draw {world.generators[0].versions.index(str(version))}")
+                return drawn
+
+        def learning(*arguments: Any) -> dict[str, float]:
+            draws = next(waits)
+            assert eventually(lambda: sum(line.startswith("draw") for line in diary.lines) >= draws)
+            learnt = update(*arguments)
+            diary.lines.append("learn")
+            return learnt
+
+        monkeypatch.setattr(run, "RolloutWorker", Drawing)
+        monkeypatch.setattr(run, "update", learning)
+        world.on_load = lambda generator: diary.lines.append("load")
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce"])
+def test_drawing_overlaps_learning_one_step_off_and_the_weights_change_after_both(
+    method: str, base: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step is that of a run in turn; later batches are by the policy before, and their tokens weighed."""
+    settings, in_turn, out = settings_of(method, base, steps=3), base.parent / "in turn", base.parent / "out"
+    world = World(base)
+    diary = Diary(world, monkeypatch, learn_after_draws=(1, 2, 3))
+    train_rl(prompts, in_turn, settings, QUIET, validation_data=prompts, start=world.start)
+    assert diary.lines == ["load", "draw 0", "learn", "load", "draw 1", "learn", "load", "draw 2", "learn", "load"]
+    world = World(base)
+    diary = Diary(world, monkeypatch, learn_after_draws=(2, 3, 3))
+    overlapping = replace(settings, overlap=True)
+    train_rl(prompts, out, overlapping, QUIET, validation_data=prompts, start=world.start)
+    assert diary.lines == ["load", "draw 0", "draw 0", "learn", "load", "draw 1", "learn", "load", "learn", "load"]
+    assert (logged(in_turn, "staleness"), logged(out, "staleness")) == ([0, 0, 0], [0, 1, 1])
+    for column in ("reward", "policy_loss", "mismatch"):
+        assert logged(out, column)[0] == logged(in_turn, column)[0]
+    assert max(logged(in_turn, "mismatch")) < 1e-4 < min(logged(out, "mismatch")[1:])
+    assert min(abs(one - 1) for one in logged(out, "importance")[1:]) > 1e-4
+    assert logged(out, "first_ratio_error") == pytest.approx([0.0] * 3, abs=1e-4)
+
+
+def test_where_learning_fails_the_batch_that_is_drawn_meanwhile_is_given_up(
+    base: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[str] = []
+
+    class Endless(RolloutWorker):
+        async def draw(self, *arguments: Any) -> Rollouts:
+            if not draws:
+                draws.append("first")
+                return await super().draw(*arguments)
+            draws.append("begun")
+            try:
+                return await asyncio.Event().wait()  # type: ignore[return-value]  # never
+            finally:
+                draws.append("given up")
+
+    def diverge(*_: Any) -> dict[str, float]:
+        assert eventually(lambda: len(draws) == 2)
+        raise TrainingError("diverged")
+
+    monkeypatch.setattr(run, "RolloutWorker", Endless)
+    monkeypatch.setattr(run, "update", diverge)
+    with pytest.raises(TrainingError, match="diverged"):
+        train_rl(prompts, base.parent / "out", settings_of("ppo", base, overlap=True), QUIET, start=World(base).start)
+    assert draws == ["first", "begun", "given up"]
 
 
 @pytest.mark.parametrize("fault", ["stale", "wrong scale", "stale prefix"])
@@ -288,6 +382,26 @@ def test_a_functions_numbers_are_left_alone_and_a_models_are_not() -> None:
 def test_the_engine_begins_with_the_learners_adapter_and_precision(base: Path, tmp_path: Path) -> None:
     settings = server_settings(PPOTraining(base_model=str(base)), tmp_path, bfloat16=False)
     assert (settings.model, settings.adapter, settings.dtype) == (str(base), tmp_path, "float32")
+
+
+def test_the_engine_is_told_where_the_weights_are_wherever_it_stands(
+    base: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Told(TorchGenerator):
+        async def load_adapter(self, path: str) -> str:
+            told.append(path)
+            return await super().load_adapter(path)
+
+    @asynccontextmanager
+    async def start(settings: Settings, _: HeldTrunk | None) -> AsyncIterator[Actors]:
+        told.append(str(settings.adapter))
+        yield Actors(Told(base, settings.adapter), ScriptedScorer())
+
+    monkeypatch.chdir(base.parent)
+    train_rl(prompts, Path("out"), settings_of("ppo", base, steps=1), QUIET, start=start)
+    assert told == [str(base.parent / "out" / "checkpoints" / "engine" / "adapter")] * 3
 
 
 @pytest.mark.parametrize("method", ["ppo", "reinforce"])

@@ -1,7 +1,10 @@
-"""The generator and the scorer of a run: those that `nbest serve` would start, in this process.
+"""The generator and the scorer of a run: those that `nbest serve` would start, in this process or on Ray.
 
 The engine begins with the weights that the learner has, and is told to compute in the same precision. What else there
 is to set comes from the environment, as for the server.
+
+On Ray every generator replica loads what was learnt, from the directory that the learner writes: all machines must see
+it under the same path. The scorer's process cannot read the learner's trunk and holds one of its own.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +18,7 @@ from reranker.scorers.spec import FunctionSpec, parse
 from server import assembly
 from server.config import Settings, load_settings
 from server.generation.base import Generator
+from server.pipeline import BestOfN
 from training.errors import TrainingError
 from training.rl.settings import RewardNormalization, RLTraining
 
@@ -41,7 +45,7 @@ def server_settings(settings: RLTraining, adapter: Path | None = None, *, bfloat
         {
             "model": settings.base_model,
             "reward_models": [settings.reward_model, *([settings.judge] if settings.judge else [])],
-            "adapter": adapter,
+            "adapter": adapter and adapter.resolve(),  # whoever reads it may stand elsewhere
             "adapter_root": None,
             "max_lora_rank": None,
             "dtype": "bfloat16" if bfloat16 else "float32",
@@ -60,9 +64,29 @@ async def started_actors(settings: Settings, held: HeldTrunk | None) -> AsyncIte
     Raises:
         TrainingError: one of them does not start.
     """
+    async with _actors_of(assembly.start(settings, tempered_logprobs=True, held=held)) as actors:
+        yield actors
+
+
+def on_ray(address: str | None) -> Start:
+    """As replicas on the Ray cluster at that address or, without one, on a cluster of this machine."""
+
+    @asynccontextmanager
+    async def started(settings: Settings, _: HeldTrunk | None) -> AsyncIterator[Actors]:
+        from server import cluster  # which needs Ray
+
+        there = settings.model_copy(update={"ray": True, "ray_address": address})
+        async with _actors_of(cluster.started(there, tempered_logprobs=True)) as actors:
+            yield actors
+
+    return started
+
+
+@asynccontextmanager
+async def _actors_of(starting: AbstractAsyncContextManager[BestOfN]) -> AsyncIterator[Actors]:
     async with AsyncExitStack() as stack:
         try:
-            pipeline = await stack.enter_async_context(assembly.start(settings, tempered_logprobs=True, held=held))
+            pipeline = await stack.enter_async_context(starting)
         except Exception as error:
             raise TrainingError(f"the engine or the reward model does not start: {error}") from error
         yield Actors(pipeline.generator, *pipeline.scorers.values())

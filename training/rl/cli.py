@@ -75,6 +75,9 @@ class _Drawing:
     steps: Annotated[int, typer.Option(min=1, help="Batches to draw and to learn from.")] = 100
     batch_size: Annotated[int, typer.Option(min=1, help="Completions a step.")] = 64
     samples_per_prompt: Annotated[int, typer.Option(min=1, help="Completions of each prompt among them.")] = 4
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Draw the next batch while this one is learnt from: one step off-policy.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +137,13 @@ class _Running:
     ] = None
     checkpoint_every: CheckpointEvery = 10
     resume: Resume = False
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Draw and score by replicas on Ray Serve, as nbest serve --ray starts them.")
+    ] = False
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to join, HOST:PORT or auto for the one of this machine; default: a new one."),
+    ] = None
     seed: Annotated[
         int, typer.Option(help="Decides the adapter's start, the order of the prompts and the samples.")
     ] = 0
@@ -168,13 +178,23 @@ def reinforce_command(given: ReinforceOptions) -> None:
 
 
 def _train(given: PPOOptions | ReinforceOptions, method: "type[Method]") -> None:
+    from training.errors import TrainingError
     from training.policy import RunOptions
+    from training.rl.actors import on_ray, started_actors
     from training.rl.run import train_rl
 
+    if given.ray_address is not None and not given.ray:
+        raise TrainingError("a Ray cluster is only used with --ray; add that, or leave --ray-address out")
     rate = given.learning_rate if given.learning_rate is not None else 1e-6 if given.full else 1e-4
     settings = settings_of(method, given, base_model=given.model, learning_rate=rate)
     options = settings_of(RunOptions, given)
     written = train_rl(
-        given.prompts, given.out, settings, options, validation_data=given.validation, holdout=given.holdout
+        given.prompts,
+        given.out,
+        settings,
+        options,
+        validation_data=given.validation,
+        holdout=given.holdout,
+        start=on_ray(given.ray_address) if given.ray else started_actors,
     )
     tell_policy(written, given.model)

@@ -9,7 +9,6 @@ the readings. Everything is measured in turn, a minibatch at a time, for all min
 
 import json
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from peft import get_peft_model
 from reranker.device import pick_device
 from training.birth import birth
 from training.policy import Policy
+from training.rl.account import spread
 from training.rl.completion import Completion, Rows
 from training.rl.learner import Learner, Measured
 from training.rl.settings import PPOTraining
@@ -73,8 +73,7 @@ def round_s(bare: "BareLoop", learner: "TimedLearner", number: int) -> dict[str,
 
 def shares(seconds: Sequence[dict[str, float]], *, passes: int, readings: bool) -> dict[str, float]:
     """The learner's tokens a second as a share of the bare loop's, round by round: median and extremes."""
-    found = [passes * one["bare"] / (passes * one["pass"] + readings * one["readings"]) for one in seconds]
-    return {"median": statistics.median(found), "low": min(found), "high": max(found), "rounds": len(found)}
+    return spread([passes * one["bare"] / (passes * one["pass"] + readings * one["readings"]) for one in seconds])
 
 
 def synthetic_completions(rng: random.Random, vocabulary: int) -> list[Completion]:

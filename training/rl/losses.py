@@ -3,9 +3,14 @@
 PPO (Schulman et al. 2017, arXiv 1707.06347): with ratio = pi / pi_old, the larger of -ratio * A and
 -clip(ratio, 1 - c, 1 + c) * A; the values are clipped about the old ones in the same way. REINFORCE: -log pi * A.
 
-The engine that drew the tokens rounds in other places than the trainer does. What remains between the two is put right
-by importance weights pi_old / pi_drawn, cut off above so that no single token counts for many (truncated importance
-sampling, Espeholt et al. 2018, arXiv 1802.01561).
+Three policies are told apart, as by Hilton et al. 2021 (arXiv 2110.00641): pi_drawn, which the engine drew with;
+pi_old, the learner's before it learns from the batch, which the clip keeps pi near to; and pi. What lies between the
+first two is put right by importance weights pi_old / pi_drawn, cut off above so that no single token counts for many
+(truncated importance sampling, Espeholt et al. 2018, arXiv 1802.01561). In turn that is rounding alone, for the engine
+rounds in other places than the trainer does. Where drawing overlaps learning, pi_old is one step newer than pi_drawn:
+the weights let the batch count as if pi_old had drawn it, and a clip about pi_drawn would undo the step between the
+two. A weight is of a token given those before it. That these were chosen by the older policy too is left as it is, an
+error as small as the step.
 """
 
 import torch

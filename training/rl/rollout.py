@@ -10,6 +10,7 @@ those that were loaded last ends the run.
 
 import asyncio
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,13 +27,14 @@ from training.rl.rewards import ScoreScale
 class Rollouts:
     """What was drawn, and how many more candidates have no reward, with the reason of one of them.
 
-    `judge_failure` is why the judge has nothing to say of some that have one.
+    `judge_failure` is why the judge has nothing to say of some that have one. `seconds` it took to draw and score all.
     """
 
     completions: list[Completion]
     lost: int = 0
     reason: str = ""
     judge_failure: str = ""
+    seconds: float = 0.0
 
     @property
     def rewards(self) -> list[float]:
@@ -75,6 +77,7 @@ class RolloutWorker:
             TrainingError: no candidate has a reward, or other weights than `version` drew one.
             server.errors.NotReadyError: the engine is not there.
         """
+        begun_s = time.perf_counter()
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -89,6 +92,7 @@ class RolloutWorker:
             sum(one.lost for one in found),
             next((one.reason for one in found if one.reason), ""),
             next((one.judge_failure for one in found if one.judge_failure), ""),
+            time.perf_counter() - begun_s,
         )
         if not whole.completions:
             raise TrainingError(f"none of the {whole.lost} completions of a step has a reward: {whole.reason}")

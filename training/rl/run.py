@@ -4,8 +4,15 @@
     held-out prompts -> Evaluator -> figures, samples, alarms
 
 A step draws with the weights that the step before it ended with, so learning is on-policy. Learning blocks a thread and
-not the event loop, on which the engine's answers arrive. After every `checkpoint_every` steps all is kept to go on from
-(`training.rl.run_state`).
+not the event loop, on which the engine's answers arrive; so they may overlap, one step off:
+
+    in turn     draw 0 | learn 0 | sync | draw 1 | learn 1 | sync | draw 2 | ...
+    overlap     draw 0 | learn 0 | sync | learn 1 | sync | learn 2 | sync | ...
+                       | draw 1  |      | draw 2  |      | draw 3  |
+
+The weights in the engine change only while nothing is drawn. Every batch but the first is then drawn by the policy one
+step before the one that learns from it, which `training.rl.losses` makes up for. After every `checkpoint_every` steps
+all is kept to go on from (`training.rl.run_state`).
 """
 
 import asyncio
@@ -14,6 +21,8 @@ import random
 import resource
 import shutil
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -57,7 +66,7 @@ PANELS = {
 COLUMNS = (
     *("reward", "reward_deviation", "score", "kl", "kl_k2", "kl_k3", "beta", "entropy", "length", "cut", "lost"),
     *("policy_loss", "ratio", "first_ratio_error", "gradient_norm", "learning_rate"),
-    *("mismatch", "importance", "sync_difference"),
+    *("staleness", "mismatch", "importance", "sync_difference"),
     *("rollout_s", "reward_s", "learning_s", "sync_s", "drawn_tokens_per_s", "learnt_tokens_per_s", "peak_memory_mib"),
 )
 COLUMNS_OF_PPO = ("clip_fraction", "value_loss", "explained_variance")
@@ -86,10 +95,11 @@ def train_rl(
     parts = read_prompts(prompts, validation_data, holdout)
     _check(settings, parts)
     server_settings(settings)  # a misspelt reward is told before a model is loaded
-    return asyncio.run(_train(parts, out, settings, options, start))
+    return asyncio.run(train(parts, out, settings, options, start))
 
 
-async def _train(parts: Parts, out: Path, settings: Method, options: RunOptions, start: Start) -> Path:
+async def train(parts: Parts, out: Path, settings: Method, options: RunOptions, start: Start) -> Path:
+    """What `train_rl` does with prompts that were read, in a loop that is there."""
     device = torch.device(pick_device("auto"))
     learner = Learner(settings, device, optimiser_steps=optimiser_steps(settings))
     limits = (learner.tokenizer, learner.max_length, settings.max_tokens)
@@ -187,15 +197,20 @@ class _Run:
                 await self._evaluator(0, synced.version, progress.warn)
             while self._state.step < self._settings.steps:
                 timer, scored_s = _Timer(), self._scorer.busy.seconds
-                rollouts = await self._draw(self._state.step, synced.version, "step")
+                staleness = int(self._state.ahead is not None)
+                rollouts = self._state.ahead or await self._draw(self._state.step, synced.version, "step")
                 timer.lap("rollout_s")
+                async with self._drawing_ahead(synced.version) as drawing:
+                    learnt = await asyncio.to_thread(self._learn, rollouts)
+                    timer.lap("learning_s")
+                    self._state.ahead = await drawing
+                    timer.lap("rollout_s")
                 timer.laps_s["reward_s"] = self._scorer.busy.seconds - scored_s
-                learnt = await asyncio.to_thread(self._learn, rollouts)
-                timer.lap("learning_s")
                 synced = await self._sync()
                 timer.lap("sync_s")
                 self._state.step += 1
-                self._record(rollouts, learnt | {"sync_difference": synced.difference}, timer)
+                measures = learnt | {"staleness": staleness, "sync_difference": synced.difference}
+                self._record(rollouts, measures, timer)
                 progress.step(self._table.rows[-1])
                 await self._evaluator(self._state.step, synced.version, progress.warn)
                 if self._state.step % self._options.checkpoint_every == 0:
@@ -210,6 +225,23 @@ class _Run:
         prompts = of_step(self._prompts, number, settings.prompts_a_step, settings.seed)
         seeds = seeds_of_step(f"{purpose} {number}", len(prompts), settings.seed)
         return await self._worker.draw(prompts, seeds, version, self._state.scale or ScoreScale())
+
+    @asynccontextmanager
+    async def _drawing_ahead(self, version: str) -> AsyncIterator[asyncio.Task[Rollouts | None]]:
+        """Draws while the block is gone through; what is still under way at its end is given up."""
+        drawing = asyncio.create_task(self._drawn_ahead(version))
+        try:
+            yield drawing
+        finally:
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)
+
+    async def _drawn_ahead(self, version: str) -> Rollouts | None:
+        """The batch of the next step, where there is one and drawing overlaps learning."""
+        number = self._state.step + 1
+        if not self._settings.overlap or number == self._settings.steps:
+            return None
+        return await self._draw(number, version, "step")
 
     async def _measured_scale(self, version: str) -> ScoreScale:
         """Of the policy as it is before the first step: the reference."""
@@ -244,7 +276,7 @@ class _Run:
                 "lost": rollouts.lost,
                 **measures,
                 **timer.laps_s,
-                "drawn_tokens_per_s": tokens / timer.laps_s["rollout_s"],
+                "drawn_tokens_per_s": tokens / rollouts.seconds,
                 "learnt_tokens_per_s": tokens / timer.laps_s["learning_s"],
                 "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             },
@@ -256,7 +288,7 @@ class _Run:
 
 
 class _Timer:
-    """Seconds from one lap to the next, by name."""
+    """Seconds from one lap to the next, by name; laps of one name add up."""
 
     def __init__(self) -> None:
         self.laps_s: dict[str, float] = {}
@@ -264,4 +296,5 @@ class _Timer:
 
     def lap(self, name: str) -> None:
         now_s = time.perf_counter()
-        self.laps_s[name], self._begun_s = now_s - self._begun_s, now_s
+        self.laps_s[name] = self.laps_s.get(name, 0.0) + now_s - self._begun_s
+        self._begun_s = now_s

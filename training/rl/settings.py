@@ -19,9 +19,11 @@ class RLTraining:
     `micro_batch_size` are computed at once (unless given, all that a step of the optimiser has). `kl_coef` is beta, the
     price of a nat; with `kl_target` it follows that many nats a completion (`training.rl.kl`). `truncation_penalty` is
     taken from the score of a completion that was cut by its length. `reward_normalization` None: `reference` for
-    models, `none` for functions of the user's own. `sync_tolerance`, in nats a token, is how far engine and learner may
-    be apart (`training.rl.weight_sync`). Every `evaluate_every` steps held-out prompts are answered, and `judge`, a
-    scorer like the reward, says what it thinks of that (`training.rl.evaluator`).
+    models, `none` for functions of the user's own. With `overlap` the next batch is drawn while this one is learnt
+    from (`training.rl.run`); a token that was drawn by another policy weighs at most `largest_importance`
+    (`training.rl.losses`). `sync_tolerance`, in nats a token, is how far engine and learner may be apart
+    (`training.rl.weight_sync`). Every `evaluate_every` steps held-out prompts are answered, and `judge`, a scorer like
+    the reward, says what it thinks of that (`training.rl.evaluator`).
     """
 
     base_model: str = "smollm2-135m-instruct"
@@ -41,6 +43,7 @@ class RLTraining:
     kl_horizon: int = 10_000
     truncation_penalty: float = 0.0
     reward_normalization: RewardNormalization | None = None
+    overlap: bool = False
     largest_importance: float = 2.0
     sync_tolerance: float | None = None
     evaluate_every: int = 10

@@ -1,8 +1,9 @@
 """One step of learning: a batch of completions in, a better policy and the measures of the step out.
 
 The log-probabilities that the ratio starts from are computed here, by the model that learns, and not taken from the
-engine; so before the first step of the optimiser the ratio is 1 and nothing is clipped. What the engine drew with is
-kept beside them for the importance weights and for `mismatch`, the mean difference of the two.
+engine; so before the first step of the optimiser the ratio is 1 and nothing is clipped, also where the batch was drawn
+one step ago. What the engine drew with is kept beside them for the importance weights and for `mismatch`, the mean
+difference of the two.
 
 A minibatch is computed in parts of `micro_batch_size`, and its loss is a mean over all its tokens, however it is cut.
 """
@@ -42,7 +43,7 @@ def optimiser_steps(settings: Method) -> int:
 def update(
     learner: Learner, completions: Sequence[Completion], beta: float, settings: Method, rng: random.Random
 ) -> dict[str, float]:
-    """Learns from the completions; the measures are of the policy that drew them, unless they are of the learning."""
+    """Learns from the completions; the measures are of the policy as it was before, unless they are of the learning."""
     measured = learner.measure(completions)
     drawn_N_T = drawn_logprobs(completions, learner.device)
     targets = _targets(measured, drawn_N_T, completions, beta, settings)

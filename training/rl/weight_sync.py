@@ -5,6 +5,9 @@ weights learn). Then the canary: the engine draws a few completions of a fixed p
 reads the same tokens, and the two must give them the same log-probabilities. A stale adapter, a wrong scale or a prefix
 that was computed with other weights makes them differ, and the run ends with both numbers instead of learning from
 somebody else's samples. The prompt is the longest there is, for the engine shares only whole blocks of a prompt.
+
+Of several replicas on Ray all load it, or none, and the canary meets one of them. That the others have it too is seen
+by the versions of what they draw.
 """
 
 import asyncio
@@ -72,7 +75,7 @@ class WeightSync:
         written = await asyncio.to_thread(self._learner.write_for_engine, self._directory)
         full = written.name == "model"
         load = self._generator.reload_weights if full else self._generator.load_adapter
-        version = await load(str(written))
+        version = await load(str(written.resolve()))
         return Synced(version, await self._difference(version))
 
     async def _difference(self, version: str) -> float:
