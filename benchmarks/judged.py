@@ -61,16 +61,16 @@ def sample(held_out: Path, out: Path, model: str, best_of: int, seed: str) -> No
         nbest("batch", str(held_out), "--out", str(out), "--model", model, *options)
 
 
-def read(out: Path, name: str, model: str, directory: Path) -> Pools:
-    """The samples of that policy, judged; kept in OUT/judged, since the likelihoods take a while."""
+def read(out: Path, name: str, model: str, directory: Path, base: str = MODEL) -> Pools:
+    """The samples of that policy, judged beside `base`; kept in OUT/judged, since the likelihoods take a while."""
     kept = out / "judged" / f"{name}.json"
     if not kept.exists():
         results = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
         results.sort(key=lambda one: one["line"])
         drawn = [(one["prompt"], candidate) for one in results for candidate in one["candidates"]]
         texts = [(prompt, candidate["text"], candidate["finish_reason"] == "stop") for prompt, candidate in drawn]
-        of_base = log_probs(resolve(MODEL), texts)
-        of_policy = of_base if model == MODEL else log_probs(model, texts)
+        of_base = log_probs(resolve(base), texts)
+        of_policy = of_base if model == base else log_probs(model, texts)
         judge = SentimentIntensityAnalyzer()
         samples = [
             Sample(
@@ -119,9 +119,9 @@ def measured(pools: Pools, n: int) -> dict[str, Any]:
     return found
 
 
-def best_of_n(base: Pools) -> dict[str, Any]:
+def best_of_n(base: Pools, of: Sequence[int] = N) -> dict[str, Any]:
     """What choosing alone would do, against its bound on the KL (arXiv 2401.01879)."""
-    return {str(n): measured(base, n) | {"kl": {"mean": estimators.kl_upper_bound(n)}} for n in N}
+    return {str(n): measured(base, n) | {"kl": {"mean": estimators.kl_upper_bound(n)}} for n in of}
 
 
 def distinct(pools: Pools) -> float:

@@ -17,12 +17,12 @@ FIGURES = RESULTS.parent / "figures"
 WINNER, JUDGE = "#1f5fa8", "#c2571a"
 CURVES = (("#222222", "^"), ("#7a3fa0", "D"), ("#1f5fa8", "o"), ("#2e8b57", "s"), ("#c2571a", "v"))
 """Told apart by colour and by marker."""
-TRAINED = (CURVES[1], CURVES[3], CURVES[4])
+TRAINED = (CURVES[1], CURVES[3], CURVES[4], CURVES[0])
 """Policies beside the curve of best-of-n, which is blue with circles."""
 MEASURES = {
-    "reward": "mean reward (movie-sentiment)",
+    "reward": "mean reward ({reward_model})",
     "vader": "independent judge (VADER, -1 to 1)",
-    "perplexity_under_base": "perplexity under the base policy",
+    "perplexity_under_base": "perplexity under the {base}",
 }
 
 
@@ -79,22 +79,29 @@ def arithmetic(result: dict[str, Any]) -> Path:
 
 
 def improve(result: dict[str, Any]) -> Path:
-    """Reward, judge and perplexity against KL to the base: best of n as a curve, trained policies as points."""
+    return against_kl(result, FIGURES / "improve.png")
+
+
+def against_kl(result: dict[str, Any], path: Path, base: str = "base") -> Path:
+    """Reward, judge and perplexity against KL to the base: best of n as a curve, trained policies as points.
+
+    `base` is what the policy is called that all of them left.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     policies = result["policies_at_best_of_1"]
     for axis, measure in zip(axes, MEASURES, strict=True):
-        _best_of_n_against_kl(axis, result["best_of_n_of_the_base"], measure)
+        _best_of_n_against_kl(axis, result, measure, base)
         for (name, one), (colour, marker) in zip(policies.items(), TRAINED, strict=False):
             _point(axis, one, measure, colour, marker, f"{name}, best_of 1")
     axes[0].legend(fontsize=7, frameon=False, loc="lower right")
-    return _saved(figure, "improve", result)
+    return _saved(figure, path, result)
 
 
 def rl(result: dict[str, Any]) -> Path:
     """Reward of the samples learnt from against minutes, and reward and judge against KL: a point for each seed."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for axis, measure in zip(axes[1:], ("reward", "vader"), strict=True):
-        _best_of_n_against_kl(axis, result["best_of_n_of_the_base"], measure)
+        _best_of_n_against_kl(axis, result, measure)
     best_of_4 = result["best_of_n_of_the_base"]["4"]["reward"]["mean"]
     axes[0].axhline(best_of_4, color=WINNER, linestyle="--", label="best of 4 of the base")
     for (method, runs), (colour, marker) in zip(result["runs"].items(), TRAINED[1:], strict=False):
@@ -110,22 +117,25 @@ def rl(result: dict[str, Any]) -> Path:
     axes[0].spines[["top", "right"]].set_visible(False)
     for axis in axes[:2]:
         axis.legend(fontsize=7, frameon=False, loc="lower right")
-    return _saved(figure, "rl", result)
+    return _saved(figure, FIGURES / "rl.png", result)
 
 
 def _step_s(row: dict[str, float]) -> float:
     return sum(seconds for name, seconds in row.items() if name.endswith("_s"))
 
 
-def _best_of_n_against_kl(axis: Any, best: dict[str, Any], measure: str) -> None:
+def _best_of_n_against_kl(axis: Any, result: dict[str, Any], measure: str, base: str = "base") -> None:
+    best = result["best_of_n_of_the_base"]
     kl = [one["kl"]["mean"] for one in best.values()]
     means, low, high = ([one[measure][bound] for one in best.values()] for bound in ("mean", "low", "high"))
-    axis.plot(kl, means, marker="o", color=WINNER, label="best of n of the base, n = 1 … 32 (KL: bound)")
+    axis.plot(
+        kl, means, marker="o", color=WINNER, label=f"best of n of the {base}, n = 1 … {max(map(int, best))} (KL: bound)"
+    )
     axis.fill_between(kl, low, high, color=WINNER, alpha=0.12, linewidth=0)
     for n, x, y in zip(best, kl, means, strict=True):
         axis.annotate(n, (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7, color=WINNER)
-    axis.set_xlabel("KL to the base, nats a sequence")
-    axis.set_ylabel(MEASURES[measure])
+    axis.set_xlabel(f"KL to the {base}, nats a sequence")
+    axis.set_ylabel(MEASURES[measure].format(reward_model=result["reward_model"], base=base))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -146,13 +156,12 @@ def _point(axis: Any, found: dict[str, Any], measure: str, colour: str, marker: 
     )
 
 
-def _saved(figure: Any, name: str, result: dict[str, Any]) -> Path:
+def _saved(figure: Any, path: Path, result: dict[str, Any]) -> Path:
     figure.suptitle(
         f"{result['policy']}, {result['prompts']['held_out']} held-out film-review openings, "
         f"{result['max_tokens']} new tokens, 95 % intervals over prompts",
         fontsize=10,
     )
-    path = FIGURES / f"{name}.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -14,7 +14,7 @@ from scripts import model_card, reliability, rl_run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("server", "reranker", "training", "benchmarks", "scripts")
+PACKAGES = ("server", "reranker", "training", "benchmarks", "examples", "scripts")
 
 
 def filled(page: Path) -> str:
@@ -206,14 +206,14 @@ def rl() -> str:
     )
 
 
-def against_base(rows: dict[str, Any]) -> str:
-    """Policies by all that is measured of them (`benchmarks.judged`)."""
+def against_base(rows: dict[str, Any], base: str = "base") -> str:
+    """Policies by all that is measured of them (`benchmarks.judged`); `base` is the name of the one that they left."""
 
     def kl(figure: dict[str, float]) -> str:
         return with_interval(figure) if "low" in figure else f"≤ {figure['mean']:.2f}"
 
     return (
-        "| | mean reward | VADER, -1 to 1 | perplexity under the base | KL to the base, nats a sequence |\n"
+        f"| | mean reward | VADER, -1 to 1 | perplexity under the {base} | KL to the {base}, nats a sequence |\n"
         "|---|---|---|---|---|\n"
     ) + "".join(
         f"| {name} | {with_interval(one['reward'])} | {with_interval(one['vader'])} "

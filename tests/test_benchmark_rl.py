@@ -37,6 +37,7 @@ def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     base = pools([float(reward) for reward in range(32)], -20.0)
     return {
         "policy": "smollm2",
+        "reward_model": "movie-sentiment",
         "prompts": {"train": 48, "held_out": 2},
         "max_tokens": 32,
         "best_of_n_of_the_base": best_of_n(base),

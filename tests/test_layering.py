@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("reranker", "server", "training", "benchmarks", "scripts")
+PACKAGES = ("reranker", "server", "training", "benchmarks", "scripts", "examples")
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("reranker",),
@@ -59,7 +59,10 @@ TRAINING_IMPORTS = (
 )
 """The actors come from `server.assembly`, or on Ray from `server.cluster`, as a pipeline."""
 ONLY_FOR_THE_COMMAND = ("training", "benchmarks")
-"""Packages that nothing else imports; the command does, when one of their subcommands is called."""
+"""Packages that nothing else imports; the command does, when one of their subcommands is called.
+
+Examples may import everything, as whoever reads them may, and nothing imports examples.
+"""
 
 FENCES: dict[str, tuple[str, ...]] = {
     "vllm": ("server.generation.vllm_engine",),
@@ -103,6 +106,10 @@ def layer_of(module: str) -> int:
 
 
 def order_violation(module: str, imported: str) -> str | None:
+    if within(module, "examples"):
+        return None
+    if within(imported, "examples"):
+        return "nothing imports examples"
     if any(within(imported, package) and not within(module, package) for package in ONLY_FOR_THE_COMMAND):
         is_command = within(module, "server.cli")
         return None if is_command else "nothing but the command imports training or benchmarks"
@@ -160,6 +167,9 @@ def test_every_import_respects_the_order_and_the_fences() -> None:
         ("server/app.py", "import prometheus_client", "only server.metrics may import prometheus_client"),
         ("reranker/a.py", "import ray", "reranker knows no HTTP server"),
         ("server/pipeline.py", "import scripts.docs", "scripts are for developers"),
+        ("server/cli.py", "def f():\n    import examples.a", "nothing imports examples"),
+        ("benchmarks/a.py", "import examples.a", "nothing imports examples"),
+        ("examples/a.py", "import vllm", "only server.generation.vllm_engine may import vllm"),
     ],
 )
 def test_a_forbidden_import_is_found(file: str, line: str, told: str, tmp_path: Path) -> None:
@@ -177,6 +187,7 @@ def test_a_forbidden_import_is_found(file: str, line: str, told: str, tmp_path: 
         ("server/app.py", "from server.pipeline import BestOfN\nimport fastapi"),
         ("training/a.py", "from server.generation.base import Generator\nimport training.b"),
         ("server/generation/vllm_engine.py", "import vllm"),
+        ("examples/a.py", "import benchmarks.judged\nimport scripts.figures\nimport training.commands"),
     ],
 )
 def test_an_allowed_import_is_let_through(file: str, line: str, tmp_path: Path) -> None:

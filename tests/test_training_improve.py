@@ -13,8 +13,9 @@ from server.cli import app
 from tests.offline_runs import SeededGenerator, scripted
 from tests.tiny_models import save_tiny_policy
 from training.checkpoints import CheckpointError
+from training.commands import Command, commands_in
 from training.errors import TrainingError
-from training.improve import Command, Improvement, _locked, _nbest, improve, table_lines
+from training.improve import Improvement, improve, table_lines
 from training.preference_data import DataError
 
 RESULTS = (
@@ -146,7 +147,7 @@ def test_a_directory_of_another_run_is_refused(
 
 
 def test_a_second_run_on_a_directory_is_refused(prompts: Path, settings: Improvement, tmp_path: Path) -> None:
-    with _locked(tmp_path / "out"), pytest.raises(TrainingError, match="a run works in"):
+    with commands_in(tmp_path / "out"), pytest.raises(TrainingError, match="a run works in"):
         improve(prompts, tmp_path / "out", settings, 1, command=in_process)
 
 
@@ -170,10 +171,3 @@ def test_bad_prompts_are_told_with_their_numbers_before_anything_runs(tmp_path: 
     one.write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match="no prompt is left for"):
         improve(one, tmp_path / "out", settings, 1, command=in_process)
-
-
-def test_a_command_that_fails_is_named(tmp_path: Path) -> None:
-    with _locked(tmp_path / "out") as lock:
-        _nbest(["version"], lock)
-        with pytest.raises(TrainingError, match=r"nbest export nowhere .* ended with 1; what is done is kept"):
-            _nbest(["export", "nowhere", "--format", "sft", "--out", str(tmp_path / "x.jsonl")], lock)

@@ -9,25 +9,17 @@ arXiv 2304.06767): each round goes on from the policy of the one before.
     OUT/round-K/          samples/, winners.jsonl with its card, sft/ with the adapter and the model, evaluation/
     OUT/summary.json      the table that is shown at the end
 
-Each step is an nbest command in a process of its own, so that engine and trainer never hold memory at once. A command
-writes its result whole or not at all and goes on by itself where it was interrupted; so the loop only asks which
-results are there. The lock on OUT is handed to the commands too: while one of a killed run still works, the next run
-is refused.
+Each step is an nbest command (see `training.commands`), and done where its result is there.
 """
 
-import fcntl
 import hashlib
 import json
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from training.checkpoints import require_same_run, write_run
+from training.commands import Command, commands_in
 from training.data_source import Source, read_records
 from training.errors import TrainingError
 from training.preference_data import DataError
@@ -35,13 +27,6 @@ from training.whole_directory import appearing_whole
 
 ROUNDS_APART = 1024
 """Between the seeds of two rounds: more than there are candidates of a prompt, and 64 rounds fit between two lines."""
-
-Command = Callable[[Sequence[str]], None]
-"""Runs `nbest` with these arguments.
-
-Raises:
-    TrainingError: it failed.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +70,8 @@ def improve(
         CheckpointError: `out` holds another run.
         TrainingError: another run works there, or a command failed; what is done is kept.
     """
-    with _locked(out) as lock:
-        run = command or (lambda arguments: _nbest(arguments, lock))
+    with commands_in(out) as own:
+        run = command or own
         _write_prompts(prompts, held_out, holdout, out / "prompts", settings)
         table = []
         for number in range(rounds + 1):
@@ -239,39 +224,3 @@ def _place(line: dict[str, Any]) -> float:
     """A number from 0 to 1 that depends on what is asked alone."""
     asked = json.dumps([line.get("prompt"), line.get("messages")])
     return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:8]) / 2**64
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[int]:
-    """Keeps the directory for this run; the descriptor holds the lock for every process that has it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(f"a run works in {out}; wait for its end, or choose another --out") from error
-        yield file.fileno()
-
-
-def _nbest(arguments: Sequence[str], lock: int) -> None:
-    """Runs the command to its end; a signal to this process is the command's, which stops so that it can go on."""
-    program = str(Path(sys.executable).with_name("nbest"))
-    received: list[int] = []
-    with subprocess.Popen([program, *arguments], pass_fds=(lock,)) as process:  # noqa: S603 (our own command)
-
-        def hand_on(number: int, _: Any) -> None:
-            received.append(number)
-            process.send_signal(number)
-
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    if received:
-        raise TrainingError(f"stopped by signal {received[0]}; the same command goes on")
-    if code:
-        raise TrainingError(
-            f"nbest {' '.join(arguments)} ended with {code}; what is done is kept, the same command goes on"
-        )
