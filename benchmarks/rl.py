@@ -37,7 +37,7 @@ from benchmarks.stats import hand_in
 
 RECIPES = {
     "ppo": ("--steps", "24", "--batch-size", "32", "--epochs", "2", "--minibatches", "2", "--learning-rate", "3e-4"),
-    "reinforce": ("--steps", "40", "--batch-size", "32", "--learning-rate", "1e-3"),
+    "reinforce": ("--steps", "18", "--batch-size", "32", "--learning-rate", "1e-3"),
 }
 COMMON = ("--max-tokens", str(MAX_TOKENS), "--samples-per-prompt", "4", "--kl-coef", "0.1", "--holdout", "0")
 SECONDS = ("rollout_s", "learning_s", "sync_s")
