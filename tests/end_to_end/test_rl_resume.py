@@ -1,4 +1,4 @@
-"""`nbest train ppo` as people run it, on the real engine: killed in the middle, it goes on and ends as if it had not been."""
+"""`nbest train ppo` on the real engine as people run it: killed in the middle, it ends as if it had not been."""
 
 import csv
 import os
