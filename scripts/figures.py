@@ -357,6 +357,28 @@ def frugal_live() -> str:
     )
 
 
+def blockwise(found: Any) -> str:
+    """When the first words of an answer in blocks come, and what it costs, beside plain best-of-N."""
+
+    def spread(ratio: dict[str, float]) -> str:
+        return f"{ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})"
+
+    whole = found["plain"]
+    return (
+        "| tokens of a block | first token, of plain best-of-N's | bar | last token, of plain's | tokens, of plain's "
+        "| reward minus its reward |\n|---|---|---|---|---|---|\n"
+        + "".join(
+            f"| {tokens} | {spread(one['of_plain']['first_token_s'])} | {found['bar']} "
+            f"| {spread(one['of_plain']['total_s'])} | {spread(one['of_plain']['tokens'])} "
+            f"| {with_interval(one['of_plain']['reward_difference'])} |\n"
+            for tokens, one in found["block_tokens"].items()
+        )
+        + f"\n{found['prompts']} openings of film reviews, best of {found['best_of']}, {found['max_tokens']} tokens at "
+        "most; ratios prompt by prompt, median and extremes, of requests in turn. Plain best-of-N begins to answer "
+        f"after {whole['first_token_s']['mean']:.1f} s with reward {whole['reward']['mean']:.2f}.\n"
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "figures": quality,
     "quality": quality,
@@ -375,6 +397,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "frugal": frugal,
     "frugal-waves": frugal_waves,
     "frugal-live": frugal_live,
+    "blockwise": if_measured("blockwise", blockwise),
     "reliability": lambda: reliability.table(result_if_there),
     "rl-memory": if_measured("rl_run", rl_run.memory),
     "rl-memory-large": rl_run.memory_7b,
@@ -392,6 +415,7 @@ PAGES = (
     ROOT / "docs" / "offline.md",
     ROOT / "docs" / "reliability.md",
     ROOT / "docs" / "training.md",
+    ROOT / "docs" / "selection.md",
     ROOT / "docs" / "stopping.md",
     ROOT / "reranker" / "pretrained" / "movie-sentiment" / "README.md",
 )

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Scorer, Scores, ScoringError
-from server import openapi, page
+from server import blockwise, openapi, page
 from server.admission import Admission, Limits, prompt_tokens, requested_tokens, text_tokens
 from server.auth import Account, Keys
 from server.config import Settings
@@ -295,7 +295,7 @@ class Endpoints:
         _check_served(pipeline, asked.model, plan.reward_model)
         run = partial(self._run, request.scope[ACCOUNT], pipeline, plan)
         if asked.stream:
-            events = stream(run, reply, plan.best_of)
+            events = stream(run, reply, plan.best_of, grows=plan.best_of == 1 or plan.strategy == "blockwise")
             return EventStream(await until_disconnect(request.receive, anext(events)), events)
         return _json(reply.whole(await until_disconnect(request.receive, run())))
 
@@ -313,24 +313,37 @@ class Endpoints:
         tokens = requested_tokens(plan)
         with account.spending(tokens) as spending:
             async with self._admission.turn(plan.at_once, tokens, plan.deadline_s) as queued_s:
-                with self._metrics.candidates(plan.best_of) as tally:
-
-                    def heard(outcome: Outcome) -> None:
-                        tally(outcome)
-                        if listener is not None:
-                            listener(outcome)
-
-                    try:
-                        result = await pipeline.run(
-                            plan, heard, listener, growth=listener is not None, queued_s=queued_s
-                        )
-                    except RewardError:
-                        self._metrics.observe_reward_failure("error")
-                        raise
-                    tally.not_drawn(result.not_drawn)
+                if plan.strategy == "blockwise":
+                    run_block = partial(self._draw, pipeline)
+                    result = await blockwise.answer(run_block, plan, listener, queued_s)
+                else:
+                    result = await self._draw(pipeline, plan, queued_s, listener)
             spending.tokens = result.prompt_tokens + result.generated_tokens
         self._metrics.observe_answer(result)
         note_tokens(TokenCost(result.prompt_tokens, result.generated_tokens, result.scored_tokens))
+        return result
+
+    async def _draw(
+        self,
+        pipeline: BestOfN,
+        plan: BestOfNRequest,
+        queued_s: float,
+        listener: Callable[[News], None] | None = None,
+    ) -> BestOfNResult:
+        """Runs the plan and counts its candidates."""
+        with self._metrics.candidates(plan.best_of, plan.sampling.begun_tokens) as tally:
+
+            def heard(outcome: Outcome) -> None:
+                tally(outcome)
+                if listener is not None:
+                    listener(outcome)
+
+            try:
+                result = await pipeline.run(plan, heard, listener, growth=listener is not None, queued_s=queued_s)
+            except RewardError:
+                self._metrics.observe_reward_failure("error")
+                raise
+            tally.not_drawn(result.not_drawn)
         return result
 
 

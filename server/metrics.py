@@ -161,9 +161,9 @@ class Metrics:
             "reward_model",
         )
 
-    def candidates(self, best_of: int) -> "CandidateTally":
+    def candidates(self, best_of: int, begun_tokens: int = 0) -> "CandidateTally":
         """Follows the candidates of one request; `with metrics.candidates(n) as heard: pipeline.run(..., heard)`."""
-        return CandidateTally(best_of, self._in_flight, self._ends, self._generated_tokens)
+        return CandidateTally(best_of, begun_tokens, self._in_flight, self._ends, self._generated_tokens)
 
     def observe_ready(self, ready: bool) -> None:
         self._ready.set(ready)
@@ -271,10 +271,21 @@ class _Collected(CollectorRegistry):
 
 
 class CandidateTally:
-    """Counts the candidates of one request as they end; on leaving, those that have not ended were cancelled."""
+    """Counts the candidates of one request as they end; on leaving, those that have not ended were cancelled.
 
-    def __init__(self, best_of: int, in_flight: Gauge, ends: Mapping[str, Counter], generated_tokens: Counter) -> None:
+    `begun_tokens` of each were there before.
+    """
+
+    def __init__(
+        self,
+        best_of: int,
+        begun_tokens: int,
+        in_flight: Gauge,
+        ends: Mapping[str, Counter],
+        generated_tokens: Counter,
+    ) -> None:
         self._remaining = best_of
+        self._begun_tokens = begun_tokens
         self._in_flight = in_flight
         self._ends = ends
         self._generated_tokens = generated_tokens
@@ -288,7 +299,7 @@ class CandidateTally:
             self._ended("failed", 1)
         elif outcome.finish_reason is not None:
             self._ended("completed", 1)
-            self._generated_tokens.inc(outcome.num_tokens)
+            self._generated_tokens.inc(outcome.num_tokens - self._begun_tokens)
 
     def not_drawn(self, count: int) -> None:
         """So many were never asked of the engine."""

@@ -70,6 +70,7 @@ class BestOfNResult:
     `generated_tokens` are those of completed candidates, and of those that the stopping policy watched and gave up.
     `reward_model` is None where the strategy asks none. `candidate_s` is what the request cost the engine: the seconds
     that each candidate was under way, added up, whether it completed, failed or was cancelled.
+    Of an answer in several `blocks` the candidates are those of the last one, and the cost is that of all.
     """
 
     selection: Selection
@@ -88,6 +89,7 @@ class BestOfNResult:
     prompt_tokens_cut: int
     candidate_s: float
     timings: Timings
+    blocks: int = 1
 
 
 class BestOfN:
@@ -180,7 +182,8 @@ class BestOfN:
             ranked_by=ranked_by,
             stopped_by=stopped_by,
             prompt_tokens=drawing.prompt_tokens,
-            generated_tokens=sum(one.num_tokens for one in completed) + drawing.cancelled_tokens,
+            generated_tokens=sum(one.num_tokens - request.sampling.begun_tokens for one in completed)
+            + drawing.cancelled_tokens,
             scored_tokens=scoring.scored_tokens,
             prompt_tokens_cut=scoring.prompt_tokens_cut,
             candidate_s=drawing.candidate_s,

@@ -116,7 +116,8 @@ class Reply(ABC):
             scored_tokens=result.scored_tokens,
             prompt_tokens_cut=result.prompt_tokens_cut,
             candidate_s=result.candidate_s,
-            kl_upper_bound=kl_upper_bound(result.best_of - result.failed),
+            kl_upper_bound=result.blocks * kl_upper_bound(result.best_of - result.failed),
+            blocks=result.blocks,
             timings_s=TimingsReply.model_validate(result.timings, from_attributes=True),
         )
         if self._return_candidates:

@@ -107,8 +107,10 @@ class NBestReply(BaseModel):
     )
     kl_upper_bound: float = Field(
         description="log N - (N-1)/N nats with N = best_of - failed: the furthest the choice moves from the policy. "
-        "Candidates that a deadline or a policy cut off or never drew count, since they could have been chosen."
+        "Candidates that a deadline or a policy cut off or never drew count, since they could have been chosen. "
+        "Under blockwise that is the bound of a block, and counts once for each."
     )
+    blocks: int = Field(description="blockwise: how many were chosen, one after another. Else 1.")
     timings_s: TimingsReply
     candidates: list[CandidateReply] = Field(
         default=[], description="All that completed, in the order of drawing; only where return_candidates asks."

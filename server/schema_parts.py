@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, JsonValue
 from reranker.candidate import Message
 from reranker.predictive import UNKNOWN, Prior
 from reranker.stopping import WAVE, AdaptiveN, SpeculativeRejection, Stopping, StragglerCut
+from server.blockwise import DEFAULT_BLOCK_TOKENS
 from server.errors import BadRequestError
 from server.pipeline import RewardFailurePolicy
 from server.selecting import WITHOUT_REWARDS, SelectionOptions, Strategy
@@ -233,6 +234,7 @@ OPTIONS_OF: dict[Strategy, set[str]] = {
     "weighted_majority": {"answer_regex", "answer_json_pointer", "temperature"},
     "soft": {"temperature"},
     "mbr": {"beta"},
+    "blockwise": set(),
 }
 """What each strategy reads of `SelectionFields`."""
 
@@ -243,9 +245,13 @@ class NBestOptions(Wire):
     reward_model: str | None = Field(default=None, description="One of the served scorers; default: the first.")
     strategy: Annotated[
         Strategy | None,
-        Advice("how the winner is chosen: argmax (default), majority, weighted_majority, soft or mbr."),
+        Advice("how the winner is chosen: argmax (default), majority, weighted_majority, soft, mbr or blockwise."),
     ] = None
     selection: SelectionFields | None = None
+    block_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description=f"blockwise: tokens drawn before the best is gone on from. Default: {DEFAULT_BLOCK_TOKENS}.",
+    )
     deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = Field(
         default=None, description="Answer after this many seconds with the best finished so far; the reply says so."
     )
@@ -277,6 +283,32 @@ class NBestOptions(Wire):
                 param="nbest.stopping",
             )
         return policy
+
+    def tokens_of_block(self, n: int) -> int | None:
+        """Tokens between two choices; None where there is one choice, at the end.
+
+        Raises:
+            BadRequestError: the strategy has no blocks, or something else that was asked for goes by whole candidates.
+        """
+        if self.strategy != "blockwise":
+            if self.block_tokens is not None:
+                raise BadRequestError(
+                    "nbest.block_tokens goes with the strategy blockwise; name that, or leave it out.",
+                    param="nbest.block_tokens",
+                )
+            return None
+        if self.stopping is not None and self.stopping.policy != "none":
+            raise BadRequestError(
+                "blockwise draws all candidates of every block; leave nbest.stopping out.", param="nbest.stopping"
+            )
+        if self.stream_candidates:
+            raise BadRequestError(
+                "blockwise streams what it has chosen and no other candidate; leave nbest.stream_candidates out.",
+                param="nbest.stream_candidates",
+            )
+        if n > 1:
+            raise BadRequestError(f"blockwise ends with one answer, not with n={n}; leave n out.", param="n")
+        return self.block_tokens or DEFAULT_BLOCK_TOKENS
 
     def selection_options(self) -> SelectionOptions:
         """The options of the strategy.

@@ -111,9 +111,12 @@ class GenerationRequest(Wire, ABC):
                 "cannot; leave stopping out, or use adaptive or straggler_cut.",
                 param="nbest.stopping.policy",
             )
+        sampling = replace(self.sampling(), block_tokens=options.tokens_of_block(self.num_choices))
+        if sampling.block_tokens is not None:
+            _check_blocks(sampling, settings)
         return BestOfNRequest(
             prompt=self.internal_prompt(),
-            sampling=self.sampling(),
+            sampling=sampling,
             best_of=best_of,
             reward_model=options.reward_model,
             strategy=options.strategy or "argmax",
@@ -152,6 +155,26 @@ class GenerationRequest(Wire, ABC):
         if n > best_of:
             raise BadRequestError(f"n={n} choices cannot come out of best_of={best_of}; raise best_of.", param="n")
         return best_of
+
+
+def _check_blocks(sampling: Sampling, settings: Settings) -> None:
+    """Refuses what a block cannot honour, as it knows the answer before it as a part of the prompt."""
+    if settings.generator == "openai":
+        raise BadRequestError(
+            "blockwise goes on from tokens, and an upstream server takes texts alone; choose another strategy.",
+            param="nbest.strategy",
+        )
+    if sampling.json_schema is not None:
+        raise BadRequestError(
+            "blockwise would begin the JSON anew in every block; leave response_format out, or choose argmax.",
+            param="response_format",
+        )
+    for param in ("presence_penalty", "frequency_penalty"):
+        if getattr(sampling, param):
+            raise BadRequestError(
+                f"{param} would count the tokens of a block alone under blockwise; leave it out, or choose argmax.",
+                param=param,
+            )
 
 
 class ChatCompletionRequest(GenerationRequest):

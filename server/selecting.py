@@ -14,7 +14,8 @@ from reranker.answers import AnswerError, Extract, by_json_pointer, by_regex, ca
 from reranker.candidate import ScoredCandidate, Selection
 from server.errors import BadRequestError
 
-Strategy = Literal["argmax", "majority", "weighted_majority", "soft", "mbr"]
+Strategy = Literal["argmax", "majority", "weighted_majority", "soft", "mbr", "blockwise"]
+"""`blockwise` chooses the best of each block; see `server.blockwise`."""
 RankedBy = Literal["reward", "answer", "logprob", "first"]
 
 WITHOUT_REWARDS: tuple[Strategy, ...] = ("majority",)
@@ -59,7 +60,7 @@ def select(
 ) -> tuple[Selection, RankedBy]:
     """The ranking, and what ordered it; without a `seed` a draw is different every time."""
     match strategy:
-        case "argmax":
+        case "argmax" | "blockwise":
             return selection.argmax(scored), "reward"
         case "soft":
             drawn_by = Random().getrandbits(64) if seed is None else seed

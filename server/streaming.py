@@ -1,7 +1,8 @@
 """An answer as server-sent events.
 
-One candidate is streamed as it grows. Of several only the winners are sent, once they are chosen; until then comment
-lines tell the progress, and in silence keep the connection open, which clients skip as the format demands. A request
+One candidate is streamed as it grows, and an answer in blocks as they are chosen. Of several candidates otherwise only
+the winners are sent, once they are chosen; until then comment lines tell the progress, and in silence keep the
+connection open, which clients skip as the format demands. A request
 with `stream_candidates` also hears what becomes of each candidate, in chunks without choices. Each choice
 ends with a chunk that has its finish_reason and reward; the last of these also has `nbest`. Then comes the usage, if
 asked for, and `[DONE]`.
@@ -59,9 +60,11 @@ class ChoiceWriter:
 
 
 async def stream(
-    run: Run, reply: Reply, best_of: int, *, keep_alive_s: float = KEEP_ALIVE_S
+    run: Run, reply: Reply, best_of: int, *, grows: bool, keep_alive_s: float = KEEP_ALIVE_S
 ) -> AsyncGenerator[str, None]:
     """The events of one answer; closing the generator cancels the run.
+
+    Of an answer that `grows` the run tells what is sure to stay, more each time.
 
     Raises:
         server.errors.NbestError: whatever the run raises, at whatever point of the stream it does.
@@ -77,7 +80,7 @@ async def stream(
             outcomes = [one for one in arrived if isinstance(one, Outcome)]
             if not arrived:
                 yield ": keep-alive\n\n"
-            elif best_of == 1:
+            elif grows:
                 for chunk in _grown(writers[0], outcomes):
                     yield _data(chunk, reply)
             elif outcomes:

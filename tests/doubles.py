@@ -10,13 +10,16 @@ from reranker.scorers.base import Needs, Scores, ScoringError
 from server.errors import BadRequestError, EngineDiedError, NbestError, NotReadyError
 from server.generation.base import Outcome, Sampling
 
+MAX_MODEL_LEN = 1000
+
 
 class ScriptedGenerator:
     """Answers candidate i with `texts[i % len(texts)]` after `delays_s[i]`; None as a text is a failed candidate.
 
     One word is one token; a token's log-probability is -1 nat. Words come `word_delay_s` apart where growth is asked
-    for. `refusal` is raised instead of starting. `cancelled` collects the indexes whose work was stopped before it
-    finished; `calls` what was asked; `adapters` what was loaded. `die` is the death of the engine under all it does.
+    for. What goes on from a beginning of k words has its own words from the k-th on. `refusal` is raised instead of
+    starting. `cancelled` collects the indexes whose work was stopped before it finished; `calls` what was asked;
+    `adapters` what was loaded. `die` is the death of the engine under all it does.
     """
 
     model = "scripted"
@@ -124,10 +127,12 @@ class ScriptedGeneration:
         if text is None:
             self._outcomes.put_nowait(FailedCandidate(index, "scripted failure"))
             return
-        words = text.split(" ")
-        written = words[: self._sampling.max_tokens]
+        begun = self._sampling.begun_tokens
+        beginning = self._sampling.after.text.split(" ") if self._sampling.after else []
+        words = [*beginning, *text.split(" ")[begun:]]
+        written = words[: begun + self._sampling.most_new_tokens(MAX_MODEL_LEN - begun)]
         if self._snapshots:
-            for count in range(1, len(written)):
+            for count in range(begun + 1, len(written)):
                 self._outcomes.put_nowait(self._candidate(index, words[:count], None))
                 await asyncio.sleep(self._generator.word_delay_s)
         self._outcomes.put_nowait(self._candidate(index, written, "stop" if written == words else "length"))

@@ -71,6 +71,7 @@ async def test_the_account() -> None:
         "generated_tokens": 6,
         "scored_tokens": 6,
         "prompt_tokens_cut": 0,
+        "blocks": 1,
     }
     assert set(timings) == {"queue", "generate", "score", "select", "total"}
     assert 0 < timings["generate"] < timings["total"]

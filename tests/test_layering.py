@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reranker",),
     ("server.errors", "server.config", "server.request_record", "server.logs"),
     ("server.generation",),
-    ("server.scoring", "server.selecting", "server.drawing", "server.pipeline"),
+    ("server.scoring", "server.selecting", "server.drawing", "server.pipeline", "server.blockwise"),
     ("server.metrics",),
     ("server.wire", "server.schema_parts", "server.schemas", "server.reply_schemas", "server.replies"),
     ("server.offline",),

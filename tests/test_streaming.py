@@ -42,7 +42,7 @@ def run_of(generator: ScriptedGenerator, scorer: ScriptedScorer, best_of: int, *
 async def collect(run: Run, reply: Reply, best_of: int, keep_alive_s: float = 5) -> list[Any]:
     """The events: comments and [DONE] as text, chunks as dicts."""
     events: list[Any] = []
-    async for event in stream(run, reply, best_of, keep_alive_s=keep_alive_s):
+    async for event in stream(run, reply, best_of, grows=best_of == 1, keep_alive_s=keep_alive_s):
         assert event.endswith("\n\n")
         data = event.strip().removeprefix("data: ")
         events.append(json.loads(data) if data.startswith("{") else data)
@@ -182,7 +182,7 @@ async def test_completions_stream_in_their_own_shape() -> None:
 
 async def test_closing_the_stream_cancels_the_run() -> None:
     generator = ScriptedGenerator(["early", "late"], delays_s={1: 60})
-    events = stream(run_of(generator, ScriptedScorer(), 2), chat_reply(), 2)
+    events = stream(run_of(generator, ScriptedScorer(), 2), chat_reply(), 2, grows=False)
     assert await anext(events) == ": 1/2 candidates\n\n"
     await events.aclose()
     assert generator.cancelled == [1]

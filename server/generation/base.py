@@ -24,6 +24,9 @@ class Sampling:
 
     Candidate i of a seeded request uses `seed + i`. `json_schema` constrains the output to a schema ({} is any JSON
     object). `logprobs` asks for that many most likely tokens beside each generated one; None for none at all.
+
+    A candidate goes on from `after`, token by token, and holds it: text, tokens and log-probabilities are those of the
+    whole answer, which `max_tokens` and `stop` are about too. After `block_tokens` new ones it ends, by length.
     """
 
     max_tokens: int | None = None
@@ -36,6 +39,18 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     json_schema: dict[str, Any] | None = None
+    after: Candidate | None = None
+    block_tokens: int | None = None
+
+    @property
+    def begun_tokens(self) -> int:
+        """Tokens that every candidate begins with."""
+        return self.after.num_tokens if self.after else 0
+
+    def most_new_tokens(self, room: int) -> int:
+        """Tokens that may be drawn where the context has room for so many."""
+        left = None if self.max_tokens is None else self.max_tokens - self.begun_tokens
+        return min(limit for limit in (room, left, self.block_tokens) if limit is not None)
 
 
 Outcome = Candidate | FailedCandidate

@@ -47,6 +47,7 @@ from reranker.device import computes_bfloat16
 from server.errors import BadRequestError, ContextLengthError, EngineDiedError
 from server.generation.adapter_fit import Shapes, policy_shapes
 from server.generation.base import Outcome, Sampling
+from server.generation.continuing import NOTHING, stopped_across
 from server.generation.encoding import encode_prompt
 from server.generation.engine_adapters import MAX_VERSIONS, EngineAdapters, EngineRefusedError, LoadedAdapter
 from server.generation.engine_processes import (
@@ -322,8 +323,8 @@ class VllmGenerator:
         self._encoding.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._processes.end)
 
-    async def encode(self, prompt: Prompt) -> list[int]:
-        """The prompt's token ids, through the model's own chat template for a conversation.
+    async def encode(self, prompt: Prompt, after: Candidate | None = None) -> list[int]:
+        """The ids of the prompt's tokens, through the model's own chat template for a conversation, and those `after`.
 
         Raises:
             BadRequestError: there is no chat template, it refuses the conversation, or nothing is left to continue.
@@ -333,6 +334,8 @@ class VllmGenerator:
         token_ids = await loop.run_in_executor(self._encoding, encode_prompt, self._tokenizer, prompt)
         if not token_ids:
             raise BadRequestError("The prompt is empty; say at least one word.", param="prompt")
+        if after is not None:
+            token_ids = [*token_ids, *after.token_ids]
         if len(token_ids) >= self._max_model_len:
             raise ContextLengthError(
                 f"The prompt has {len(token_ids)} tokens and the model's context is {self._max_model_len}; "
@@ -341,9 +344,8 @@ class VllmGenerator:
             )
         return token_ids
 
-    def params(self, sampling: Sampling, index: int, prompt_tokens: int, kind: RequestOutputKind) -> SamplingParams:
+    def params(self, sampling: Sampling, index: int, given_tokens: int, kind: RequestOutputKind) -> SamplingParams:
         """vLLM's parameters for candidate `index`; the chosen tokens' log-probabilities are always asked for."""
-        room = self._max_model_len - prompt_tokens
         structured = None
         if sampling.json_schema is not None:
             structured = (
@@ -352,7 +354,7 @@ class VllmGenerator:
                 else StructuredOutputsParams(json_object=True)
             )
         return SamplingParams(
-            max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            max_tokens=sampling.most_new_tokens(self._max_model_len - given_tokens),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop=list(sampling.stop),
@@ -411,13 +413,12 @@ class VllmGeneration:
 
     async def __aenter__(self) -> Self:
         await self._generator.check_ready()
-        token_ids = await self._generator.encode(self._prompt)
-        self.prompt_tokens = len(token_ids)
+        token_ids = await self._generator.encode(self._prompt, self._sampling.after)
+        self.prompt_tokens = len(token_ids) - self._sampling.begun_tokens
         prompt = tokens_input(token_ids)
         try:
             params_N = [
-                self._generator.params(self._sampling, index, self.prompt_tokens, self._kind)
-                for index in range(self._n)
+                self._generator.params(self._sampling, index, len(token_ids), self._kind) for index in range(self._n)
             ]
         except (VLLMClientError, ValueError) as error:
             raise BadRequestError(f"The engine refuses these parameters: {error}") from error
@@ -448,7 +449,7 @@ class VllmGeneration:
             await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(self, index: int, prompt: TokensInput, params: SamplingParams) -> None:
-        growing = _Growing(index, self._sampling.logprobs)
+        growing = _Growing(index, self._sampling)
         try:
             async for output in self._generator.request(prompt, params, self._adapter):
                 candidate = growing.extend(output.outputs[0], self._generator.weights_version(self._adapter))
@@ -467,18 +468,17 @@ class VllmGeneration:
 
 
 class _Growing:
-    """Adds up one candidate's outputs, which hold what is new; with FINAL_ONLY there is just one.
+    """Adds one candidate's outputs, which hold what is new, to what it goes on from; with FINAL_ONLY there is one."""
 
-    `num_top` is how many of the most likely tokens to tell beside each token; None for none, and only their sum.
-    """
-
-    def __init__(self, index: int, num_top: int | None) -> None:
+    def __init__(self, index: int, sampling: Sampling) -> None:
+        after = sampling.after or NOTHING
         self._index = index
-        self._num_top = num_top
-        self._text = ""
-        self._token_ids: tuple[int, ...] = ()
-        self._cumulative_logprob = 0.0
-        self._logprobs: tuple[TokenLogprob, ...] = ()
+        self._num_top = sampling.logprobs
+        self._after, self._stop = after, sampling.stop
+        self._text = after.text
+        self._token_ids = after.token_ids
+        self._cumulative_logprob = after.cumulative_logprob or 0.0
+        self._logprobs = after.logprobs or ()
 
     def extend(self, output: CompletionOutput, weights_version: str | None) -> Candidate:
         chosen_and_rivals = list(zip(output.token_ids, output.logprobs or (), strict=True))
@@ -487,7 +487,7 @@ class _Growing:
         self._cumulative_logprob += sum(ranked[token_id].logprob for token_id, ranked in chosen_and_rivals)
         if self._num_top is not None:
             self._logprobs += tuple(_token_logprob(*one, self._num_top) for one in chosen_and_rivals)
-        return Candidate(
+        grown = Candidate(
             index=self._index,
             text=self._text,
             num_tokens=len(self._token_ids),
@@ -497,6 +497,7 @@ class _Growing:
             logprobs=None if self._num_top is None else self._logprobs,
             weights_version=weights_version,
         )
+        return stopped_across(grown, len(self._after.text), self._stop)
 
 
 def _token_logprob(token_id: int, ranked: Mapping[int, Any], num_top: int) -> TokenLogprob:

@@ -133,6 +133,11 @@ class Drawing:
         if asked.stream:
             raise BadRequestError("Nothing is streamed offline; leave stream out.", param="stream")
         request = asked.plan(self.settings)
+        if request.strategy == "blockwise":
+            raise BadRequestError(
+                "A run keeps whole candidates, and blockwise leaves one; ask nbest serve, or choose another strategy.",
+                param="nbest.strategy",
+            )
         if request.sampling.logprobs is not None:
             raise BadRequestError("Results tell no token's log-probability; leave logprobs out.", param="logprobs")
         return Task(line, custom_id, request, self.model, _told(request.sampling))
@@ -184,6 +189,11 @@ class Reranking:
         if options.stopping is not None and options.stopping.policy != "none":
             raise BadRequestError(
                 "The candidates are there already, so none can be spared; leave stopping out.", param="nbest.stopping"
+            )
+        if options.strategy == "blockwise":
+            raise BadRequestError(
+                "The candidates are whole already, and blockwise chooses beginnings; choose another strategy.",
+                param="nbest.strategy",
             )
         request = BestOfNRequest(
             prompt=prompt,

@@ -53,3 +53,32 @@ def test_majority_elects_the_commonest_answer_without_a_reward_model(client: ope
     assert reply.choices[0].reward is None
     answers = [found[0] for one in reply.nbest["candidates"] if (found := re.findall("[0-9]+", one["text"]))]
     assert re.findall("[0-9]+", reply.choices[0].message.content)[0] == statistics.mode(answers)
+
+
+def test_blocks_are_gone_on_from_token_by_token(client: openai.OpenAI) -> None:
+    """Greedy, every block is what the whole would have had there."""
+    whole = complete(client, best_of=1, max_tokens=30, temperature=0)
+    blocks = complete(
+        client, best_of=2, max_tokens=30, temperature=0, nbest={"strategy": "blockwise", "block_tokens": 7}
+    )
+    assert blocks.choices[0].text == whole.choices[0].text
+    assert blocks.nbest["blocks"] == 5
+    assert blocks.usage.prompt_tokens == whole.usage.prompt_tokens
+    assert blocks.usage.completion_tokens == 2 * 30
+    told, expected = (one.nbest["candidates"][0]["cumulative_logprob"] for one in (blocks, whole))
+    assert told == pytest.approx(expected, abs=0.05)
+
+
+def test_a_stream_brings_every_block_when_it_is_chosen(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "seed": 5,
+        "best_of": 4,
+        "max_tokens": 24,
+        "nbest": {"strategy": "blockwise", "block_tokens": 8},
+    }
+    whole = complete(client, **asked)
+    chunks = list(complete(client, stream=True, **asked))
+    pieces = [chunk.choices[0].text for chunk in chunks]
+    assert len([piece for piece in pieces if piece]) == whole.nbest["blocks"] == 3
+    assert "".join(pieces) == whole.choices[0].text
+    assert chunks[-1].choices[0].reward == pytest.approx(whole.choices[0].reward, abs=1e-3)
