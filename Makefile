@@ -48,8 +48,9 @@ check: $(READY)  ## style, types, import fences, and whether the generated pages
 docs: $(READY)  ## write the pages of docs/ that are made from code
 	@$(BIN)/python -m scripts.docs
 
-bench: setup  ## run the benchmarks, write benchmarks/results and redraw the figures
-	@for name in quality overhead prefill scoring router overload reliability offline plot; do $(BIN)/python -m benchmarks.$$name || exit; done
+bench: setup  ## measure the short benchmarks anew, and redraw the figures and tables
+	@for name in overhead router scoring blockwise latency plot; do $(BIN)/python -m benchmarks.$$name || exit; done
+	@$(BIN)/python -m scripts.docs
 
 lock: $(READY)  ## resolve requirements/cpu.in into cpu.txt
 	@$(BIN)/python requirements/lock.py

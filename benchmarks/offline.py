@@ -169,11 +169,15 @@ class Transformers:
             answered, tokens = self._generate(prompts[start : start + self._prompts_a_batch])
             texts += answered
             drawn += tokens
+        self.score(texts)
+        return drawn
+
+    @torch.inference_mode()
+    def score(self, texts: Sequence[tuple[str, str]]) -> None:
+        """Scores prompts with their answers, in padded batches."""
         for start in range(0, len(texts), SCORING_ROWS):
             rendered = [self._reward_model.render(Prompt(text=p), t) for p, t in texts[start : start + SCORING_ROWS]]
-            with torch.inference_mode():
-                forward_rewards(self._classifier, *pad(rendered, pad_id=self.tokenizer.pad_token_id))
-        return drawn
+            forward_rewards(self._classifier, *pad(rendered, pad_id=self.tokenizer.pad_token_id))
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[str]) -> tuple[list[tuple[str, str]], int]:

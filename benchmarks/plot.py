@@ -12,6 +12,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt  # the backend first: there may be no display
 
 from benchmarks.birth import RESULTS
+from benchmarks.stats import knee
 
 FIGURES = RESULTS.parent / "figures"
 WINNER, JUDGE = "#1f5fa8", "#c2571a"
@@ -201,7 +202,91 @@ def _frontier(curve: list[dict[str, Any]]) -> list[tuple[float, float]]:
     return best
 
 
-DRAWN = {"quality": quality, "arithmetic": arithmetic, "improve": improve, "rl": rl, "frugal": frugal}
+def latency(result: dict[str, Any]) -> Path:
+    """Seconds of a request against N, here and on Ray; against how many are asked at a time; and what comes in time."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    on_ray = RESULTS / "latency_ray.json"
+    places = {"in process": result} | ({"on Ray": json.loads(on_ray.read_text())} if on_ray.exists() else {})
+    for (place, found), (colour, marker) in zip(places.items(), (CURVES[2], CURVES[4]), strict=False):
+        _seconds_against(axes[0], found["candidates"], "best_of", colour, marker, place)
+    _seconds_against(axes[1], result["concurrency"], "at_once", *CURVES[2], "best_of 16")
+    axes[0].set_xlabel("best_of, one request at a time")
+    axes[1].set_xlabel("requests at a time")
+    loads = result["goodput"]["loads"].values()
+    rates = [one["requests_per_s"] for one in loads]
+    axes[2].plot(rates, rates, color="#999999", linestyle="--", linewidth=0.8, label="asked")
+    axes[2].plot(
+        rates, [one["good"]["per_s"] for one in loads], color=CURVES[3][0], marker="s", label="answered in time"
+    )
+    axes[2].set_xlabel(f"requests a second, best_of {result['goodput']['best_of']}, Poisson")
+    axes[2].set_ylabel(f"a second, within {result['goodput']['objective_s']:.1f} s")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False)
+    path = FIGURES / "latency.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _seconds_against(axis: Any, cases: list[Any], over: str, colour: str, marker: str, label: str) -> None:
+    """The median, and up to the 99th percentile."""
+    x = [one[over] for one in cases]
+    medians, highest = ([one["total_s"][key] for one in cases] for key in ("p50", "p99"))
+    axis.plot(x, medians, color=colour, marker=marker, label=f"{label}, median to p99")
+    axis.fill_between(x, medians, highest, color=colour, alpha=0.15, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(x, [str(one) for one in x])
+    axis.set_ylabel("seconds to the last token")
+    axis.set_ylim(bottom=0)
+
+
+def cost(result: dict[str, Any]) -> Path:
+    """Mean reward against what it costs: tokens for every policy on recorded pools, seconds and price by the clock.
+
+    `result` is that of `benchmarks.frugal`; a request of plain best-of-n takes what `benchmarks.latency` measured.
+    """
+    timed = {one["best_of"]: one for one in json.loads((RESULTS / "latency.json").read_text())["candidates"]}
+    plain = {int(n): one for n, one in result["plain"]["film reviews"].items() if int(n) in timed}
+    rewards, low, high = ([one[key] for one in plain.values()] for key in ("reward", "low", "high"))
+    costs = {
+        "tokens a request": [one["tokens"] for one in plain.values()],
+        "seconds a request, median": [timed[n]["total_s"]["p50"] for n in plain],
+        "price of a thousand requests": [1000 * timed[n]["price"] for n in plain],
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
+    for axis, (label, spent) in zip(axes, costs.items(), strict=True):
+        axis.plot(spent, rewards, color=CURVES[0][0], marker=CURVES[0][1], markersize=4, label="plain best-of-n")
+        axis.fill_between(spent, low, high, color=CURVES[0][0], alpha=0.08, linewidth=0)
+        for n, x, y in zip(plain, spent, rewards, strict=True):
+            axis.annotate(str(n), (x, y), textcoords="offset points", xytext=(3, -10), fontsize=7)
+        at = knee(spent, rewards)
+        axis.plot(spent[at], rewards[at], "o", markersize=11, markerfacecolor="none", color=JUDGE, label="knee")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    policies = result["policies"]["film reviews"].items()
+    for (name, found), (colour, marker) in zip(policies, CURVES[1:], strict=False):
+        x, y = zip(*_frontier(found["curve"]), strict=True)
+        axes[0].plot(x, y, marker=marker, markersize=3, color=colour, label=name)
+    axes[0].set_ylabel("mean reward of the winner")
+    axes[0].legend(fontsize=7, frameon=False, loc="lower right")
+    figure.suptitle(f"{result['prompts']['film reviews']} film-review openings, 95 % intervals over them", fontsize=10)
+    path = FIGURES / "cost.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+DRAWN = {
+    "quality": quality,
+    "arithmetic": arithmetic,
+    "improve": improve,
+    "rl": rl,
+    "frugal": frugal,
+    "latency": latency,
+}
 
 
 def main() -> None:
@@ -210,6 +295,8 @@ def main() -> None:
         found = RESULTS / f"{name}.json"
         if found.exists():
             print(f"wrote {draw(json.loads(found.read_text()))}")
+    if (RESULTS / "latency.json").exists():
+        print(f"wrote {cost(json.loads((RESULTS / 'frugal.json').read_text()))}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.birth import birth_certificate
 from benchmarks.overhead import BEST_OF, PROMPT
+from benchmarks.servers import vllm_serve
 from benchmarks.stats import hand_in, paired_ratio
-from benchmarks.vllm_serve import vllm_serve
 from reranker.prepared import resolve
 from server.config import Settings
 from server.generation.base import Sampling

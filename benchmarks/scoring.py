@@ -32,8 +32,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.birth import birth_certificate
+from benchmarks.servers import vllm_serve
 from benchmarks.stats import hand_in, paired_ratio
-from benchmarks.vllm_serve import vllm_serve
 from reranker.prepared import resolve
 from reranker.rendering import Rendered
 from reranker.reward_model import RewardModel, load_classifier

@@ -23,6 +23,18 @@ def paired_ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, fl
     return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "rounds": len(ratios)}
 
 
+def knee(costs: Sequence[float], gains: Sequence[float]) -> int:
+    """Which point of a rising curve bends most: the one furthest above the line from its first to its last point.
+
+    Kneedle without smoothing (Satopää et al. 2011), both axes scaled to 0 … 1.
+    """
+    spans = costs[-1] - costs[0], gains[-1] - gains[0]
+    above = [
+        (gain - gains[0]) / spans[1] - (cost - costs[0]) / spans[0] for cost, gain in zip(costs, gains, strict=True)
+    ]
+    return above.index(max(above))
+
+
 def hand_in(name: str, result: dict[str, Any]) -> Path:
     """Writes `benchmarks/results/NAME.json` and prints the result as the last line."""
     path = RESULTS / f"{name}.json"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts import model_card, reliability, rl_run
+from scripts import costs, model_card, reliability, rl_run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -398,6 +398,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "frugal-waves": frugal_waves,
     "frugal-live": frugal_live,
     "blockwise": if_measured("blockwise", blockwise),
+    "side-by-side": if_measured("side_by_side", costs.side_by_side),
+    "latency": if_measured("latency", lambda found: costs.against_n(found, result_if_there("latency_ray"))),
+    "latency-scaling": if_measured("latency", costs.scaling),
+    "goodput": if_measured("latency", costs.goodput),
     "reliability": lambda: reliability.table(result_if_there),
     "rl-memory": if_measured("rl_run", rl_run.memory),
     "rl-memory-large": rl_run.memory_7b,
