@@ -16,9 +16,8 @@ figures from the other, and then the other way round. Good enough is, both are t
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from random import Random
@@ -32,6 +31,7 @@ from benchmarks.birth import RESULTS, birth_certificate
 from benchmarks.stats import hand_in
 from reranker.estimators import bootstrap_mean, expected_max
 from reranker.predictive import UNKNOWN, Prior
+from reranker.replay import Pool, spend
 from reranker.stopping import WAVE, AdaptiveN, SpeculativeRejection, Stopping
 
 PLAIN_N = 16
@@ -47,54 +47,12 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """The candidates of one prompt. `beginnings`: tokens -> the rewards of those cut there."""
-
-    rewards_N: Sequence[float]
-    tokens_N: Sequence[int]
-    beginnings: Mapping[int, Sequence[float | None]] = field(default_factory=dict)
-
-    def of(self, indices: Sequence[int]) -> "Pool":
-        cut = {length: [rewards[index] for index in indices] for length, rewards in self.beginnings.items()}
-        return Pool([self.rewards_N[i] for i in indices], [self.tokens_N[i] for i in indices], cut)
-
-
-@dataclass(frozen=True, slots=True)
 class Setting:
     """One setting of a policy, told in `told`; the prior is known only when the prompts are."""
 
     told: dict[str, Any]
     stopping: Callable[[Prior], Stopping]
     best_of: int
-
-
-def spend(pool: Pool, stopping: Stopping, best_of: int) -> tuple[float, int]:
-    """The winner's reward and the tokens drawn, with the candidates in the order of the pool."""
-    drawn, tokens, left = 0, 0, dict[int, float]()
-    while drawn < best_of:
-        rewards = [left.get(index, math.nan) for index in range(drawn)]
-        wave = stopping.waves.next_wave(rewards) if stopping.waves else best_of
-        if not wave:
-            break
-        survivors, spent = _run_wave(pool, range(drawn, drawn + wave), stopping.rejection)
-        left |= {index: pool.rewards_N[index] for index in survivors}
-        tokens += spent
-        drawn += wave
-    return max(left.values()), tokens
-
-
-def _run_wave(pool: Pool, wave: range, rejection: SpeculativeRejection | None) -> tuple[set[int], int]:
-    running, tokens = set(wave), 0
-    ended: set[int] = set()
-    for length in rejection.checkpoints if rejection else ():
-        ended |= {index for index in running if pool.beginnings[length][index] is None}
-        running -= ended
-        growing = {index: pool.beginnings[length][index] or 0.0 for index in running}
-        given_up = rejection.rejected(growing, [pool.rewards_N[index] for index in ended]) if rejection else []
-        tokens += length * len(given_up)
-        running -= set(given_up)
-    survivors = running | ended
-    return survivors, tokens + sum(pool.tokens_N[index] for index in survivors)
 
 
 def tried(pools: Sequence[Pool], setting: Setting, prior: Prior, orders: int) -> Floats:

@@ -60,7 +60,14 @@ from server.reply_schemas import (
     TextCompletionChunk,
 )
 from server.request_record import TokenCost, note_tokens
-from server.schemas import AdapterRequest, ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
+from server.schemas import (
+    AdapterRequest,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ScoreRequest,
+    default_stopping,
+)
 from server.streaming import News, error_event, stream
 from server.wire import Request as RequestModel
 from server.wire import parse, read_body
@@ -90,7 +97,11 @@ def create_app(
     hears of a start that failed, so that whoever runs the process can end it. `exposition` is what `/metrics` tells
     where other processes count too; by default it tells `metrics`. `trace_requests` wraps the app in a span for every
     request. After `app.state.drain()` no new work is taken.
+
+    Raises:
+        server.config.ConfigError: a setting that is read only here cannot be used.
     """
+    default_stopping(settings, settings.default_best_of, n=1)
     lifecycle = Lifecycle(start, on_start_failure)
     endpoints = Endpoints(lifecycle, settings, metrics, exposition)
     replies = ErrorReplies(metrics)

@@ -222,7 +222,7 @@ def batch(
     most = max(settings.max_best_of, best_of or 1)
     _offline(
         "batch",
-        settings.model_copy(update={"max_best_of": most}),
+        settings.model_copy(update={"max_best_of": most, "default_stopping": None}),
         source=source,
         out=out,
         seed=seed,
@@ -320,6 +320,39 @@ def export(
     except OfflineError as error:
         raise CommandError(f"{error}.") from error
     console.print(f"{counts['written']:,} of {counts['rows']:,} rows in {out}.")
+
+
+@app.command()
+def calibrate(
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Output of nbest batch with --best-of 16 or more, on prompts of yours."),
+    ],
+    quality: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share to be had of what best of all rises above a single sample."),
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(min=1.0, help="Most tokens generated for a request, on average.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Most seconds of a full engine for a request, on average.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Settings file to write; default: DIR/settings.toml.")] = None,
+) -> None:
+    """Recommend how many candidates to draw, and when to stop, for a target.
+
+    Give one of --quality, --tokens and --seconds. What best-of-n and adaptive stopping would have made of the run's
+    candidates is told in DIR/calibration.json and calibration.png, and the best that reaches the target is written as
+    settings: nbest serve --config DIR/settings.toml.
+    """
+    from server.offline.calibrated import Goal, calibrate_run
+    from server.offline.errors import OfflineError
+
+    try:
+        calibrate_run(directory, Goal(quality, tokens, seconds), out or directory / "settings.toml", Console())
+    except OfflineError as error:
+        raise CommandError(f"{error}.") from error
 
 
 @app.command()

@@ -148,6 +148,11 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes any free one.")
     default_best_of: int = Field(default=4, ge=1, description="Candidates drawn when a request does not say.")
+    default_stopping: str | None = Field(
+        default=None,
+        description="JSON of the nbest.stopping that holds where a request leaves it, best_of, the strategy and the "
+        "reward model open; nbest calibrate writes it.",
+    )
     max_best_of: int = Field(default=64, ge=1, description="Most candidates one request may ask for.")
     max_body_bytes: int = Field(default=2_000_000, ge=1, description="Largest request body.")
     max_header_bytes: int = Field(default=16_384, ge=256, description="Largest request line and headers together.")

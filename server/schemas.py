@@ -17,12 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from reranker.candidate import Candidate, Prompt
-from server.config import Settings
+from reranker.stopping import Stopping
+from server.config import ConfigError, Settings
 from server.errors import BadRequestError
 from server.generation.base import Sampling
 from server.pipeline import BestOfNRequest
-from server.schema_parts import ChatMessage, NBestOptions, ResponseFormat, StreamOptions
-from server.wire import Advice, EmptyList, EmptyObject, NoEffect, OnlyFalse, Wire
+from server.schema_parts import ChatMessage, NBestOptions, ResponseFormat, StoppingFields, StreamOptions
+from server.wire import Advice, EmptyList, EmptyObject, NoEffect, OnlyFalse, Wire, parse_object, validated
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What OpenAI's /v1/completions does without max_tokens; chat goes on to the end of the context."""
@@ -105,6 +106,8 @@ class GenerationRequest(Wire, ABC):
         options = self.nbest or NBestOptions()
         best_of = self._best_of(settings)
         stopping = options.stopping_policy(best_of, self.num_choices)
+        if self.best_of is None and not {"stopping", "strategy", "reward_model"} & options.model_fields_set:
+            stopping = default_stopping(settings, best_of, self.num_choices)
         if stopping.rejection is not None and settings.generator == "openai":
             raise BadRequestError(
                 f"{stopping.policy} needs a generator that can stop one of several candidates, and an upstream server "
@@ -155,6 +158,21 @@ class GenerationRequest(Wire, ABC):
         if n > best_of:
             raise BadRequestError(f"n={n} choices cannot come out of best_of={best_of}; raise best_of.", param="n")
         return best_of
+
+
+def default_stopping(settings: Settings, best_of: int, n: int) -> Stopping:
+    """The policy for requests that leave it to the server.
+
+    Raises:
+        ConfigError: the setting holds none.
+    """
+    if settings.default_stopping is None:
+        return Stopping()
+    try:
+        document = parse_object(settings.default_stopping.encode(), "setting")
+        return validated(document, StoppingFields).internal(best_of, n)
+    except BadRequestError as error:
+        raise ConfigError(f"default_stopping cannot be used: {error.message}") from error
 
 
 def _check_blocks(sampling: Sampling, settings: Settings) -> None:

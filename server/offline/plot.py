@@ -1,4 +1,4 @@
-"""The curve of a run's summary as a picture; drawn where matplotlib is installed."""
+"""A run's summary, and its calibration, as pictures; drawn where matplotlib is installed."""
 
 from pathlib import Path
 from typing import Any
@@ -23,5 +23,31 @@ def plot_summary(summary: dict[str, Any], path: Path) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("mean reward of the best of n")
     figure.suptitle(f"{summary['prompts']:,} prompts, 95 % intervals", fontsize=10)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def plot_calibration(found: dict[str, Any], path: Path) -> bool:
+    """Mean reward against tokens of plain best-of-n and of adaptive stopping, with what is recommended marked."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return False
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in ("plain", "adaptive"):
+        curve = found[name]
+        tokens = [one["tokens"] for one in curve]
+        low, mean, high = ([one["reward"][bound] for one in curve] for bound in ("low", "mean", "high"))
+        axes.fill_between(tokens, low, high, alpha=0.12, linewidth=0)
+        axes.plot(tokens, mean, marker=".", label={"plain": "best of n", "adaptive": "adaptive stopping"}[name])
+    best = found["recommended"]
+    axes.plot(best["tokens"]["mean"], best["reward"]["mean"], "k*", markersize=13, label="recommended")
+    axes.set_xlabel("tokens generated a request")
+    axes.set_ylabel("mean reward of the winner")
+    axes.set_title(f"{found['prompts']:,} prompts, 95 % intervals", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     return True
