@@ -28,6 +28,7 @@ from rich.table import Table
 from reranker.prepared import PACKAGED_MODELS, PRETRAINED_REWARDS, cache_directory, prepared_models
 from reranker.scorers.spec import (
     OWN_POLICY,
+    CascadeSpec,
     EndpointSpec,
     EnsembleSpec,
     FunctionSpec,
@@ -244,6 +245,8 @@ def _check_scorer(subject: str, spec: ScorerSpec, settings: Settings) -> Finding
             return Finding(subject, f"{measure} of the policy, no model of its own")
         case EnsembleSpec(combination, members):
             return Finding(subject, f"{combination} of {', '.join(members)}")
+        case CascadeSpec(keep, (cheap, dear)):
+            return Finding(subject, f"{dear}, of the {keep:g} that {cheap} ranks highest")
 
 
 def _locate(subject: str, spec: str, embedded: Mapping[str, object]) -> Finding:

@@ -16,6 +16,7 @@ from reranker.scorers.judge import Answer
 from reranker.scorers.registry import Surroundings, make_scorers
 from reranker.scorers.spec import (
     FORMS,
+    CascadeSpec,
     EndpointSpec,
     EnsembleSpec,
     FunctionSpec,
@@ -55,6 +56,8 @@ PROMPT = Prompt(messages=(Message("user", "How was the film?"),))
         ("self_certainty", LikelihoodSpec("self_certainty")),
         ("ensemble:min:a,b", EnsembleSpec("min", ("a", "b"))),
         ("ensemble:mean-std:0.5:a,b,c", EnsembleSpec("mean-std", ("a", "b", "c"), 0.5)),
+        ("cascade:4:a,b", CascadeSpec(4.0, ("a", "b"))),
+        ("cascade:0.25:a,b", CascadeSpec(0.25, ("a", "b"))),
     ],
 )
 def test_what_a_spec_names(text: str, spec: object) -> None:
@@ -75,6 +78,11 @@ def test_what_a_spec_names(text: str, spec: object) -> None:
         ("ensemble:a,b", "should read ensemble:mean:NAME,NAME"),
         ("ensemble:min:a", "two or more other served scorers"),
         ("ensemble:min:a,a", "two or more other served scorers"),
+        ("cascade:a,b", "should read cascade:KEEP:CHEAP,DEAR"),
+        ("cascade:0:a,b", "should read cascade:KEEP:CHEAP,DEAR"),
+        ("cascade:1.5:a,b", "should read cascade:KEEP:CHEAP,DEAR"),
+        ("cascade:4:a,a", "should read cascade:KEEP:CHEAP,DEAR"),
+        ("cascade:4:a,b,c", "should read cascade:KEEP:CHEAP,DEAR"),
         ("ensemble:mean-std:a,b", "K is 'a,b' and should be a number"),
         ("ensemble:mean-std:-1:a,b", "K is '-1' and should be a number not below 0"),
     ],
@@ -88,7 +96,7 @@ def test_a_spec_that_begins_like_a_form_must_go_on_like_it(text: str, told: str)
     ("specs", "told"),
     [
         ({"a": "logprob", "both": "ensemble:min:a,b"}, "no scorer 'b' is served; add it with --reward-model b=SPEC"),
-        ({"both": "ensemble:min:a,both", "a": "logprob"}, "the ensemble 'both' must come before this one"),
+        ({"both": "ensemble:min:a,both", "a": "logprob"}, "'both', made of others, must come before this one"),
         ({"a": "logprob", "x": "judge:"}, "x=judge: needs a model"),
     ],
 )
@@ -127,6 +135,7 @@ def specs(tmp_path: Path) -> dict[str, str]:
         "judge": "judge:large",
         "duel": "pairwise:judge:large",
         "all": "ensemble:mean-std:1:both,sure",
+        "two": "cascade:2:short,judge",
     }
 
 

@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 
 from reranker.device import Device, Precision
 from reranker.scorers.base import Scorer
+from reranker.scorers.cascade import CascadeScorer
 from reranker.scorers.ensemble import EnsembleScorer
 from reranker.scorers.judge import Ask, Judge, JudgeScorer
 from reranker.scorers.likelihood import LogprobScorer, SelfCertaintyScorer
 from reranker.scorers.pairwise import PairwiseScorer
 from reranker.scorers.spec import (
+    CascadeSpec,
     EndpointSpec,
     EnsembleSpec,
     FunctionSpec,
     JudgeSpec,
     LikelihoodSpec,
+    OfOthers,
     RewardModelSpec,
     ScorerSpec,
     parse_all,
@@ -57,7 +60,7 @@ async def make_scorers(
     """
     parsed = parse_all(specs)
     made: dict[str, Scorer] = {}
-    for name in sorted(parsed, key=lambda name: isinstance(parsed[name], EnsembleSpec)):  # their members come first
+    for name in sorted(parsed, key=lambda name: isinstance(parsed[name], OfOthers)):  # their members come first
         made[name] = await _make(name, parsed[name], made, surroundings)
         stack.push_async_callback(made[name].close)
     return {name: made[name] for name in parsed}
@@ -92,3 +95,5 @@ async def _make(name: str, spec: ScorerSpec, made: Mapping[str, Scorer], surroun
             return LogprobScorer(name) if measure == "logprob" else SelfCertaintyScorer(name)
         case EnsembleSpec(combination, members, k):
             return EnsembleScorer(name, [made[member] for member in members], combination, k)
+        case CascadeSpec(keep, (cheap, dear)):
+            return CascadeScorer(name, made[cheap], made[dear], keep)

@@ -6,6 +6,7 @@
     python:FILE_OR_MODULE:FUNCTION
     logprob · self_certainty
     ensemble:mean:NAME,NAME · ensemble:min:NAME,NAME · ensemble:mean-std:K:NAME,NAME
+    cascade:KEEP:CHEAP,DEAR
 
 What stands before the first colon decides; anything else is a reward model (a directory that is called like a form is
 written ./logprob). Nothing is loaded or looked up here, so the command line can check a SPEC at once. Each form's
@@ -78,7 +79,17 @@ class EnsembleSpec:
     k: float = 0.0
 
 
-ScorerSpec = RewardModelSpec | EndpointSpec | JudgeSpec | FunctionSpec | LikelihoodSpec | EnsembleSpec
+@dataclass(frozen=True, slots=True)
+class CascadeSpec:
+    """Of what the first of `members` ranks highest, `keep` go to the second: a count, or below 1 a share."""
+
+    keep: float
+    members: tuple[str, ...]
+
+
+OfOthers = EnsembleSpec | CascadeSpec
+"""Made of other served scorers."""
+ScorerSpec = RewardModelSpec | EndpointSpec | JudgeSpec | FunctionSpec | LikelihoodSpec | OfOthers
 
 
 def parse(spec: str) -> ScorerSpec:
@@ -92,7 +103,7 @@ def parse(spec: str) -> ScorerSpec:
 
 
 def parse_all(specs: Mapping[str, str]) -> dict[str, ScorerSpec]:
-    """The SPEC of every served name, in order; an ensemble's members are among the names.
+    """The SPEC of every served name, in order; the members of those made of others are among the names.
 
     Raises:
         ScorerSpecError: with the first name that is wrong.
@@ -104,13 +115,13 @@ def parse_all(specs: Mapping[str, str]) -> dict[str, ScorerSpec]:
         except ScorerSpecError as error:
             raise ScorerSpecError(f"{name}={error}") from error
     for place, (name, one) in enumerate(parsed.items()):
-        for member in one.members if isinstance(one, EnsembleSpec) else ():
+        for member in one.members if isinstance(one, OfOthers) else ():
             if member not in parsed:
                 raise ScorerSpecError(
                     f"{name}={specs[name]}: no scorer {member!r} is served; add it with --reward-model {member}=SPEC"
                 )
-            if isinstance(parsed[member], EnsembleSpec) and list(parsed).index(member) >= place:
-                raise ScorerSpecError(f"{name}={specs[name]}: the ensemble {member!r} must come before this one")
+            if isinstance(parsed[member], OfOthers) and list(parsed).index(member) >= place:
+                raise ScorerSpecError(f"{name}={specs[name]}: {member!r}, made of others, must come before this one")
     return parsed
 
 
@@ -172,6 +183,21 @@ def _ensemble(spec: str, rest: str) -> EnsembleSpec:
     return EnsembleSpec(cast(Combination, how), members, k)
 
 
+def _cascade(spec: str, rest: str) -> CascadeSpec:
+    number, _, names = rest.partition(":")
+    members = tuple(name for name in names.split(",") if name)
+    try:
+        keep = float(number)
+    except ValueError:
+        keep = math.nan
+    if not (0 < keep < 1 or (keep >= 1 and keep.is_integer())) or len(set(members)) != 2:
+        raise ScorerSpecError(
+            f"{spec} should read cascade:KEEP:CHEAP,DEAR, with KEEP a count as in cascade:4:… or a share as in "
+            "cascade:0.25:…, and the names of two other served scorers"
+        )
+    return CascadeSpec(keep, members)
+
+
 FORMS: dict[str, Callable[[str, str], ScorerSpec]] = {
     "vllm": _endpoint,
     "judge": _judge,
@@ -180,5 +206,6 @@ FORMS: dict[str, Callable[[str, str], ScorerSpec]] = {
     "logprob": _likelihood,
     "self_certainty": _likelihood,
     "ensemble": _ensemble,
+    "cascade": _cascade,
 }
 """What stands before the first colon -> the parser of (SPEC, what stands after it)."""
