@@ -77,7 +77,7 @@ async def test_numbers_that_are_none(client: httpx.AsyncClient, number: str, fie
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logit_bias": {"cat": 1}}, "logit_bias.cat"),
         ({"nbest": {"reward_model": "unheard-of"}}, "nbest.reward_model"),
-        ({"nbest": {"strategy": "blockwise"}}, "nbest.strategy"),
+        ({"nbest": {"strategy": "tournament"}}, "nbest.strategy"),
         ({"nbest": {"strategy": "majority", "selection": {"answer_regex": "(["}}}, "nbest.selection.answer_regex"),
         ({"nbest": {"stopping": {"policy": "sometimes"}}}, "nbest.stopping.policy"),
         ({"nbest": {"stopping": {"policy": "adaptive", "price": 0}}}, "nbest.stopping.price"),
