@@ -47,18 +47,18 @@ async def plain(pipeline: BestOfN, prompt: Prompt, sampling: Sampling, best_of: 
 
 
 async def in_blocks(pipeline: BestOfN, prompt: Prompt, sampling: Sampling, best_of: int) -> Answered:
-    told_s: list[float] = []
+    chosen_s: list[float] = []
 
-    def told(_: Candidate) -> None:
-        told_s.append(time.perf_counter())
+    def note(_: Candidate) -> None:
+        chosen_s.append(time.perf_counter())
 
     async def run_block(request: BestOfNRequest, queued_s: float) -> BestOfNResult:
         return await pipeline.run(request, queued_s=queued_s)
 
     began_s = time.perf_counter()
     request = BestOfNRequest(prompt, sampling, best_of, strategy="blockwise")
-    result = await blockwise.answer(run_block, request, told)
-    return _answered(result, began_s, min(told_s, default=time.perf_counter()))
+    result = await blockwise.answer(run_block, request, note)
+    return _answered(result, began_s, min(chosen_s, default=time.perf_counter()))
 
 
 def _answered(result: BestOfNResult, began_s: float, first_token_s: float) -> Answered:

@@ -92,7 +92,7 @@ class Machine:
         return [self._parent, *self._parent.children(recursive=True)]
 
     def cpu_s(self) -> float:
-        """User and system, of those that live and of those that have ended."""
+        """User and system, since they began."""
         total = 0.0
         for one in self._all():
             try:

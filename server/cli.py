@@ -346,7 +346,7 @@ def calibrate(
     candidates is told in DIR/calibration.json and calibration.png, and the best that reaches the target is written as
     settings: nbest serve --config DIR/settings.toml.
     """
-    from server.offline.calibrated import Goal, calibrate_run
+    from server.offline.calibrating import Goal, calibrate_run
     from server.offline.errors import OfflineError
 
     try:
