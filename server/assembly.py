@@ -83,6 +83,7 @@ async def started_scorers(
             trust_remote_code=settings.trust_remote_code,
             max_batch_tokens=settings.score_batch_tokens,
             max_wait_ms=settings.score_max_wait_ms,
+            cache_entries=settings.score_cache_entries,
             verifier_timeout_s=settings.verifier_timeout_s,
             on_batch=on_batch,
             held=held,

@@ -233,6 +233,12 @@ class Settings(BaseSettings):
         ge=0,
         description="Longest wait of a candidate for others to score with.",
     )
+    score_cache_entries: int = Field(
+        default=0,
+        ge=0,
+        description="Rewards that each scorer remembers, so that the same text for the same prompt is scored once; for "
+        "judges and functions that are dear, and answers that come again.",
+    )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a model. Leave it off.")
     drain_s: float = Field(
         default=10.0, ge=0, description="Longest wait for requests under way when the server is stopped, in seconds."

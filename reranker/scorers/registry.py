@@ -12,6 +12,7 @@ from reranker.scorers.ensemble import EnsembleScorer
 from reranker.scorers.judge import Ask, Judge, JudgeScorer
 from reranker.scorers.likelihood import LogprobScorer, SelfCertaintyScorer
 from reranker.scorers.pairwise import PairwiseScorer
+from reranker.scorers.remembering import RememberingScorer
 from reranker.scorers.spec import (
     CascadeSpec,
     EndpointSpec,
@@ -35,7 +36,8 @@ class Surroundings:
     """What scorers are made with. `ask_model` gives the way to ask the MODEL of a judge.
 
     `on_batch` hears the number of sequences and of padded tokens of every batch of a reward model. Reward adapters over
-    the trunk that is `held` read that one.
+    the trunk that is `held` read that one. So many rewards as `cache_entries` are remembered by each scorer that reads
+    texts alone.
     """
 
     ask_model: Callable[[str], Ask]
@@ -47,6 +49,7 @@ class Surroundings:
     verifier_timeout_s: float = 10.0
     on_batch: Callable[[int, int], None] | None = None
     held: "HeldTrunk | None" = None
+    cache_entries: int = 0
 
 
 async def make_scorers(
@@ -61,9 +64,22 @@ async def make_scorers(
     parsed = parse_all(specs)
     made: dict[str, Scorer] = {}
     for name in sorted(parsed, key=lambda name: isinstance(parsed[name], OfOthers)):  # their members come first
-        made[name] = await _make(name, parsed[name], made, surroundings)
-        stack.push_async_callback(made[name].close)
+        scorer = await _make(name, parsed[name], made, surroundings)
+        remembers = surroundings.cache_entries and reads_texts_alone(parsed[name])
+        made[name] = RememberingScorer(scorer, surroundings.cache_entries) if remembers else scorer
+        stack.push_async_callback(scorer.close)
     return {name: made[name] for name in parsed}
+
+
+def reads_texts_alone(spec: ScorerSpec) -> bool:
+    """Whether a reward depends on prompt and text, and neither on other candidates nor on how it was drawn."""
+    match spec:
+        case RewardModelSpec() | EndpointSpec() | FunctionSpec():
+            return True
+        case JudgeSpec(_, pairwise):
+            return not pairwise
+        case _:
+            return False
 
 
 async def _make(name: str, spec: ScorerSpec, made: Mapping[str, Scorer], surroundings: Surroundings) -> Scorer:

@@ -1,0 +1,91 @@
+"""Rewards that are asked for once."""
+
+import math
+
+import pytest
+
+from reranker.candidate import Candidate, Message, Prompt
+from reranker.scorers.base import ScoringError
+from reranker.scorers.registry import reads_texts_alone
+from reranker.scorers.remembering import RememberingScorer, digest
+from reranker.scorers.spec import parse
+from tests.doubles import ScriptedScorer
+
+PROMPT = Prompt(text="It was")
+
+
+def texts(*said: str) -> list[Candidate]:
+    return [Candidate(index, text, num_tokens=1) for index, text in enumerate(said)]
+
+
+async def test_only_what_is_new_is_asked_for() -> None:
+    scorer = ScriptedScorer({"a": 1, "b": 2, "c": 3})
+    remembering = RememberingScorer(scorer, 10)
+    assert (await remembering.score(PROMPT, texts("a", "b"))).rewards_N == (1, 2)
+    again = await remembering.score(PROMPT, texts("b", "c", "a"))
+    assert again.rewards_N == (2, 3, 1)
+    assert again.scored_tokens == 1
+    known = await remembering.score(PROMPT, texts("c"))
+    assert (known.rewards_N, known.scored_tokens) == ((3,), 0)
+    assert scorer.groups == [2, 1]
+
+
+async def test_another_prompt_is_another_question() -> None:
+    scorer = ScriptedScorer({"a": 1})
+    remembering = RememberingScorer(scorer, 10)
+    for prompt in (PROMPT, Prompt(text="It is"), Prompt(messages=(Message("user", "It was"),))):
+        await remembering.score(prompt, texts("a"))
+    assert scorer.groups == [1, 1, 1]
+
+
+async def test_what_was_asked_for_least_recently_is_forgotten() -> None:
+    scorer = ScriptedScorer()
+    remembering = RememberingScorer(scorer, 2)
+    await remembering.score(PROMPT, texts("a", "b"))
+    await remembering.score(PROMPT, texts("a"))
+    await remembering.score(PROMPT, texts("c"))
+    await remembering.score(PROMPT, texts("a", "b"))
+    assert scorer.groups == [2, 1, 1]
+
+
+async def test_a_failure_and_a_missing_reward_are_not_remembered() -> None:
+    scorer = ScriptedScorer({"a": math.nan})
+    remembering = RememberingScorer(scorer, 10)
+    scorer.fails = True
+    with pytest.raises(ScoringError):
+        await remembering.score(PROMPT, texts("a"))
+    scorer.fails = False
+    assert math.isnan((await remembering.score(PROMPT, texts("a"))).rewards_N[0])
+    scorer.rewards = {"a": 5.0}
+    assert (await remembering.score(PROMPT, texts("a"))).rewards_N == (5.0,)
+
+
+async def test_more_new_texts_than_are_remembered_are_all_answered() -> None:
+    scores = await RememberingScorer(ScriptedScorer({"a": 1, "b": 2, "c": 3}), 1).score(
+        PROMPT, texts("a", "b", "c", "a")
+    )
+    assert scores.rewards_N == (1, 2, 3, 1)
+
+
+def test_parts_do_not_run_into_each_other() -> None:
+    one, other = (Prompt(messages=(Message("user", text),)) for text in ("ab", "a"))
+    assert digest(one, "c") != digest(other, "bc")
+    assert digest(Prompt(text=""), "x") != digest(one, "x")
+
+
+@pytest.mark.parametrize(
+    ("spec", "alone"),
+    [
+        ("movie-sentiment", True),
+        ("vllm:http://up", True),
+        ("python:a.py:f", True),
+        ("judge:large", True),
+        ("pairwise:judge:large", False),
+        ("logprob", False),
+        ("self_certainty", False),
+        ("ensemble:min:a,b", False),
+        ("cascade:2:a,b", False),
+    ],
+)
+def test_only_scorers_of_texts_alone_remember(spec: str, alone: bool) -> None:
+    assert reads_texts_alone(parse(spec)) is alone
