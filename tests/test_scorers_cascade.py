@@ -50,10 +50,10 @@ async def test_where_nothing_would_be_pruned_the_cheap_one_is_not_asked() -> Non
 
 @pytest.mark.parametrize("failing", [0, 1])
 async def test_if_one_fails_so_does_the_cascade(failing: int) -> None:
-    members = [scripted("cheap", 1, 2), scripted("dear", 1, 2)]
-    members[failing].fails = True
+    cheap, dear = scripted("cheap", 1, 2), scripted("dear", 1, 2)
+    (cheap, dear)[failing].fails = True
     with pytest.raises(ScoringError):
-        await cascaded(*members, 1)
+        await cascaded(cheap, dear, 1)
 
 
 async def test_what_was_pruned_never_wins_and_stands_last() -> None:

@@ -1,11 +1,13 @@
 """Rewards that are asked for once."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from reranker.candidate import Candidate, Message, Prompt
-from reranker.scorers.base import ScoringError
+from reranker.scorers.base import Scores, ScoringError
 from reranker.scorers.registry import reads_texts_alone
 from reranker.scorers.remembering import RememberingScorer, digest
 from reranker.scorers.spec import parse
@@ -21,9 +23,9 @@ def texts(*said: str) -> list[Candidate]:
 async def test_only_what_is_new_is_asked_for() -> None:
     scorer = ScriptedScorer({"a": 1, "b": 2, "c": 3})
     remembering = RememberingScorer(scorer, 10)
-    assert (await remembering.score(PROMPT, texts("a", "b"))).rewards_N == (1, 2)
+    assert (await remembering.score(PROMPT, texts("a", "b"))).rewards_N == (1.0, 2.0)
     again = await remembering.score(PROMPT, texts("b", "c", "a"))
-    assert again.rewards_N == (2, 3, 1)
+    assert again.rewards_N == (2.0, 3.0, 1.0)
     assert again.scored_tokens == 1
     known = await remembering.score(PROMPT, texts("c"))
     assert (known.rewards_N, known.scored_tokens) == ((3,), 0)
@@ -60,6 +62,25 @@ async def test_a_failure_and_a_missing_reward_are_not_remembered() -> None:
     assert (await remembering.score(PROMPT, texts("a"))).rewards_N == (5.0,)
 
 
+async def test_equal_texts_of_one_call_are_asked_about_once() -> None:
+    scorer = ScriptedScorer({"a": 1, "b": 2})
+    scores = await RememberingScorer(scorer, 10).score(PROMPT, texts("a", "b", "a"))
+    assert (scores.rewards_N, scorer.groups) == ((1, 2, 1), [2])
+
+
+async def test_a_prompt_that_was_cut_is_told_of_those_that_were_cut_alone() -> None:
+    class Cutting(ScriptedScorer):
+        async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
+            cut = max(3 if one.text == "long" else 0 for one in candidates)
+            return replace(await super().score(prompt, candidates), prompt_tokens_cut=cut)
+
+    remembering = RememberingScorer(Cutting(), 10)
+    cuts = [
+        (await remembering.score(PROMPT, texts(*said))).prompt_tokens_cut for said in (("long", "a"), "a", ["long"])
+    ]
+    assert cuts == [3, 0, 3]
+
+
 async def test_more_new_texts_than_are_remembered_are_all_answered() -> None:
     scores = await RememberingScorer(ScriptedScorer({"a": 1, "b": 2, "c": 3}), 1).score(
         PROMPT, texts("a", "b", "c", "a")
@@ -80,6 +101,7 @@ def test_parts_do_not_run_into_each_other() -> None:
         ("vllm:http://up", True),
         ("python:a.py:f", True),
         ("judge:large", True),
+        ("judge:self", False),
         ("pairwise:judge:large", False),
         ("logprob", False),
         ("self_certainty", False),

@@ -14,6 +14,7 @@ from reranker.scorers.likelihood import LogprobScorer, SelfCertaintyScorer
 from reranker.scorers.pairwise import PairwiseScorer
 from reranker.scorers.remembering import RememberingScorer
 from reranker.scorers.spec import (
+    OWN_POLICY,
     CascadeSpec,
     EndpointSpec,
     EnsembleSpec,
@@ -72,12 +73,15 @@ async def make_scorers(
 
 
 def reads_texts_alone(spec: ScorerSpec) -> bool:
-    """Whether a reward depends on prompt and text, and neither on other candidates nor on how it was drawn."""
+    """Whether a reward depends on prompt and text, and neither on other candidates nor on how it was drawn.
+
+    Nor on which weights the served policy has at the moment: as the judge it is asked again.
+    """
     match spec:
         case RewardModelSpec() | EndpointSpec() | FunctionSpec():
             return True
-        case JudgeSpec(_, pairwise):
-            return not pairwise
+        case JudgeSpec(model, pairwise):
+            return model != OWN_POLICY and not pairwise
         case _:
             return False
 

@@ -1,15 +1,17 @@
 """A scorer that is asked once for each prompt and text: `--score-cache-entries`.
 
 For scorers whose reward depends on nothing but prompt and text, which leaves out comparisons within a request and the
-policy's own probabilities. Kept are the rewards that were asked for last, each under a digest of what it is of, so an
-entry takes some hundred bytes however long the texts are. Two calls at the same time may both ask for the same text. A
-candidate that could not be scored is not remembered: the next time may go better.
+policy's own probabilities and judgement. Kept are the rewards that were asked for last, each under a digest of what it
+is of, so an entry takes some hundred bytes however long the texts are. Two calls at the same time may both ask for the
+same text. A candidate that could not be scored is not remembered, as the next time may go better; nor is one of a call
+in which the prompt was cut, as only the most that was cut in the whole call is told.
 """
 
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores
@@ -23,7 +25,7 @@ class RememberingScorer:
     def __init__(self, scorer: Scorer, entries: int) -> None:
         self._scorer = scorer
         self._entries = entries
-        self._known: OrderedDict[bytes, tuple[float, int]] = OrderedDict()  # -> reward, prompt_tokens_cut
+        self._known: OrderedDict[bytes, float] = OrderedDict()
 
     @property
     def name(self) -> str:
@@ -34,31 +36,28 @@ class RememberingScorer:
         return self._scorer.needs
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        """The rewards, of which those that are known cost nothing.
+        """The rewards, of which those that are known cost nothing; equal texts are asked about once.
 
         Raises:
             ScoringError: there are others, and none of those could be scored.
         """
         keys = [digest(prompt, one.text) for one in candidates]
         found = {key: self._known[key] for key in keys if key in self._known}
-        new = [place for place, key in enumerate(keys) if key not in found]
-        scored_tokens = 0
-        if new:
-            scores = await self._scorer.score(prompt, [candidates[place] for place in new])
-            scored_tokens = scores.scored_tokens
-            told = ((reward, scores.prompt_tokens_cut) for reward in scores.rewards_N)
-            found |= zip((keys[place] for place in new), told, strict=True)
-        self._remember(keys, found)
-        return Scores(
-            rewards_N=tuple(found[key][0] for key in keys),
-            scored_tokens=scored_tokens,
-            prompt_tokens_cut=max(cut for _, cut in found.values()) if found else 0,
-        )
+        self._remember(found)
+        new = {key: one for key, one in zip(keys, candidates, strict=True) if key not in found}
+        if not new:
+            return Scores(tuple(found[key] for key in keys), scored_tokens=0)
+        scores = await self._scorer.score(prompt, list(new.values()))
+        told = dict(zip(new, scores.rewards_N, strict=True))
+        if not scores.prompt_tokens_cut:
+            self._remember(told)
+        found |= told
+        return replace(scores, rewards_N=tuple(found[key] for key in keys))
 
-    def _remember(self, keys: Sequence[bytes], found: dict[bytes, tuple[float, int]]) -> None:
-        for key in keys:
-            if not math.isnan(found[key][0]):
-                self._known[key] = found[key]
+    def _remember(self, rewards: Mapping[bytes, float]) -> None:
+        for key, reward in rewards.items():
+            if not math.isnan(reward):
+                self._known[key] = reward
                 self._known.move_to_end(key)
         while len(self._known) > self._entries:
             self._known.popitem(last=False)

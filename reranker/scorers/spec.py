@@ -84,7 +84,7 @@ class CascadeSpec:
     """Of what the first of `members` ranks highest, `keep` go to the second: a count, or below 1 a share."""
 
     keep: float
-    members: tuple[str, ...]
+    members: tuple[str, str]
 
 
 OfOthers = EnsembleSpec | CascadeSpec
@@ -190,7 +190,7 @@ def _cascade(spec: str, rest: str) -> CascadeSpec:
         keep = float(number)
     except ValueError:
         keep = math.nan
-    if not (0 < keep < 1 or (keep >= 1 and keep.is_integer())) or len(set(members)) != 2:
+    if not (0 < keep < 1 or (keep >= 1 and keep.is_integer())) or len(members) != 2 or members[0] == members[1]:
         raise ScorerSpecError(
             f"{spec} should read cascade:KEEP:CHEAP,DEAR, with KEEP a count as in cascade:4:… or a share as in "
             "cascade:0.25:…, and the names of two other served scorers"
