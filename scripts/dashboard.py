@@ -177,6 +177,12 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Batches", "cps", "Scoring batches a second.", {"batches": rate("nbest_score_batch_sequences_count")}
         ),
+        Panel(
+            "Score cache",
+            "cps",
+            "Candidates whose reward was held, and those that had to be scored; none without --score-cache-entries.",
+            {"{{found}}": rate("nbest_score_cache_lookups_total", by="found")},
+        ),
     ],
     "Under pressure": [
         Panel(

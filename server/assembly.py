@@ -30,6 +30,7 @@ async def start(
     settings: Settings,
     on_batch: Callable[[int, int], None] | None = None,
     on_restart: Callable[[float], None] | None = None,
+    on_lookup: Callable[[int, int], None] | None = None,
     *,
     tempered_logprobs: bool = False,
     held: "HeldTrunk | None" = None,
@@ -37,14 +38,15 @@ async def start(
     """Loads every model, yields the running pipeline, and frees everything on the way out.
 
     `on_batch` hears the number of sequences and of padded tokens of every scoring batch, `on_restart` the seconds
-    without an engine whenever one has died and the next is ready. For training are `tempered_logprobs` (see
-    `VllmGenerator.create`) and the trunk that is `held` (see `reranker.held_trunk`). torch, transformers and vllm are
-    imported here and not before, so that the command line answers at once.
+    without an engine whenever one has died and the next is ready, `on_lookup` how many candidates of a scorer call the
+    score cache knew and did not know. For training are `tempered_logprobs` (see `VllmGenerator.create`) and the trunk
+    that is `held` (see `reranker.held_trunk`). torch, transformers and vllm are imported here and not before, so that
+    the command line answers at once.
     """
     own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
     # The scorers first: a misspelt reward model is told in seconds, an engine takes half a minute.
     async with (
-        started_scorers(settings, own_policy, on_batch, held) as scorers,
+        started_scorers(settings, own_policy, on_batch, on_lookup, held) as scorers,
         started_generator(settings, on_restart, tempered_logprobs=tempered_logprobs) as generator,
     ):
         own_policy.set_result(generator)
@@ -70,6 +72,7 @@ async def started_scorers(
     settings: Settings,
     own_policy: Generator | Awaitable[Generator],
     on_batch: Callable[[int, int], None] | None = None,
+    on_lookup: Callable[[int, int], None] | None = None,
     held: "HeldTrunk | None" = None,
 ) -> AsyncIterator[dict[str, Scorer]]:
     """The scorers alone, by name, until the block is left; `own_policy` is there before the first judge asks it."""
@@ -86,6 +89,7 @@ async def started_scorers(
             cache_entries=settings.score_cache_entries,
             verifier_timeout_s=settings.verifier_timeout_s,
             on_batch=on_batch,
+            on_lookup=on_lookup,
             held=held,
         )
         yield await make_scorers(settings.reward_models, surroundings, stack)

@@ -59,9 +59,8 @@ METRICS_TIMEOUT_S = 8
 log = logging.getLogger("nbest")
 
 StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
-StartScorers = Callable[
-    [Settings, Generator, Callable[[int, int], None]], AbstractAsyncContextManager[Mapping[str, Scorer]]
-]
+Heard = Callable[[int, int], None]
+StartScorers = Callable[[Settings, Generator, Heard, Heard], AbstractAsyncContextManager[Mapping[str, Scorer]]]
 
 
 class GeneratorReplica:
@@ -165,7 +164,7 @@ class ScorerReplica:
         self._resources = AsyncExitStack()
         own_policy = FailoverGenerator(RemoteGenerator(generator, OWN_POLICY))
         self._scorers = await self._resources.enter_async_context(
-            start(settings, own_policy, self._metrics.observe_batch)
+            start(settings, own_policy, self._metrics.observe_batch, self._metrics.observe_lookup)
         )
 
     async def needs(self) -> dict[str, Needs]:

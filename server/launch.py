@@ -82,7 +82,7 @@ def serve(settings: Settings, console: Console) -> None:
         server.should_exit = True
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        started = assembly.start(settings, metrics.observe_batch, metrics.observe_restart)
+        started = assembly.start(settings, metrics.observe_batch, metrics.observe_restart, metrics.observe_lookup)
         if tracing is not None:
             started = tracing.over(started)
         return announced(started, settings, f"http://{address_of(listener)}", console)

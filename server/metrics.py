@@ -147,6 +147,12 @@ class Metrics:
         self._batch_tokens = self._histogram(
             "nbest_score_batch_tokens", "Tokens of one scoring batch, padding included. Tokens.", BATCH_TOKENS
         )
+        lookups = self._counter(
+            "nbest_score_cache_lookups",
+            "Candidates looked up in the score cache, by whether their reward was held: hit, or miss. Count.",
+            "found",
+        )
+        self._lookups = {found: lookups.labels(found) for found in ("hit", "miss")}
         self._winner_reward = self._histogram(
             "nbest_winner_reward",
             "Reward of the winner, an answered request; no sum, as rewards may be negative. Units of the reward model.",
@@ -208,6 +214,11 @@ class Metrics:
         """One scoring batch was computed; `num_tokens` includes the padding."""
         self._batch_sequences.observe(num_sequences)
         self._batch_tokens.observe(num_tokens)
+
+    def observe_lookup(self, hits: int, misses: int) -> None:
+        """So many candidates of one call were in the score cache, and so many were not."""
+        self._lookups["hit"].inc(hits)
+        self._lookups["miss"].inc(misses)
 
     def observe_restart(self, recovery_s: float) -> None:
         """An engine is ready again, `recovery_s` after the last one died."""

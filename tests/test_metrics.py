@@ -153,6 +153,13 @@ def test_batches(metrics: Metrics) -> None:
     assert value(metrics, "nbest_score_batch_tokens_bucket", le="128.0") == 1
 
 
+def test_score_cache_lookups(metrics: Metrics) -> None:
+    metrics.observe_lookup(3, 1)
+    metrics.observe_lookup(0, 4)
+    assert value(metrics, "nbest_score_cache_lookups_total", found="hit") == 3
+    assert value(metrics, "nbest_score_cache_lookups_total", found="miss") == 5
+
+
 def test_requests_by_endpoint_and_status(metrics: Metrics) -> None:
     for status in (200, 200, 400):
         metrics.observe_request("/v1/score", status)

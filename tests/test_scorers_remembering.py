@@ -2,16 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from reranker.candidate import Candidate, Message, Prompt
 from reranker.scorers.base import Scores, ScoringError
-from reranker.scorers.registry import reads_texts_alone
+from reranker.scorers.registry import Surroundings, make_scorers, reads_texts_alone
 from reranker.scorers.remembering import RememberingScorer, digest
 from reranker.scorers.spec import parse
-from tests.doubles import ScriptedScorer
+from server.pipeline import BestOfN
+from tests.doubles import ScriptedGenerator, ScriptedScorer
+from tests.serving import HELLO, app_over, client_of
+from tests.tiny_models import save_tiny_reward_model
 
 PROMPT = Prompt(text="It was")
 
@@ -111,3 +116,29 @@ def test_parts_do_not_run_into_each_other() -> None:
 )
 def test_only_scorers_of_texts_alone_remember(spec: str, alone: bool) -> None:
     assert reads_texts_alone(parse(spec)) is alone
+
+
+async def test_a_reward_model_says_the_same_again_and_as_the_member_of_others(tmp_path: Path) -> None:
+    specs = {"one": str(save_tiny_reward_model(tmp_path)), "two": "logprob", "both": "ensemble:min:one,two"}
+    candidates = [replace(one, cumulative_logprob=-1.0) for one in texts("great fun", "dull", "great fun", "a film")]
+    lookups: list[tuple[int, int]] = []
+    surroundings = Surroundings(
+        lambda model: pytest.fail(f"{model} is asked"),
+        device="cpu",
+        cache_entries=100,
+        on_lookup=lambda *found: lookups.append(found),
+    )
+    async with AsyncExitStack() as stack:
+        scorers = await make_scorers(specs, surroundings, stack)
+        first, again, _ = [await scorers[name].score(PROMPT, candidates) for name in ("one", "one", "both")]
+    assert again == replace(first, scored_tokens=0)
+    assert lookups == [(0, 4), (4, 0), (4, 0)]
+
+
+async def test_a_request_sent_again_has_the_same_rewards_and_reads_nothing_for_them() -> None:
+    remembering = RememberingScorer(ScriptedScorer({"dull": -1.0, "great fun": 2.0}), 10)
+    served = BestOfN(ScriptedGenerator(["dull", "great fun"]), {remembering.name: remembering})
+    async with client_of(app_over(served)) as client:
+        first, again = [(await client.post("/v1/chat/completions", json=HELLO | {"best_of": 2})).json() for _ in "ab"]
+    assert again["choices"] == first["choices"]
+    assert (first["nbest"]["scored_tokens"], again["nbest"]["scored_tokens"]) == (3, 0)

@@ -38,7 +38,7 @@ class Surroundings:
 
     `on_batch` hears the number of sequences and of padded tokens of every batch of a reward model. Reward adapters over
     the trunk that is `held` read that one. So many rewards as `cache_entries` are remembered by each scorer that reads
-    texts alone.
+    texts alone, and `on_lookup` hears how many candidates of a call were, and how many were not.
     """
 
     ask_model: Callable[[str], Ask]
@@ -51,6 +51,7 @@ class Surroundings:
     on_batch: Callable[[int, int], None] | None = None
     held: "HeldTrunk | None" = None
     cache_entries: int = 0
+    on_lookup: Callable[[int, int], None] | None = None
 
 
 async def make_scorers(
@@ -66,9 +67,10 @@ async def make_scorers(
     made: dict[str, Scorer] = {}
     for name in sorted(parsed, key=lambda name: isinstance(parsed[name], OfOthers)):  # their members come first
         scorer = await _make(name, parsed[name], made, surroundings)
-        remembers = surroundings.cache_entries and reads_texts_alone(parsed[name])
-        made[name] = RememberingScorer(scorer, surroundings.cache_entries) if remembers else scorer
         stack.push_async_callback(scorer.close)
+        if surroundings.cache_entries and reads_texts_alone(parsed[name]):
+            scorer = RememberingScorer(scorer, surroundings.cache_entries, surroundings.on_lookup)
+        made[name] = scorer
     return {name: made[name] for name in parsed}
 
 

@@ -10,7 +10,7 @@ in which the prompt was cut, as only the most that was cut in the whole call is 
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from reranker.candidate import Candidate, Prompt
@@ -20,11 +20,15 @@ DIGEST_BYTES = 16
 
 
 class RememberingScorer:
-    """Answers for `scorer` what it has said before; `scored_tokens` are of what it is asked anew."""
+    """Answers for `scorer` what it has said before; `scored_tokens` are of what it is asked anew.
 
-    def __init__(self, scorer: Scorer, entries: int) -> None:
+    `on_lookup` hears of every call how many candidates were known, and how many were not.
+    """
+
+    def __init__(self, scorer: Scorer, entries: int, on_lookup: Callable[[int, int], None] | None = None) -> None:
         self._scorer = scorer
         self._entries = entries
+        self._on_lookup = on_lookup
         self._known: OrderedDict[bytes, float] = OrderedDict()
 
     @property
@@ -44,6 +48,9 @@ class RememberingScorer:
         keys = [digest(prompt, one.text) for one in candidates]
         found = {key: self._known[key] for key in keys if key in self._known}
         self._remember(found)
+        if self._on_lookup is not None:
+            known = sum(key in found for key in keys)
+            self._on_lookup(known, len(keys) - known)
         new = {key: one for key, one in zip(keys, candidates, strict=True) if key not in found}
         if not new:
             return Scores(tuple(found[key] for key in keys), scored_tokens=0)

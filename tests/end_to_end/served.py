@@ -71,7 +71,8 @@ def serve(settings: Settings) -> Iterator[Served]:
     served = Served(f"http://{address_of(listener)}", settings)
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        return _remembered(assembly.start(settings, metrics.observe_batch, metrics.observe_restart), served)
+        started = assembly.start(settings, metrics.observe_batch, metrics.observe_restart, metrics.observe_lookup)
+        return _remembered(started, served)
 
     app = create_app(start, settings, metrics, on_start_failure=failures.append)
     server = uvicorn.Server(uvicorn.Config(app, http=bounded_by(settings), log_level="warning", lifespan="on"))
