@@ -162,8 +162,9 @@ class Transformers:
             tokens = self.tokenizer.batch_decode([[one] for one in range(len(self.tokenizer))])
             self._ends += [number for number, text in enumerate(tokens) if work.stop in text]
 
-    def __call__(self) -> int:
-        prompts, drawn = self._work.prompts, 0
+    def __call__(self, prompts: Sequence[str] | None = None) -> int:
+        """Answers these prompts, or those of the work; the tokens drawn."""
+        prompts, drawn = self._work.prompts if prompts is None else prompts, 0
         texts: list[tuple[str, str]] = []
         for start in range(0, len(prompts), self._prompts_a_batch):
             answered, tokens = self._generate(prompts[start : start + self._prompts_a_batch])

@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import contextlib
 import statistics
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
@@ -104,9 +105,9 @@ def then_score(server: OverHttp, script: Transformers, prompt: str) -> Way:
     return way
 
 
-def of_script(script: Transformers) -> Way:
+def of_script(script: Transformers, prompt: str) -> Way:
     async def way(requests: int) -> list[int]:
-        return [script() for _ in range(requests)]
+        return [script([prompt] * requests) // requests] * requests  # in batches as large as the engine's
 
     return way
 
@@ -134,13 +135,12 @@ async def ways(settings: Settings, wanted: list[str]) -> AsyncIterator[tuple[dic
         rendered = script.tokenizer.apply_chat_template(
             [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
         )
-        script = Transformers(settings, BEST_OF, Work([rendered], MAX_TOKENS, None))
         eos = script.tokenizer.eos_token_id
         floor = OverHttp(same, model, eos, n=BEST_OF)
         found["nbest"] = OverHttp(ours, settings.model, eos, best_of=BEST_OF)
         found["vllm, our settings"] = floor
         found["vllm, then score"] = then_score(floor, script, rendered)
-        found["script"] = of_script(script)
+        found["script"] = of_script(script, rendered)
         if "vllm, defaults" in wanted:
             theirs = await stack.enter_async_context(vllm_serve(model))
             found["vllm, defaults"] = OverHttp(theirs, model, eos, n=BEST_OF)
@@ -154,7 +154,7 @@ async def ways(settings: Settings, wanted: list[str]) -> AsyncIterator[tuple[dic
                 urls = {"url": str(same.base_url), "reward_url": str(ours.base_url)}
                 found[name] = of_peer(peer, model=model, reward_model="movie-sentiment", **urls)
                 await found[name](1)
-            except PeerError as error:
+            except (PeerError, OSError, subprocess.CalledProcessError) as error:
                 left_out[name] = str(error)
                 found.pop(name, None)
         yield {name: way for name, way in found.items() if name in wanted}, left_out
@@ -170,15 +170,20 @@ async def measure(rounds: int, at_once: int, wanted: list[str]) -> dict[str, Any
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
                 for load, requests in (("one", 1), ("at once", at_once)):
-                    if number < 0 and load == "at once":
+                    if name in left_out or (number < 0 and load == "at once"):
                         continue
                     started_s = time.perf_counter()
-                    drawn = await by_name[name](requests)
+                    try:
+                        drawn = await by_name[name](requests)
+                    except (PeerError, httpx.HTTPError) as error:
+                        left_out[name] = f"{type(error).__name__}: {error}"
+                        continue
                     took_s = time.perf_counter() - started_s
                     console.print(f"{number} {name}, {requests} at once: {took_s:.2f} s, {sum(drawn)} tokens")
                     if number >= 0:
                         seconds[name][load].append(took_s)
                         tokens[name] += drawn
+    names = [name for name in names if name not in left_out]
     return {
         "birth": birth_certificate(flags=settings.model_dump(exclude={"api_key", "judge_api_key"}, mode="json")),
         "best_of": BEST_OF,

@@ -206,6 +206,19 @@ def rl() -> str:
     )
 
 
+def rlhf_pipeline(found: Any) -> str:
+    """What each method made of one start."""
+    rows = {f"start, best of {n}": one for n, one in found["best_of_n_of_the_base"].items()}
+    rows |= {f"{name}, best of 1": one for name, one in found["policies_at_best_of_1"].items()}
+    test = found["reward_test"]
+    return (
+        against_base(rows, "start")
+        + f"\n{found['prompts']['held_out']} held-out openings, {found['max_tokens']} new tokens, one seed, 95 % "
+        f"bootstrap intervals over openings. The reward model orders {100 * test['accuracy']:.0f} % ({100 * test['low']:.0f} … "
+        f"{100 * test['high']:.0f}) of {test['comparisons']} held-out pairs as people did.\n"
+    )
+
+
 def against_base(rows: dict[str, Any], base: str = "base") -> str:
     """Policies by all that is measured of them (`benchmarks.judged`); `base` is the name of the one that they left."""
 
@@ -397,6 +410,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "frugal": frugal,
     "frugal-waves": frugal_waves,
     "frugal-live": frugal_live,
+    "rlhf-pipeline": if_measured("rlhf_pipeline", rlhf_pipeline),
     "blockwise": if_measured("blockwise", blockwise),
     "side-by-side": if_measured("side_by_side", costs.side_by_side),
     "latency": if_measured("latency", lambda found: costs.against_n(found, result_if_there("latency_ray"))),

@@ -31,7 +31,7 @@ class ServedRewardModel(AbstractOutcomeRewardModel):  # type: ignore[misc]  # it
         }
         async with aiohttp.ClientSession() as session, session.post(f"{self.url}/v1/score", json=body) as reply:
             reply.raise_for_status()
-            return [one["reward"] for one in (await reply.json())["data"]]
+            return [one["score"] for one in (await reply.json())["data"]]
 
 
 async def answer(question: dict[str, Any]) -> dict[str, Any]:
