@@ -210,12 +210,12 @@ def rlhf_pipeline(found: Any) -> str:
     """What each method made of one start."""
     rows = {f"start, best of {n}": one for n, one in found["best_of_n_of_the_base"].items()}
     rows |= {f"{name}, best of 1": one for name, one in found["policies_at_best_of_1"].items()}
-    test = found["reward_test"]
+    test = {name: 100 * found["reward_test"][name] for name in ("accuracy", "low", "high")}
     return (
         against_base(rows, "start")
         + f"\n{found['prompts']['held_out']} held-out openings, {found['max_tokens']} new tokens, one seed, 95 % "
-        f"bootstrap intervals over openings. The reward model orders {100 * test['accuracy']:.0f} % ({100 * test['low']:.0f} … "
-        f"{100 * test['high']:.0f}) of {test['comparisons']} held-out pairs as people did.\n"
+        f"bootstrap intervals over openings. The reward model orders {test['accuracy']:.0f} % ({test['low']:.0f} … "
+        f"{test['high']:.0f}) of {found['reward_test']['comparisons']} held-out pairs as people did.\n"
     )
 
 
