@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 
 from server.config import Settings
+from server.schema_parts import OPTIONS_OF
 from server.schemas import ChatCompletionRequest
 from server.selecting import SelectionOptions, Strategy
 
@@ -22,7 +23,7 @@ def test_the_examples_of_a_strategy_are_taken(strategy: Strategy) -> None:
     for example in examples:
         planned = ChatCompletionRequest.model_validate(json.loads(example)).plan(Settings())
         assert planned.strategy == strategy
-        assert (planned.selection == SelectionOptions()) == (strategy == "argmax")
+        assert (planned.selection == SelectionOptions()) == (not OPTIONS_OF[strategy])
 
 
 @pytest.mark.parametrize("text", ["17 · 23 = 391.\nThe answer is 391.", "The answer is 391", "The answer is 391.\n"])
