@@ -17,18 +17,18 @@ from training.rl.settings import PPOTraining, ReinforceTraining
 
 
 @pytest.mark.parametrize(
-    ("options", "settings", "source"),
+    ("options", "settings", "others"),
     [
-        (SFTOptions, PolicyTraining, "data"),
-        (DPOOptions, DPOTraining, "data"),
-        (PPOOptions, PPOTraining, "prompts"),
-        (ReinforceOptions, ReinforceTraining, "prompts"),
+        (SFTOptions, PolicyTraining, {"data"}),
+        (DPOOptions, DPOTraining, {"data"}),
+        (PPOOptions, PPOTraining, {"prompts", "ray", "ray_address"}),
+        (ReinforceOptions, ReinforceTraining, {"prompts", "ray", "ray_address"}),
     ],
 )
-def test_every_option_is_a_setting_or_where_to_read_and_write(options: Any, settings: Any, source: str) -> None:
+def test_every_option_is_a_setting_or_says_where_things_are(options: Any, settings: Any, others: set[str]) -> None:
     """They are handed on by name, so one that is called otherwise would be lost."""
     named = {one.name for one in (*fields(settings), *fields(RunOptions))}
-    assert {one.name for one in fields(options)} - named == {source, "validation", "holdout", "out", "model"}
+    assert {one.name for one in fields(options)} - named == {"validation", "holdout", "out", "model", *others}
 
 
 @dataclass(frozen=True, kw_only=True)
