@@ -52,12 +52,9 @@ async def in_blocks(pipeline: BestOfN, prompt: Prompt, sampling: Sampling, best_
     def note(_: Candidate) -> None:
         chosen_s.append(time.perf_counter())
 
-    async def run_block(request: BestOfNRequest, queued_s: float) -> BestOfNResult:
-        return await pipeline.run(request, queued_s=queued_s)
-
     began_s = time.perf_counter()
     request = BestOfNRequest(prompt, sampling, best_of, strategy="blockwise")
-    result = await blockwise.answer(run_block, request, note)
+    result = await blockwise.answer(pipeline.run, request, note)
     return _answered(result, began_s, min(chosen_s, default=time.perf_counter()))
 
 

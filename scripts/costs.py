@@ -2,17 +2,14 @@
 
 from typing import Any
 
-from scripts.markdown import table
+from scripts.markdown import table, with_extremes
 
 MIB = 1 << 20
+PICTURE = "../benchmarks/figures/latency.png"
 
 
 def side_by_side(found: dict[str, Any]) -> str:
     """Best-of-16 by nbest and by everything else."""
-
-    def spread(ratio: dict[str, float]) -> str:
-        return f"{ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})"
-
     rows = []
     for name, one in found["ways"].items():
         measured = f"{one['one_request_s']:.2f} s", f"{one['requests_per_s']:.2f}", f"{one['tokens_a_request']:.0f}"
@@ -21,7 +18,7 @@ def side_by_side(found: dict[str, Any]) -> str:
             continue
         bar = found["bars"].get(name)
         told = f"{bar['at_least']:.2f} ({'one' if bar['load'] == 'one' else 'several'})" if bar else ""
-        rows.append((name, *measured, spread(ratios["one"]), spread(ratios["at once"]), told))
+        rows.append((name, *measured, with_extremes(ratios["one"]), with_extremes(ratios["at once"]), told))
     rounds = next(iter(found["times_as_long_as_nbest"].values()))["one"]["rounds"]
     left_out = "".join(f" Left out: {name}, {why}." for name, why in found["left_out"].items())
     return (
@@ -60,7 +57,8 @@ def against_n(found: dict[str, Any], on_ray: dict[str, Any] | None) -> str:
     ]
     first = found["candidates"][0]
     return (
-        table(
+        f"![Seconds against N and requests at a time; answers in time under Poisson load]({PICTURE})\n\n"
+        + table(
             ("N", "first token", "p50", "p95", "p99", "p50 on Ray", "tokens/s", "CPU", "memory", "price of a thousand"),
             rows,
         )

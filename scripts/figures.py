@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import costs, model_card, reliability, rl_run
+from scripts.markdown import with_extremes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,8 +88,7 @@ def overhead() -> str:
 def prefill() -> str:
     found = result("prefill")
     rows = [
-        f"| {arm} | {max_tokens} | {one['vllm_serve_s']:.2f} | {one['ours_s']:.2f} | "
-        f"{one['ratio']['median']:.2f} ({one['ratio']['low']:.2f} … {one['ratio']['high']:.2f}) |\n"
+        f"| {arm} | {max_tokens} | {one['vllm_serve_s']:.2f} | {one['ours_s']:.2f} | {with_extremes(one['ratio'])} |\n"
         for arm, by_tokens in found["by_max_tokens"].items()
         for max_tokens, one in by_tokens.items()
     ]
@@ -107,7 +107,7 @@ def scoring() -> str:
             rows.append(
                 f"| {case['prompt_tokens']} + {found['best_of']} of {case['candidate_tokens']} | {way} "
                 f"| {case['seconds'][way]['median']:.2f} | {case['seconds']['ours']['median']:.2f} "
-                f"| {ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f}) | {ratio['bar']:g} |\n"
+                f"| {with_extremes(ratio)} | {ratio['bar']:g} |\n"
             )
     return (
         "| tokens | other way | its seconds | ours | ratio (extremes) | to be reached |\n|---|---|---|---|---|---|\n"
@@ -258,7 +258,7 @@ def _offline_rows(name: str, work: Any) -> str:
         return (
             f"| {name} | {scorer} | {way} | {speeds[f'offline, {scorer}']:.{digits}f} {unit} "
             f"| {speeds[other]:.{digits}f} {unit} "
-            f"| {ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f}) | {ratio['bar']:g} |\n"
+            f"| {with_extremes(ratio)} | {ratio['bar']:g} |\n"
         )
 
     return row("logprob", "the bare engine, nothing scored or written", "bare engine", tokens, 0, "tokens/s") + row(
@@ -372,17 +372,13 @@ def frugal_live() -> str:
 
 def blockwise(found: Any) -> str:
     """When the first words of an answer in blocks come, and what it costs, beside plain best-of-N."""
-
-    def spread(ratio: dict[str, float]) -> str:
-        return f"{ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})"
-
     whole = found["plain"]
     return (
         "| tokens of a block | first token, of plain best-of-N's | bar | last token, of plain's | tokens, of plain's "
         "| reward minus its reward |\n|---|---|---|---|---|---|\n"
         + "".join(
-            f"| {tokens} | {spread(one['of_plain']['first_token_s'])} | {found['bar']} "
-            f"| {spread(one['of_plain']['total_s'])} | {spread(one['of_plain']['tokens'])} "
+            f"| {tokens} | {with_extremes(one['of_plain']['first_token_s'])} | {found['bar']} "
+            f"| {with_extremes(one['of_plain']['total_s'])} | {with_extremes(one['of_plain']['tokens'])} "
             f"| {with_interval(one['of_plain']['reward_difference'])} |\n"
             for tokens, one in found["block_tokens"].items()
         )

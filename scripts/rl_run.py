@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from scripts.markdown import with_extremes
+
 PARAMETERS = {
     "base": "base: of the policy, of its reference and of the reward model",
     "policy": "policy adapter",
@@ -74,10 +76,7 @@ def time(found: dict[str, Any]) -> str:
 
 def speed(found: dict[str, Any]) -> str:
     """The learner's tokens a second against a bare loop's."""
-    rows = [
-        f"| {what} | {one['median']:.2f} ({one['low']:.2f} … {one['high']:.2f}) |\n"
-        for what, one in found["share_of_bare"].items()
-    ]
+    rows = [f"| {what} | {with_extremes(one)} |\n" for what, one in found["share_of_bare"].items()]
     rounds = next(iter(found["share_of_bare"].values()))["rounds"]
     low, high = found["prompt_tokens"]
     return (

@@ -328,7 +328,7 @@ class Endpoints:
                     run_block = partial(self._draw, pipeline)
                     result = await blockwise.answer(run_block, plan, listener, queued_s)
                 else:
-                    result = await self._draw(pipeline, plan, queued_s, listener)
+                    result = await self._draw(pipeline, plan, listener, queued_s=queued_s)
             spending.tokens = result.prompt_tokens + result.generated_tokens
         self._metrics.observe_answer(result)
         note_tokens(TokenCost(result.prompt_tokens, result.generated_tokens, result.scored_tokens))
@@ -338,8 +338,9 @@ class Endpoints:
         self,
         pipeline: BestOfN,
         plan: BestOfNRequest,
-        queued_s: float,
         listener: Callable[[News], None] | None = None,
+        *,
+        queued_s: float,
     ) -> BestOfNResult:
         """Runs the plan and counts its candidates."""
         with self._metrics.candidates(plan.best_of, plan.sampling.begun_tokens) as tally:

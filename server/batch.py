@@ -26,7 +26,7 @@ from server.config import ConfigError, Settings, replica_range
 from server.generation.base import Generator
 from server.launch import loaded
 from server.offline import directory, inputs
-from server.offline.directory import FAILED, RESULTS, RunDirectory
+from server.offline.directory import FAILED, RESULTS, SUMMARY, RunDirectory
 from server.offline.given import GivenCandidates
 from server.offline.journal import recover
 from server.offline.line_set import Names
@@ -39,7 +39,7 @@ from server.offline.tasks import Drawing, Kind, Reranking, Task, read_task
 from server.pipeline import BestOfN, BestOfNResult
 
 STDIN = "-"
-SUMMARY, PLOT = "summary.json", "summary.png"
+PLOT = "summary.png"
 RESULT_SETTINGS = (
     "model",
     "served_model_name",

@@ -10,8 +10,9 @@ block b, counted from 0, has the seed of the request + b · N + i.
 """
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from reranker.candidate import Candidate
 from server.errors import ContextLengthError, DeadlineError
@@ -21,8 +22,11 @@ from server.pipeline import BestOfNRequest, BestOfNResult, StoppedBy, Timings
 
 DEFAULT_BLOCK_TOKENS = 16
 
-RunBlock = Callable[[BestOfNRequest, float], Awaitable[BestOfNResult]]
-"""Best-of-N of one block, for its request and the seconds that it was queued."""
+
+class RunBlock(Protocol):
+    """Best-of-N of one block, as `BestOfN.run` does it."""
+
+    async def __call__(self, request: BestOfNRequest, *, queued_s: float) -> BestOfNResult: ...
 
 
 async def answer(
@@ -43,7 +47,7 @@ async def answer(
     blocks: list[BestOfNResult] = []
     while True:
         try:
-            blocks.append(await run_block(_block(request, blocks, began_s), 0.0 if blocks else queued_s))
+            blocks.append(await run_block(_block(request, blocks, began_s), queued_s=0.0 if blocks else queued_s))
         except (DeadlineError, ContextLengthError) as error:
             if not blocks:
                 raise

@@ -12,6 +12,7 @@ nothing is silently ignored. null always means the default.
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -169,10 +170,14 @@ def default_stopping(settings: Settings, best_of: int, n: int) -> Stopping:
     if settings.default_stopping is None:
         return Stopping()
     try:
-        document = parse_object(settings.default_stopping.encode(), "setting")
-        return validated(document, StoppingFields).internal(best_of, n)
+        return _stopping_fields(settings.default_stopping).internal(best_of, n)
     except BadRequestError as error:
         raise ConfigError(f"default_stopping cannot be used: {error.message}") from error
+
+
+@cache
+def _stopping_fields(text: str) -> StoppingFields:
+    return validated(parse_object(text.encode(), "setting"), StoppingFields)
 
 
 def _check_blocks(sampling: Sampling, settings: Settings) -> None:

@@ -46,11 +46,7 @@ async def answered(served: BestOfN, **fields: Any) -> tuple[BestOfNResult, list[
     """The result, and the texts told on the way."""
     told: list[Candidate] = []
     plan = ChatCompletionRequest.model_validate(asked(**fields)).plan(Settings())
-
-    async def run_block(request: BestOfNRequest, queued_s: float) -> BestOfNResult:
-        return await served.run(request, queued_s=queued_s)
-
-    result = await blockwise.answer(run_block, plan, told.append)
+    result = await blockwise.answer(served.run, plan, told.append)
     assert not any(one.finish_reason for one in told)
     return result, [one.text for one in told]
 
@@ -92,7 +88,7 @@ async def test_what_ends_a_later_block_leaves_the_answer_so_far(error: NbestErro
     plan = replace(plan, deadline_s=50.0)
     deadlines: list[float | None] = []
 
-    async def run_block(request: BestOfNRequest, queued_s: float) -> BestOfNResult:
+    async def run_block(request: BestOfNRequest, *, queued_s: float) -> BestOfNResult:
         deadlines.append(request.deadline_s)
         if len(deadlines) == 3:
             raise error
@@ -108,7 +104,7 @@ async def test_what_ends_a_later_block_leaves_the_answer_so_far(error: NbestErro
 
 
 async def test_a_first_block_that_fails_fails_the_request() -> None:
-    async def run_block(request: BestOfNRequest, queued_s: float) -> BestOfNResult:
+    async def run_block(request: BestOfNRequest, *, queued_s: float) -> BestOfNResult:
         raise DeadlineError("late")
 
     plan = ChatCompletionRequest.model_validate(asked()).plan(Settings())

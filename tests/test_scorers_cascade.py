@@ -22,7 +22,7 @@ async def cascaded(cheap: ScriptedScorer, dear: ScriptedScorer, keep: float, tex
 
 
 @pytest.mark.parametrize(
-    ("candidates", "keep", "kept"), [(16, 4, 4), (3, 4, 3), (16, 0.25, 4), (5, 0.25, 2), (1, 0.01, 1)]
+    ("candidates", "keep", "kept"), [(16, 4, 4), (3, 4, 3), (16, 0.25, 4), (5, 0.25, 2), (1, 0.01, 1), (100, 0.07, 7)]
 )
 def test_a_count_or_a_share_goes_on(candidates: int, keep: float, kept: int) -> None:
     assert kept_of(candidates, keep) == kept

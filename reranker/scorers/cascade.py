@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores
+from reranker.stopping import EPSILON
 
 
 class CascadeScorer:
@@ -52,7 +53,7 @@ class CascadeScorer:
 
 def kept_of(candidates: int, keep: float) -> int:
     """How many of them go on: at least one."""
-    return min(candidates, math.ceil(keep * candidates) if keep < 1 else int(keep))
+    return min(candidates, max(1, math.ceil(keep * candidates - EPSILON)) if keep < 1 else int(keep))
 
 
 def best(rewards_N: Sequence[float], count: int) -> list[int]:

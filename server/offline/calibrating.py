@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from server.offline.calibration import Target, as_toml, calibrate, pools_of
-from server.offline.directory import RESULTS, manifest, write_whole
+from server.offline.directory import RESULTS, SUMMARY, manifest, write_whole
 from server.offline.errors import OfflineError
 from server.offline.journal import recover
 from server.offline.plot import plot_calibration
 from server.offline.records import Result
 
-SUMMARY, FOUND, PLOT = "summary.json", "calibration.json", "calibration.png"
+FOUND, PLOT = "calibration.json", "calibration.png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,10 @@ def _tokens_per_s(run: Path) -> float:
     try:
         this_run = json.loads((run / SUMMARY).read_text())["this_run"]
         speed = float(this_run["generated_tokens"] / this_run["seconds"])
-    except (OSError, ValueError, KeyError, ZeroDivisionError):
-        speed = 0.0
-    if speed <= 0:
-        raise OfflineError(f"{run / SUMMARY} does not tell how fast the run was; give --tokens instead")
+    except (OSError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise OfflineError(f"{run / SUMMARY} does not tell how fast the run was; give --tokens instead") from error
+    if not speed:  # all was there already when the run was begun again
+        raise OfflineError(f"{run / SUMMARY} is of a run that had nothing left to draw; give --tokens instead")
     return speed
 
 

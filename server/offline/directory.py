@@ -23,7 +23,7 @@ from server.offline.journal import Journal, recover
 from server.offline.line_set import LineSet
 from server.offline.records import Failure, Result
 
-RESULTS, FAILED, MANIFEST = "results.jsonl", "failed.jsonl", "run.json"
+RESULTS, FAILED, MANIFEST, SUMMARY = "results.jsonl", "failed.jsonl", "run.json", "summary.json"
 NO_DIFFERENCE = {"source"}
 """Of an identity: an input may be moved or renamed, its digest tells whether it is the same."""
 
