@@ -15,6 +15,9 @@ from server.config import Settings, flag_of, is_secret, variable_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(
+    (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("reranker/**/*.md"))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +84,13 @@ def test_every_setting_is_read_by_the_server(name: str) -> None:
 @pytest.mark.parametrize("snippet", snippets("python"))
 def test_readme_python_compiles(snippet: str) -> None:
     ast.parse(snippet)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_links_to_or_shows_is_there(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)|<img src=\"([^\":]+)\"", page.read_text())
+    missing = [link for pair in links for link in pair if link and not (page.parent / link).exists()]
+    assert not missing
 
 
 def test_readme_names_make_targets_that_exist() -> None:
