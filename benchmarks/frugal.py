@@ -172,6 +172,15 @@ def _cheapest(found: Sequence[Floats], goal_P: Floats) -> dict[str, int]:
     }
 
 
+def frontier(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings that no other beats in both tokens and reward, cheapest first."""
+    best: list[dict[str, Any]] = []
+    for one in sorted(curve, key=lambda one: (one["tokens"], -one["reward"])):
+        if not best or one["reward"] > best[-1]["reward"]:
+            best.append(one)
+    return best
+
+
 def ratio_with_interval(above_P: Floats, below_P: Floats, resamples: int = 5000) -> dict[str, float]:
     """The ratio of two means over prompts, and its 95 % bootstrap interval over them."""
     generator = np.random.default_rng(0)

@@ -24,6 +24,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count
 from typing import Any
 
 import httpx
@@ -33,8 +35,9 @@ from rich.console import Console
 from benchmarks.birth import birth_certificate
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.overload import open_loop
+from benchmarks.prices import Prices
 from benchmarks.servers import nbest_serve
-from benchmarks.stats import hand_in
+from benchmarks.stats import hand_in, percentiles
 
 MODEL = "smollm2-135m-instruct"
 N = (1, 2, 4, 8, 16, 32, 64)
@@ -57,18 +60,6 @@ class Case:
     prompt_sentences: int = 9
     max_tokens: int = 64
     at_once: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Of the machine for an hour, and of a million tokens: of prompts, generated, scored."""
-
-    per_hour: float
-    per_million: tuple[float, float, float]
-
-    def of(self, machine_s: float, prompt_tokens: float, generated_tokens: float, scored_tokens: float) -> float:
-        tokens = zip(self.per_million, (prompt_tokens, generated_tokens, scored_tokens), strict=True)
-        return machine_s * self.per_hour / 3600 + sum(price * count for price, count in tokens) / 1e6
 
 
 @dataclass(slots=True)
@@ -193,16 +184,10 @@ def summary(answers: Answers, took_s: float, prices: Prices) -> dict[str, Any]:
     }
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The 50th, 95th and 99th, between the values where they fall between."""
-    cuts = statistics.quantiles([*values, *values[-1:]] if len(values) == 1 else values, n=100, method="inclusive")
-    return {f"p{percent}": cuts[percent - 1] for percent in (50, 95, 99)}
-
-
 def good(latencies_s: Sequence[float], objective_s: float, seconds: float) -> dict[str, float]:
     """Answers a second within the objective, and their share of those that were answered."""
-    count = sum(one <= objective_s for one in latencies_s)
-    return {"per_s": count / seconds, "share": count / len(latencies_s) if latencies_s else 0.0}
+    in_time = sum(one <= objective_s for one in latencies_s)
+    return {"per_s": in_time / seconds, "share": in_time / len(latencies_s) if latencies_s else 0.0}
 
 
 async def goodput(client: httpx.AsyncClient, machine: Machine, prices: Prices, seconds: float) -> dict[str, Any]:
@@ -212,7 +197,7 @@ async def goodput(client: httpx.AsyncClient, machine: Machine, prices: Prices, s
     objective_s, capacity = OBJECTIVE_OF_MEDIAN * alone["total_s"]["p50"], full["requests_per_s"]
     loads = {}
     for share in LOADS:
-        load = await open_loop(client, body(case, 0) | {"seed": None}, share * capacity, seconds)
+        load = await open_loop(client, map(partial(body, case), count()), share * capacity, seconds)
         loads[str(share)] = {
             "requests_per_s": share * capacity,
             "answered": len(load.latencies_s),
@@ -231,15 +216,15 @@ async def measure(*, short: bool, ray: bool, prices: Prices) -> dict[str, Any]:
         client, machine = served.client, Machine(served.pid)
 
         async def sweep(cases: Sequence[Case]) -> list[Any]:
-            count = max(requests, 2 * max(case.at_once for case in cases))
-            return [await closed_loop(client, machine, case, count, prices) for case in cases]
+            asked = max(requests, 2 * max(case.at_once for case in cases))
+            return [await closed_loop(client, machine, case, asked, prices) for case in cases]
 
         found: dict[str, Any] = {"candidates": await sweep([Case(best_of=n) for n in N[: 5 if short else None]])}
         if not ray:
             found |= {
-                "concurrency": await sweep([Case(at_once=count) for count in (1, 2, 4, 8)]),
-                "prompt": await sweep([Case(prompt_sentences=count) for count in (2, 9, 40, 100)]),
-                "length": await sweep([Case(max_tokens=count) for count in (16, 64, 256)]),
+                "concurrency": await sweep([Case(at_once=some) for some in (1, 2, 4, 8)]),
+                "prompt": await sweep([Case(prompt_sentences=some) for some in (2, 9, 40, 100)]),
+                "length": await sweep([Case(max_tokens=some) for some in (16, 64, 256)]),
                 "goodput": await goodput(client, machine, prices, seconds),
             }
     return {"birth": birth_certificate(flags={"server": " ".join(flags)}), "prices": asdict(prices), **found}
@@ -249,18 +234,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="few requests, to see it work; only printed")
     parser.add_argument("--ray", action="store_true", help="on Ray, and the first sweep alone")
-    parser.add_argument("--price-per-hour", type=float, default=0.1, help="of the machine; default 0.1, an assumption")
-    parser.add_argument(
-        "--price-per-million",
-        type=float,
-        nargs=3,
-        default=(0.0, 0.0, 0.0),
-        metavar=("PROMPT", "GENERATED", "SCORED"),
-        help="of tokens, beside that; default: none",
-    )
+    Prices.add_flags(parser)
     given = parser.parse_args()
-    prices = Prices(given.price_per_hour, tuple(given.price_per_million))
-    result = asyncio.run(measure(short=given.short, ray=given.ray, prices=prices))
+    result = asyncio.run(measure(short=given.short, ray=given.ray, prices=Prices.given(given)))
     if given.short:
         print(json.dumps(result))
     else:

@@ -26,8 +26,9 @@ import resource
 import socket
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import repeat
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,7 +37,7 @@ import psutil
 import uvicorn
 
 from benchmarks.birth import birth_certificate
-from benchmarks.stats import hand_in
+from benchmarks.stats import hand_in, percentiles
 from reranker.candidate import Candidate, Prompt
 from server import assembly
 from server.app import create_app
@@ -187,15 +188,17 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], load: Load) -> No
         load.failed[str(reply.status_code)] = load.failed.get(str(reply.status_code), 0) + 1
 
 
-async def open_loop(client: httpx.AsyncClient, body: dict[str, Any], rate_per_s: float, seconds: float) -> Load:
-    """Requests at Poisson times; a fifth of the time before is for warming up and is not counted."""
+async def open_loop(
+    client: httpx.AsyncClient, bodies: Iterator[dict[str, Any]], rate_per_s: float, seconds: float
+) -> Load:
+    """The next request at each Poisson time; a fifth of the time before is for warming up and is not counted."""
     clock, warm, load = random.Random(SEED), Load(), Load()
     begun_s = due_s = time.perf_counter()
     warm_until_s = begun_s + seconds / 5
     async with asyncio.TaskGroup() as asking:
         while due_s < warm_until_s + seconds:
             await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            asking.create_task(ask(client, body, warm if due_s < warm_until_s else load))
+            asking.create_task(ask(client, next(bodies), warm if due_s < warm_until_s else load))
             due_s += clock.expovariate(rate_per_s)
     return load
 
@@ -221,7 +224,7 @@ def summary(load: Load, memory: dict[str, int]) -> dict[str, Any]:
     def p(values: Sequence[float], percent: int) -> float | None:
         if len(values) < 2:
             return None
-        return round(statistics.quantiles(values, n=100, method="inclusive")[percent - 1], 4)
+        return round(percentiles(values)[f"p{percent}"], 4)
 
     return {
         "accepted": len(load.latencies_s),
@@ -258,7 +261,7 @@ async def measure(url: str, settings: Settings, flags: argparse.Namespace) -> di
         print(f"capacity: {capacity:.1f} candidates a second")
         loads = {}
         for multiple in flags.rates:
-            load = await open_loop(client, body, multiple * capacity / flags.best_of, flags.seconds)
+            load = await open_loop(client, repeat(body), multiple * capacity / flags.best_of, flags.seconds)
             loads[f"{multiple:g}x"] = summary(load, (await client.get("/memory")).json())
             print(f"{multiple:g}x: {loads[f'{multiple:g}x']}")
     return {"capacity_candidates_per_s": round(capacity, 2), "request": body, "loads": loads}

@@ -12,6 +12,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt  # the backend first: there may be no display
 
 from benchmarks.birth import RESULTS
+from benchmarks.frugal import frontier
 from benchmarks.stats import knee
 
 FIGURES = RESULTS.parent / "figures"
@@ -178,7 +179,7 @@ def frugal(result: dict[str, Any]) -> Path:
         goal = plain[str(result["plain_n"])]
         axis.plot(goal["tokens"], goal["reward"], marker="o", markersize=9, markerfacecolor="none", color=CURVES[0][0])
         for (name, found), (colour, marker) in zip(result["policies"][pools].items(), CURVES[1:], strict=False):
-            x, y = zip(*_frontier(found["curve"]), strict=True)
+            x, y = zip(*((one["tokens"], one["reward"]) for one in frontier(found["curve"])), strict=True)
             axis.plot(x, y, marker=marker, markersize=3, color=colour, label=name)
         axis.axhline(goal["reward"], color="#999999", linewidth=0.8, linestyle="--")
         axis.set_xlabel(f"{result['unit'][pools]} a prompt")
@@ -191,15 +192,6 @@ def frugal(result: dict[str, Any]) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
-
-
-def _frontier(curve: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Tokens and reward of the settings that no other beats in both."""
-    best: list[tuple[float, float]] = []
-    for one in sorted(curve, key=lambda one: (one["tokens"], -one["reward"])):
-        if not best or one["reward"] > best[-1][1]:
-            best.append((one["tokens"], one["reward"]))
-    return best
 
 
 def latency(result: dict[str, Any]) -> Path:
@@ -243,36 +235,35 @@ def _seconds_against(axis: Any, cases: list[Any], over: str, colour: str, marker
 
 
 def cost(result: dict[str, Any]) -> Path:
-    """Mean reward against what it costs: tokens for every policy on recorded pools, seconds and price by the clock.
-
-    `result` is that of `benchmarks.frugal`; a request of plain best-of-n takes what `benchmarks.latency` measured.
-    """
-    timed = {one["best_of"]: one for one in json.loads((RESULTS / "latency.json").read_text())["candidates"]}
-    plain = {int(n): one for n, one in result["plain"]["film reviews"].items() if int(n) in timed}
-    rewards, low, high = ([one[key] for one in plain.values()] for key in ("reward", "low", "high"))
+    """Mean reward against what it costs on the running engine: plain best-of-n and every policy, each a curve."""
     costs = {
-        "tokens a request": [one["tokens"] for one in plain.values()],
-        "seconds a request, median": [timed[n]["total_s"]["p50"] for n in plain],
-        "price of a thousand requests": [1000 * timed[n]["price"] for n in plain],
+        "tokens": "tokens generated a request",
+        "total_s": "seconds a request, alone",
+        "price": "price of a thousand requests",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
-    for axis, (label, spent) in zip(axes, costs.items(), strict=True):
-        axis.plot(spent, rewards, color=CURVES[0][0], marker=CURVES[0][1], markersize=4, label="plain best-of-n")
-        axis.fill_between(spent, low, high, color=CURVES[0][0], alpha=0.08, linewidth=0)
-        for n, x, y in zip(plain, spent, rewards, strict=True):
-            axis.annotate(str(n), (x, y), textcoords="offset points", xytext=(3, -10), fontsize=7)
-        at = knee(spent, rewards)
-        axis.plot(spent[at], rewards[at], "o", markersize=11, markerfacecolor="none", color=JUDGE, label="knee")
+    figure, axes = plt.subplots(1, len(costs), figsize=(12, 3.8), layout="constrained", sharey=True)
+    for axis, (cost, label) in zip(axes, costs.items(), strict=True):
+        times = 1000 if cost == "price" else 1
+        for (name, curve), (colour, marker) in zip(result["curves"].items(), CURVES, strict=False):
+            spent = [times * one[cost] for one in curve]
+            rewards, low, high = ([one["reward"][key] for one in curve] for key in ("mean", "low", "high"))
+            axis.plot(spent, rewards, color=colour, marker=marker, markersize=4, label=name)
+            if name == "plain":
+                axis.fill_between(spent, low, high, color=colour, alpha=0.08, linewidth=0)
+                for one, x, y in zip(curve, spent, rewards, strict=True):
+                    axis.annotate(str(one["best_of"]), (x, y), textcoords="offset points", xytext=(3, -10), fontsize=7)
+                at = knee(spent, rewards)
+                axis.plot(spent[at], rewards[at], "o", markersize=11, markerfacecolor="none", color=JUDGE, label="knee")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    policies = result["policies"]["film reviews"].items()
-    for (name, found), (colour, marker) in zip(policies, CURVES[1:], strict=False):
-        x, y = zip(*_frontier(found["curve"]), strict=True)
-        axes[0].plot(x, y, marker=marker, markersize=3, color=colour, label=name)
     axes[0].set_ylabel("mean reward of the winner")
     axes[0].legend(fontsize=7, frameon=False, loc="lower right")
-    figure.suptitle(f"{result['prompts']['film reviews']} film-review openings, 95 % intervals over them", fontsize=10)
+    figure.suptitle(
+        f"{result['policy']}, {result['prompts']} film-review openings, {result['max_tokens']} new tokens; "
+        "band: 95 % interval of plain best-of-n over them",
+        fontsize=10,
+    )
     path = FIGURES / "cost.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -285,6 +276,7 @@ DRAWN = {
     "improve": improve,
     "rl": rl,
     "frugal": frugal,
+    "frugal_live": cost,
     "latency": latency,
 }
 
@@ -295,8 +287,6 @@ def main() -> None:
         found = RESULTS / f"{name}.json"
         if found.exists():
             print(f"wrote {draw(json.loads(found.read_text()))}")
-    if (RESULTS / "latency.json").exists():
-        print(f"wrote {cost(json.loads((RESULTS / 'frugal.json').read_text()))}")
 
 
 if __name__ == "__main__":

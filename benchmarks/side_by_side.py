@@ -36,7 +36,7 @@ from benchmarks.servers import nbest_serve, vllm_serve
 from benchmarks.stats import hand_in, paired_ratio
 from reranker.prepared import resolve
 from server.config import Settings
-from server.generation.vllm_engine import pick_dtype
+from server.generation.vllm_engine import IN_CORE, pick_dtype
 
 BEST_OF, MAX_TOKENS = 16, 64
 PROMPT = "Go on with this review of a film that I saw at the festival this year. " * 5 + OPENINGS[0]
@@ -66,6 +66,7 @@ def settings_of_ours(settings: Settings) -> tuple[str, ...]:
     return (
         *("--dtype", pick_dtype("cpu"), "--max-model-len", str(settings.max_model_len)),
         *("--block-size", str(settings.block_size), "--max-num-seqs", str(settings.max_num_seqs)),
+        *("--distributed-executor-backend", IN_CORE),
         *("--no-enable-chunked-prefill", "--enforce-eager", "--disable-log-stats"),
     )
 
@@ -129,8 +130,9 @@ async def ways(settings: Settings, wanted: list[str]) -> AsyncIterator[tuple[dic
         console.print("Starting the servers …")
         served = await stack.enter_async_context(nbest_serve("--max-model-len", str(settings.max_model_len)))
         ours = served.client
-        bound = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "TORCH_COMPILE_DISABLE": "1"}
-        same = await stack.enter_async_context(vllm_serve(model, *settings_of_ours(settings), **bound))
+        same = await stack.enter_async_context(
+            vllm_serve(model, *settings_of_ours(settings), TORCH_COMPILE_DISABLE="1")
+        )
         script = Transformers(settings, BEST_OF, Work([], MAX_TOKENS, None))
         rendered = script.tokenizer.apply_chat_template(
             [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True

@@ -31,7 +31,7 @@ import psutil
 
 from benchmarks.birth import birth_certificate
 from benchmarks.stats import hand_in
-from tests.end_to_end.process import ServeProcess, nbest_serve
+from tests.end_to_end.process import ENGINE_CORE, ServeProcess, nbest_serve
 
 MODEL = "smollm2-135m-instruct"
 FLAGS = (
@@ -212,17 +212,16 @@ class Client:
 
 
 async def kill_now_and_then(served: ServeProcess, tally: Tally, every_s: float, until_s: float, seed: str) -> None:
-    """Kills the engine's core or its worker, half a minute apart at least, and never while there is none."""
+    """Kills the engine, half a minute apart at least, and never while there is none."""
     dice = random.Random(seed)
     while True:
         await asyncio.sleep(30 + dice.expovariate(1 / every_s))
         if time.monotonic() > until_s - 60:  # so that it can come back
             return
-        name = dice.choice(("VLLM::EngineCore", "VLLM::Worker"))
-        victim = served.named(name)
+        victim = served.named(ENGINE_CORE)
         if victim is not None and await asyncio.to_thread(served.is_ready):
             victim.kill()
-            tally.kills[name] += 1
+            tally.kills[ENGINE_CORE] += 1
 
 
 async def watch_memory(served: ServeProcess, tally: Tally) -> None:

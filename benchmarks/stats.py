@@ -17,6 +17,12 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "sd": spread, "n": len(values)}
 
 
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The 50th, 95th and 99th, between the values where they fall between."""
+    cuts = statistics.quantiles([*values, *values[-1:]] if len(values) == 1 else values, n=100, method="inclusive")
+    return {f"p{percent}": cuts[percent - 1] for percent in (50, 95, 99)}
+
+
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """The ratio of two times measured in turn, round by round: median, extremes and number of rounds."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]

@@ -123,4 +123,4 @@ def t_above(t: float, freedom: int) -> float:
         within = 2 / math.pi * (angle + sine * total)
     else:
         within = 2 / math.pi * angle
-    return (1 - within) / 2
+    return (1 - min(1.0, max(-1.0, within))) / 2  # the sum of a thousand terms may be a rounding error outside

@@ -266,7 +266,11 @@ class Settings(BaseSettings):
         description="Ray cluster to join, HOST:PORT or auto for the one of this machine; default: a new one here.",
     )
     generator_replicas: Replicas = Field(default="1", description=f"Engines on Ray. {_REPLICAS}")
-    generator_cpus: float = Field(default=1, ge=0, description="CPU cores reserved on Ray for each engine's replica.")
+    generator_cpus: float = Field(
+        default=1,
+        ge=0,
+        description="CPU cores reserved on Ray for each engine's replica; on a cluster that is joined, its threads.",
+    )
     generator_gpus: float = Field(
         default=0, ge=0, description="GPUs reserved on Ray for each device of an engine; 1 to serve from GPUs."
     )

@@ -136,6 +136,8 @@ class GenerationRequest(Wire, ABC):
 
     def sampling(self) -> Sampling:
         """How one candidate is drawn; the endpoints add what only they know."""
+        is_told = self.return_candidates or self.stream_candidates
+        falls_back = self.nbest is not None and self.nbest.on_reward_failure == "logprob"
         return Sampling(
             max_tokens=self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -145,6 +147,7 @@ class GenerationRequest(Wire, ABC):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
+            likelihood=is_told or falls_back,
         )
 
     def _best_of(self, settings: Settings) -> int:

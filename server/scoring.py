@@ -1,7 +1,7 @@
 """The scoring of one request: groups of candidates go to the scorer as they finish, several groups at a time.
 
 A scorer may need more (`Needs`). One that compares candidates with each other gets all of them in one call, when the
-last has finished. One that reads the most likely tokens gets them asked for (`sampling_for`), and what the client did
+last has finished. One that reads log-probabilities gets them asked for (`sampling_for`), and what the client did
 not ask for itself is taken off again before anyone else sees it (`as_asked`).
 """
 
@@ -107,9 +107,14 @@ class Scoring:
 
 def sampling_for(scorer: Scorer | None, asked: Sampling) -> Sampling:
     """The sampling to generate with: what was asked, and what the scorer needs beside it."""
-    if scorer is None or scorer.needs.top_logprobs <= (asked.logprobs or 0):
+    if scorer is None:
         return asked
-    return replace(asked, logprobs=scorer.needs.top_logprobs)
+    top = scorer.needs.top_logprobs
+    return replace(
+        asked,
+        likelihood=asked.likelihood or scorer.needs.likelihood,
+        logprobs=top if top > (asked.logprobs or 0) else asked.logprobs,
+    )
 
 
 @overload

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from benchmarks import plot
-from benchmarks.latency import Answers, Prices, good, percentiles, summary
-from benchmarks.stats import knee
+from benchmarks.frugal import frontier
+from benchmarks.latency import Answers, good, summary
+from benchmarks.prices import Prices
+from benchmarks.stats import knee, percentiles
 from scripts import costs
 
 PRICES = Prices(per_hour=36.0, per_million=(1.0, 2.0, 0.5))
@@ -95,14 +97,27 @@ def test_the_tables_and_plots_are_made(tmp_path: Path, monkeypatch: pytest.Monke
     assert "prompt of 118 tokens" in costs.scaling(LATENCY)
     assert "| 0.5 | 1.50 | 90 | 1 | 0.70 s | 1.90 s | 93 % | 1.40/s |" in costs.goodput(LATENCY)
     assert plot.latency(LATENCY).stat().st_size > 0
-    pools = {str(n): {"reward": 1.0 + n, "low": 0.5, "high": 9.0, "tokens": 64.0 * n} for n in (1, 2, 4)}
-    curve = [{"reward": 2.0, "tokens": 100.0}]
-    frugal = {
-        "plain": {"film reviews": pools},
-        "policies": {"film reviews": {"adaptive": {"curve": curve}}},
-        "prompts": {"film reviews": 19},
+
+
+def test_reward_is_drawn_against_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plot, "FIGURES", tmp_path)
+
+    def point(n: int) -> dict[str, Any]:
+        reward = {"mean": 1.0 + n, "low": 0.5, "high": 9.0}
+        return {"best_of": n, "reward": reward, "tokens": 64.0 * n, "total_s": 0.5 * n, "price": 1e-5 * n}
+
+    found = {
+        "policy": "tiny",
+        "prompts": 3,
+        "max_tokens": 64,
+        "curves": {"plain": [point(n) for n in (1, 2, 4)], "adaptive": [point(3)]},
     }
-    assert plot.cost(frugal).stat().st_size > 0
+    assert plot.cost(found).stat().st_size > 0
+
+
+def test_the_frontier_is_what_no_other_setting_beats() -> None:
+    settings = [{"tokens": tokens, "reward": reward} for tokens, reward in ((3, 2.0), (1, 1.0), (2, 0.5), (2, 1.5))]
+    assert [one["tokens"] for one in frontier(settings)] == [1, 2, 3]
 
 
 def test_others_stand_beside_nbest() -> None:

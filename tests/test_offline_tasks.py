@@ -57,6 +57,12 @@ def test_what_a_row_leaves_open_comes_from_the_run() -> None:
     assert task({"messages": HI, "max_completion_tokens": 4}).request.sampling.max_tokens == 4
 
 
+def test_a_run_keeps_the_likelihood_of_every_candidate() -> None:
+    asked = task({"prompt": "p"})
+    assert asked.request.sampling.likelihood
+    assert set(asked.sampling) == {"max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty"}
+
+
 def test_a_row_can_have_a_stopping_policy() -> None:
     row = {"prompt": "p", "nbest": {"stopping": {"policy": "adaptive", "price": 0.5}}}
     assert task(row).request.stopping == Stopping("adaptive", waves=AdaptiveN(6, price=0.5))

@@ -274,6 +274,21 @@ def test_options_of_the_extension_reach_the_pipeline() -> None:
     assert (planned.reward_model, planned.deadline_s, planned.on_reward_failure) == ("taste", 2.0, "first")
 
 
+@pytest.mark.parametrize(
+    ("fields", "asked_for"),
+    [
+        ({}, False),
+        ({"logprobs": True}, False),  # tells those of each token, and asks for them by itself
+        ({"nbest": {"return_candidates": True}}, True),
+        ({"nbest": {"stream_candidates": True}, "stream": True}, True),
+        ({"nbest": {"on_reward_failure": "logprob"}}, True),
+        ({"nbest": {"on_reward_failure": "first"}}, False),
+    ],
+)
+def test_a_likelihood_is_asked_for_where_it_is_read(fields: dict[str, Any], *, asked_for: bool) -> None:
+    assert plan(ChatCompletionRequest, **fields).sampling.likelihood is asked_for
+
+
 class TestStoppingOptions:
     OPTIONS: ClassVar[dict[str, Any]] = {
         "price": 0.5,

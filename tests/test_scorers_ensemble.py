@@ -117,3 +117,5 @@ def test_it_needs_what_its_members_need() -> None:
     sure, plain = ScriptedScorer(), ScriptedScorer()
     sure.needs = Needs(top_logprobs=20)
     assert EnsembleScorer("both", [plain, sure], "min").needs == Needs(all_candidates=True, top_logprobs=20)
+    sure.needs = Needs(likelihood=True)
+    assert EnsembleScorer("both", [plain, sure], "min").needs == Needs(all_candidates=True, likelihood=True)

@@ -92,7 +92,8 @@ async def test_the_most_likely_tokens_are_drawn_for_it_and_told_as_asked(asked: 
 async def test_a_client_that_asks_for_more_gets_more() -> None:
     generator = ScriptedGenerator(["a"])
     served = BestOfN(generator, {"lp": LogprobScorer("lp")})
-    result = await served.run(BestOfNRequest(PROMPT, Sampling(logprobs=3), 1))
+    result = await served.run(BestOfNRequest(PROMPT, Sampling(logprobs=3, likelihood=False), 1))
+    assert generator.calls[0][1].likelihood
     assert generator.calls[0][1].logprobs == 3
     assert result.selection.winner.reward == -1.0
     assert len((result.selection.winner.candidate.logprobs or ())[0].top) == 3

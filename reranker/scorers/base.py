@@ -1,8 +1,8 @@
 """The scorer protocol: one narrow method, so that a reward model, a judge and a scripted double look alike."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from reranker.candidate import Candidate, Prompt
 
@@ -31,12 +31,23 @@ class Needs:
     """What a scorer must be given beyond a prompt and a text.
 
     `all_candidates`: its rewards compare the candidates of one call, so all of a request's come together, in one call
-    after the last has finished. `top_logprobs`: so many most likely tokens beside each generated one
-    (`TokenLogprob.top`), whether or not the client asked for any.
+    after the last has finished. `likelihood`: their `cumulative_logprob`. `top_logprobs`: so many most likely tokens
+    beside each generated one (`TokenLogprob.top`), whether or not the client asked for any.
     """
 
     all_candidates: bool = False
+    likelihood: bool = False
     top_logprobs: int = 0
+
+    @classmethod
+    def to_compare(cls, members: Iterable["Scorer"]) -> Self:
+        """Of a scorer that compares all candidates by the rewards of these."""
+        needs = [member.needs for member in members]
+        return cls(
+            all_candidates=True,
+            likelihood=any(one.likelihood for one in needs),
+            top_logprobs=max(one.top_logprobs for one in needs),
+        )
 
 
 class Scorer(Protocol):

@@ -22,8 +22,7 @@ class CascadeScorer:
 
     def __init__(self, name: str, cheap: Scorer, dear: Scorer, keep: float) -> None:
         self.name = name
-        top_logprobs = max(cheap.needs.top_logprobs, dear.needs.top_logprobs)
-        self.needs = Needs(all_candidates=True, top_logprobs=top_logprobs)
+        self.needs = Needs.to_compare((cheap, dear))
         self._cheap = cheap
         self._dear = dear
         self._keep = keep

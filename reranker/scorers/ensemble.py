@@ -34,7 +34,7 @@ class EnsembleScorer:
 
     def __init__(self, name: str, members: Sequence[Scorer], combination: Combination, k: float = 0.0) -> None:
         self.name = name
-        self.needs = Needs(all_candidates=True, top_logprobs=max(member.needs.top_logprobs for member in members))
+        self.needs = Needs.to_compare(members)
         self._members = members
         self._combination = combination
         self._k = k

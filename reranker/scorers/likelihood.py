@@ -34,7 +34,7 @@ SELF_CERTAINTY_TOKENS = 20
 class LogprobScorer:
     """Rewards the candidates that the policy itself finds likeliest; nats a token, at most 0."""
 
-    needs = Needs()
+    needs = Needs(likelihood=True)
 
     def __init__(self, name: str) -> None:
         self.name = name

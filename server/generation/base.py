@@ -23,7 +23,8 @@ class Sampling:
     """How one candidate is drawn; the names and defaults are OpenAI's. `max_tokens` None: to the end of the context.
 
     Candidate i of a seeded request uses `seed + i`. `json_schema` constrains the output to a schema ({} is any JSON
-    object). `logprobs` asks for that many most likely tokens beside each generated one; None for none at all.
+    object). `logprobs` asks for that many most likely tokens beside each generated one; None for none at all. Without
+    `likelihood` candidates need no `cumulative_logprob`, which over a large vocabulary is a tenth of an engine's time.
 
     A candidate goes on from `after`, token by token, and holds it: text, tokens and log-probabilities are those of the
     whole answer, which `max_tokens` and `stop` are about too. After `block_tokens` new ones it ends, by length.
@@ -38,6 +39,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    likelihood: bool = True
     json_schema: dict[str, Any] | None = None
     after: Candidate | None = None
     block_tokens: int | None = None

@@ -62,6 +62,11 @@ from server.generation.outcomes import Outcomes
 from server.generation.weights import FullWeights, WeightsShelf, full_weights
 
 GIB = 1 << 30
+IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""The worker in the core's own process. vLLM gives a CPU's worker one of its own, to bind its threads to cores; core
+and worker then wait for each other in loops that never sleep, beside as many threads as there are cores, and go on for
+a second after the last token, while a reward model wants those cores (benchmarks/LOG.md). By its full name: the short
+one, uni, is taken for mp on a CPU. Who binds threads with VLLM_CPU_OMP_THREADS_BIND gets the process."""
 MIXED_VERSIONS = 2
 """Adapters in one step of the engine: the newest, and the one before it while its requests end."""
 FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
@@ -76,6 +81,18 @@ def pick_dtype(device: str) -> str:
     if device == "cuda":
         return "auto"
     return "bfloat16" if computes_bfloat16(device) else "float32"
+
+
+def _executor(on_cpu: bool, tensor_parallel_size: int, shards_are_actors: bool) -> str | None:
+    """What runs the engine's workers; None is vLLM's own choice.
+
+    On Ray the shards are actors, placed in the bundles that the replica of this process was given. Ray ends those with
+    their owner, wherever they run.
+    """
+    if shards_are_actors:
+        return "ray"
+    threads_are_bound = "VLLM_CPU_OMP_THREADS_BIND" in os.environ
+    return IN_CORE if on_cpu and tensor_parallel_size == 1 and not threads_are_bound else None
 
 
 def pick_max_rank(rank: int) -> int:
@@ -188,8 +205,6 @@ class VllmGenerator:
             # Counting the ranks of log-probabilities is all that would be compiled here: 20 s of g++ in the first
             # request, or an engine that fails where there is no compiler, for an operation of half a millisecond.
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-            # By default vLLM leaves a core to the front end; with few cores that is a large share of all there is.
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
         load = EngineLoad()
         lora: dict[str, Any] = {}
         if max_lora_rank is not None:
@@ -210,9 +225,7 @@ class VllmGenerator:
             kv_cache_memory_bytes=int(kv_cache_gib * GIB) if on_cpu else None,
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
-            # On Ray the shards are actors, placed in the bundles that the replica of this process was given. Ray ends
-            # those with their owner, wherever they run.
-            distributed_executor_backend="ray" if shards_are_actors else None,
+            distributed_executor_backend=_executor(on_cpu, tensor_parallel_size, shards_are_actors),
             worker_extension_cls=EXTENSION if shards_are_actors else ENDS_WITH_ITS_OWNER,
             enable_prefix_caching=True,
             # A seeded prompt that is read in pieces ends the engine on a CPU ("CPU Generator does not use offset"), so
@@ -345,7 +358,7 @@ class VllmGenerator:
         return token_ids
 
     def params(self, sampling: Sampling, index: int, given_tokens: int, kind: RequestOutputKind) -> SamplingParams:
-        """vLLM's parameters for candidate `index`; the chosen tokens' log-probabilities are always asked for."""
+        """vLLM's parameters for candidate `index`."""
         structured = None
         if sampling.json_schema is not None:
             structured = (
@@ -362,7 +375,7 @@ class VllmGenerator:
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
             logit_bias=dict(sampling.logit_bias) or None,
-            logprobs=sampling.logprobs or 0,
+            logprobs=0 if sampling.logprobs is None and sampling.likelihood else sampling.logprobs,
             structured_outputs=structured,
             output_kind=kind,
         )
@@ -474,6 +487,7 @@ class _Growing:
         after = sampling.after or NOTHING
         self._index = index
         self._num_top = sampling.logprobs
+        self._is_likelihood_known = sampling.likelihood or sampling.logprobs is not None
         self._after, self._stop = after, sampling.stop
         self._text = after.text
         self._token_ids = after.token_ids
@@ -481,7 +495,7 @@ class _Growing:
         self._logprobs = after.logprobs or ()
 
     def extend(self, output: CompletionOutput, weights_version: str | None) -> Candidate:
-        chosen_and_rivals = list(zip(output.token_ids, output.logprobs or (), strict=True))
+        chosen_and_rivals = list(zip(output.token_ids, output.logprobs or (), strict=self._is_likelihood_known))
         self._text += output.text
         self._token_ids += tuple(output.token_ids)
         self._cumulative_logprob += sum(ranked[token_id].logprob for token_id, ranked in chosen_and_rivals)
@@ -492,7 +506,7 @@ class _Growing:
             text=self._text,
             num_tokens=len(self._token_ids),
             token_ids=self._token_ids,
-            cumulative_logprob=self._cumulative_logprob,
+            cumulative_logprob=self._cumulative_logprob if self._is_likelihood_known else None,
             finish_reason=FINISH_REASONS.get(output.finish_reason),
             logprobs=None if self._num_top is None else self._logprobs,
             weights_version=weights_version,

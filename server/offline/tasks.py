@@ -40,6 +40,8 @@ REQUESTS: dict[str, type[GenerationRequest]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
 }
+UNTOLD = {"seed", "likelihood"}
+"""What results do not tell of a sampling: it is told beside it, or has no say in what is drawn."""
 OWN_OF_RESULTS = set(Result.model_fields) - {"candidates", "messages", "prompt", "model", "sampling", "seed"}
 """Fields of a line of results.jsonl that are about the selection that was, not about the candidates."""
 
@@ -140,7 +142,8 @@ class Drawing:
             )
         if request.sampling.logprobs is not None:
             raise BadRequestError("Results tell no token's log-probability; leave logprobs out.", param="logprobs")
-        return Task(line, custom_id, request, self.model, _told(request.sampling))
+        recorded = replace(request, sampling=replace(request.sampling, likelihood=True))
+        return Task(line, custom_id, recorded, self.model, _told(request.sampling))
 
 
 class GivenCandidate(Wire):
@@ -263,4 +266,4 @@ def _known(candidate: Candidate, told: GivenCandidate | None) -> Candidate:
 def _told(sampling: Sampling) -> dict[str, Any]:
     """The sampling as a result tells it: what was asked for, and nothing that was left open."""
     values = asdict(sampling) | {"logit_bias": {str(token): bias for token, bias in sampling.logit_bias}}
-    return {name: value for name, value in values.items() if name != "seed" and value not in (None, (), {})}
+    return {name: value for name, value in values.items() if name not in UNTOLD and value not in (None, (), {})}

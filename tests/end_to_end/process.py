@@ -1,6 +1,7 @@
 """`nbest serve` as a process of its own, as users run it, and a look at what it is made of from outside."""
 
 import contextlib
+import os
 import signal
 import sys
 import tempfile
@@ -81,12 +82,13 @@ def lives(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def nbest_serve(*flags: str) -> Iterator[ServeProcess]:
+def nbest_serve(*flags: str, **environment: str) -> Iterator[ServeProcess]:
     """`nbest serve` on a free port, ready; killed on leaving, unless it has been stopped by then."""
     with listen("127.0.0.1", 0) as probe:
         address = address_of(probe)
     with tempfile.NamedTemporaryFile("w", prefix="nbest-serve-", suffix=".log") as log:
-        process = psutil.Popen([NBEST, "serve", "--port", address.split(":")[1], *flags], stderr=log)
+        command = [str(NBEST), "serve", "--port", address.split(":")[1], *flags]
+        process = psutil.Popen(command, stderr=log, env=os.environ | environment)
         served = ServeProcess(f"http://{address}", process, Path(log.name))
         try:
             assert eventually(lambda: served.is_ready() or process.poll() is not None, START_TIMEOUT_S)

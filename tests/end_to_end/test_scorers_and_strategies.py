@@ -18,6 +18,8 @@ def test_logprob_prefers_what_the_policy_finds_likeliest(client: openai.OpenAI) 
     assert [one["reward"] for one in reply.nbest["candidates"]] == pytest.approx(means)
     assert reply.choices[0].reward == pytest.approx(max(means))
     assert reply.nbest["scored_tokens"] == 0
+    untold = complete(client, best_of=4, nbest={"reward_model": "likely", "return_candidates": False})
+    assert untold.choices[0].reward < 0
 
 
 def test_self_certainty_gets_the_logprobs_it_needs_and_keeps_them_to_itself(client: openai.OpenAI) -> None:
