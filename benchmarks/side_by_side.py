@@ -9,7 +9,8 @@
     optillm               optillm 0.4.0 `bon` over the same: one request for 16, then the policy grades each in turn
 
 The same model, precision, prompt of about 120 tokens and 64 new tokens; the end of a text is biased away where a way
-can be told to, and the tokens that each drew are kept. Servers that are not asked wait idle. A round asks each way for
+can be told to, and the tokens that each drew are kept. Servers that are not asked wait idle, and before each way all
+have two seconds to become so. A round asks each way for
 one answer, and then for several at once; the order turns. A way that cannot be installed or that fails is left out, and
 why is told.
 
@@ -39,6 +40,8 @@ from server.config import Settings
 from server.generation.vllm_engine import IN_CORE, pick_dtype
 
 BEST_OF, MAX_TOKENS = 16, 64
+SETTLES_S = 2.0
+"""Between two ways: by default a worker of vLLM's goes on waiting with a whole core for a second after its last token."""
 PROMPT = "Go on with this review of a film that I saw at the festival this year. " * 5 + OPENINGS[0]
 PEERS = {
     "its-hub": ("its-hub[lm]==1.2.0", "its_hub_worker.py", False),
@@ -174,6 +177,7 @@ async def measure(rounds: int, at_once: int, wanted: list[str]) -> dict[str, Any
                 for load, requests in (("one", 1), ("at once", at_once)):
                     if name in left_out or (number < 0 and load == "at once"):
                         continue
+                    await asyncio.sleep(SETTLES_S)
                     started_s = time.perf_counter()
                     try:
                         drawn = await by_name[name](requests)
