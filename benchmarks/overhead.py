@@ -48,7 +48,7 @@ async def measure(rounds: int, max_tokens: int) -> dict[str, Any]:
     full: list[Timings] = []
     async with assembly.start(settings) as pipeline:
         for number in track(range(-1, rounds), "Measuring", console=Console(stderr=True)):
-            sampling = Sampling(max_tokens=max_tokens, seed=1000 * (number + 1))
+            sampling = Sampling(max_tokens=max_tokens, seed=1000 * (number + 1), likelihood=False)
             if number % 2:
                 bare, timings = await generate_only(pipeline, sampling), await best_of_n(pipeline, sampling)
             else:

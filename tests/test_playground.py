@@ -172,6 +172,29 @@ class TestDrawing:
             assert await browser.js(STATES) == ["winner", "finished", "spared", "spared"]
             assert "2 completed, 2 not drawn, stopped by adaptive" in await browser.text("#status")
 
+    async def test_a_policy_is_a_choice(self) -> None:
+        generator = HeldGenerator(["early", "early", "early", "late"])
+        async with opened(generator) as (browser, _):
+            await browser.choose("#stopping", "straggler_cut")
+            await draw(browser, best_of="4")
+            await browser.until(WINNER)
+            assert "3 completed, 1 cancelled, stopped by straggler cut" in await browser.text("#status")
+            await browser.choose("#stopping", "speculative_rejection")
+            assert re.search(r"checkpoints.*\[\s*12\s*\]", await browser.text("#snippet"))
+
+    async def test_blocks_are_shown_as_they_are_chosen(self) -> None:
+        scorer = ScriptedScorer({"a b": 1, "u v": 2, "u v c": 4, "u v w": 3})
+        async with opened(ScriptedGenerator(["a b c", "u v w"]), scorer) as (browser, _):
+            await browser.choose("#strategy", "blockwise")
+            assert await browser.js("[document.querySelector('#stopping').disabled]") == [True]
+            await draw(browser, best_of="2", block_tokens="2")
+            await browser.until(WINNER)
+            assert await browser.js(STATES) == ["winner"]
+            assert await browser.text("[data-state=winner] .text") == "u v c"
+            assert await browser.text("[data-state=winner] .reward") == "4.00"
+            assert await browser.text("#figure-reward") == "4.00"
+            assert await browser.text("#status") == "Written in 2 blocks, each the best of 2."
+
     async def test_one_candidate_of_a_plain_text_grows(self) -> None:
         generator = ScriptedGenerator(["so very good " + "word " * 40], word_delay_s=0.05)
         async with opened(generator) as (browser, _):

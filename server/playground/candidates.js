@@ -42,6 +42,12 @@ class Row {
     this.part("note").textContent = facts.filter(Boolean).join(" · ");
   }
 
+  /** The answer is whole: what there is to tell is its end, the text has come before. */
+  close(finishReason, elapsedS) {
+    this.become("finished", finishReason === "length" ? "cut" : "");
+    this.part("note").textContent = `finished after ${seconds(elapsedS)} · ${ENDS[finishReason]}`;
+  }
+
   score(reward) {
     this.reward = reward;
     this.part("reward").textContent = reward === null ? "no reward" : decimal(reward);
@@ -99,6 +105,13 @@ export class Candidates {
   /** More text of the only candidate. */
   grow(text) {
     this.#rows[0].part("text").textContent += text;
+  }
+
+  /** The only candidate, of which all text has been told, is whole. */
+  close({ finish_reason, reward }, elapsedS) {
+    this.#rows[0].close(finish_reason, elapsedS);
+    this.#rows[0].score(reward);
+    this.#scaleBars();
   }
 
   /** All is known: the ranking, best first, that the last `numSpared` were not drawn, and that no other ends any more. */

@@ -54,7 +54,10 @@ function show(refusal) {
 function describe() {
   const bestOf = byId("best_of").value || "N";
   byId("go").textContent = stopping ? "Stop" : bestOf === "1" ? "Draw one" : `Draw the best of ${bestOf}`;
-  byId("reward_model").disabled = byId("strategy").value === "majority";
+  const strategy = byId("strategy").value;
+  byId("reward_model").disabled = strategy === "majority";
+  byId("stopping").disabled = strategy === "blockwise";
+  byId("block_tokens").disabled = strategy !== "blockwise";
   const base = location.href.replace(/[?#].*$/, "").replace(/\/$/, "");
   const language = document.querySelector("[name=language]:checked").value;
   const write = language === "curl" ? asCurl : asPython;
@@ -72,8 +75,11 @@ async function draw() {
   const body = request.streamed(request.body(model));
   const begunMs = performance.now();
   const elapsedS = () => (performance.now() - begunMs) / 1000;
+  const inBlocks = request.inBlocks(body);
+  const rows = inBlocks ? 1 : body.best_of; // of blocks, the answer as it is chosen
   stopping = new AbortController();
-  begin(body.best_of);
+  begin(rows);
+  if (inBlocks) byId("status").textContent = `Choosing each block from ${counted(body.best_of, "candidate")} …`;
   const ticking = setInterval(() => { byId("figure-time").textContent = seconds(elapsedS()); }, TICK_MS);
   let firstS = null;
   let account = null;
@@ -85,14 +91,18 @@ async function draw() {
       if (chunk.nbest?.event) {
         firstS ??= elapsedS();
         candidates.hear(chunk.nbest, elapsedS());
-        progress(body.best_of);
+        progress(rows);
       } else if (chunk.nbest) {
         account = chunk.nbest;
-      } else if (choice && body.best_of === 1) {
-        candidates.grow(choice.delta?.content ?? choice.text ?? "");
+      }
+      if (choice && rows === 1) {
+        const text = choice.delta?.content ?? choice.text ?? "";
+        if (text) firstS ??= elapsedS();
+        candidates.grow(text);
+        if (inBlocks && choice.finish_reason) candidates.close(choice, elapsedS());
       }
     }
-    conclude(account, usage, firstS);
+    conclude(account, usage, firstS, inBlocks);
   } catch (error) {
     candidates.end();
     if (error.name === "AbortError") {
@@ -143,10 +153,11 @@ function tellTokens(count) {
 }
 
 /** The account of the answer, in figures. */
-function conclude(account, usage, firstS) {
+function conclude(account, usage, firstS, inBlocks) {
   const { rewards } = candidates;
-  const [winner] = account.ranking;
-  candidates.decide(account.ranking, account.not_drawn);
+  const ranking = inBlocks ? [0] : account.ranking; // that of the last block says nothing of the answer
+  const [winner] = ranking;
+  candidates.decide(ranking, account.not_drawn);
   candidates.sort(order());
   if (rewards.length < 2) curve.start(0);
 
@@ -156,7 +167,7 @@ function conclude(account, usage, firstS) {
   byId("figure-reward-note").textContent =
     reward === null
       ? `ranked by ${account.ranked_by}`
-      : `${decimal(mean)} on average · KL at most ${decimal(account.kl_upper_bound)} nats`;
+      : `${inBlocks ? "" : `${decimal(mean)} on average · `}KL at most ${decimal(account.kl_upper_bound)} nats`;
   const { total, queue, generate, score } = account.timings_s;
   byId("figure-time").textContent = seconds(total);
   byId("figure-time-note").textContent =
@@ -165,6 +176,10 @@ function conclude(account, usage, firstS) {
   byId("figure-tokens-note").textContent =
     `${whole(usage.prompt_tokens)} prompt + ${whole(usage.completion_tokens)} drawn · ${whole(account.scored_tokens)} scored`;
   byId("figure-price-note").textContent = `prompt and drawn tokens at ${request.pricePerMillion()} a million`;
+  if (inBlocks) {
+    byId("status").textContent = `Written in ${counted(account.blocks, "block")}, each the best of ${account.best_of}.`;
+    return;
+  }
   const counts = ["completed", "failed", "cancelled", "not_drawn"]
     .filter((end) => account[end])
     .map((end) => `${account[end]} ${inWords(end)}`);

@@ -20,6 +20,15 @@ export function remember() {
   field("key").addEventListener("input", () => sessionStorage.setItem(KEY, key()));
 }
 
+/** Options of the stopping policies, where a policy has no default for what it needs. */
+const STOPPING = {
+  adaptive: () => ({}),
+  speculative_rejection: () => ({ checkpoints: [Math.max(1, Math.round(number("max_tokens") / 4))] }),
+  straggler_cut: () => ({ wait_share: 0.75 }),
+};
+
+export const inBlocks = (body) => body.nbest.strategy === "blockwise";
+
 /**
  * The request for a whole answer.
  *
@@ -32,6 +41,7 @@ export function body(model) {
   const text = field("prompt").value;
   const asked = kind() === "chat" ? { messages: [{ role: "user", content: text }] } : { prompt: text };
   const strategy = field("strategy").value;
+  const policy = field("stopping").value;
   return {
     model,
     ...asked,
@@ -44,18 +54,21 @@ export function body(model) {
       // Counting votes asks no reward model, and the server refuses to name one beside it.
       ...(strategy !== "majority" && { reward_model: field("reward_model").value }),
       strategy,
+      // Blocks are drawn whole, and nothing but them has a length.
+      ...(strategy === "blockwise" && number("block_tokens") !== null && { block_tokens: number("block_tokens") }),
+      ...(strategy !== "blockwise" && policy && { stopping: { policy, ...STOPPING[policy]() } }),
       ...(number("deadline_s") !== null && { deadline_s: number("deadline_s") }),
       ...added.nbest,
     },
   };
 }
 
-/** The same request for a stream that tells what becomes of every candidate. */
+/** The same request for a stream that tells what becomes of every candidate; blocks tell what has been chosen. */
 export function streamed(whole) {
   return {
     ...whole,
     stream: true,
     stream_options: { include_usage: true },
-    nbest: { ...whole.nbest, stream_candidates: true },
+    nbest: { ...whole.nbest, ...(!inBlocks(whole) && { stream_candidates: true }) },
   };
 }
