@@ -41,7 +41,7 @@ from server.generation.vllm_engine import IN_CORE, pick_dtype
 
 BEST_OF, MAX_TOKENS = 16, 64
 SETTLES_S = 2.0
-"""Between two ways: by default a worker of vLLM's goes on waiting with a whole core for a second after its last token."""
+"""Between two ways: by default a worker of vLLM's waits with a core of its own for a second after the last token."""
 PROMPT = "Go on with this review of a film that I saw at the festival this year. " * 5 + OPENINGS[0]
 PEERS = {
     "its-hub": ("its-hub[lm]==1.2.0", "its_hub_worker.py", False),
