@@ -1,9 +1,9 @@
-"""What stopping policies save on the running engine, and reward against cost: plain best-of-n and each policy.
+"""What stopping policies save on the running engine, and reward against cost: plain best-of-n, each policy, blocks.
 
 The settings of the policies and what they know beforehand come from `benchmarks.frugal`, thus from other openings than
 the thirty that are answered here: the one that was chosen there is compared with plain best-of-16, and some on the way
-from its cheapest to its dearest make a curve. Every opening is answered by all in turn, one request at a time, with the
-same seeds; rewards are compared pair by pair.
+from its cheapest to its dearest make a curve, as blockwise best-of-n does over n. Every opening is answered by all in
+turn, one request at a time, with the same seeds; rewards are compared pair by pair.
 
     python -m benchmarks.frugal_live [--seed 0] [--prompts 30] [--price-per-hour 0.1] [--price-per-million 0 0 0]
 """
@@ -13,7 +13,7 @@ import asyncio
 import json
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -28,15 +28,17 @@ from reranker.candidate import Prompt
 from reranker.estimators import bootstrap_mean
 from reranker.predictive import Prior
 from reranker.stopping import AdaptiveN, Policy, SpeculativeRejection, Stopping
-from server import assembly
+from server import assembly, blockwise
 from server.config import Settings
 from server.generation.base import Sampling
-from server.pipeline import BestOfNRequest, BestOfNResult
+from server.pipeline import BestOfN, BestOfNRequest, BestOfNResult
 
 SEEDS_APART = 1000
 """Between the seeds of two openings: candidate i of an opening uses its seed + i."""
 PLAIN = "plain"
 N = (1, 2, 4, 8, 16, 32)
+BLOCKWISE: Literal["blockwise"] = "blockwise"
+BLOCKWISE_N = (2, 4, 8, 16)
 MEASURED: tuple[Policy, ...] = ("adaptive", "speculative_rejection", "adaptive_rejection")
 ON_CURVE = 4
 """Settings of each policy beside the chosen one."""
@@ -51,6 +53,13 @@ class Way:
     stopping: Stopping = field(default_factory=Stopping)
     is_compared: bool = False
 
+    async def answer(self, pipeline: BestOfN, prompt: Prompt, sampling: Sampling) -> BestOfNResult:
+        request = BestOfNRequest(prompt, sampling, self.best_of, stopping=self.stopping)
+        if self.curve != BLOCKWISE:
+            return await pipeline.run(request)
+        in_blocks = replace(sampling, block_tokens=blockwise.DEFAULT_BLOCK_TOKENS)
+        return await blockwise.answer(pipeline.run, replace(request, sampling=in_blocks, strategy=BLOCKWISE))
+
 
 def ways(recorded: dict[str, Any], prior: Prior) -> list[Way]:
     """Plain best-of-n for every N, and each policy as recorded pools have it."""
@@ -62,7 +71,7 @@ def ways(recorded: dict[str, Any], prior: Prior) -> list[Way]:
         settings = [best[round(place * (len(best) - 1) / (ON_CURVE - 1))] for place in range(ON_CURVE)]
         found += [_way(name, one, most, prior) for one in settings]
         found.append(replace(_way(name, policy["equal"]["chosen"][0], most, prior), is_compared=True))
-    return found
+    return found + [Way(BLOCKWISE, n) for n in BLOCKWISE_N]
 
 
 def _way(name: Policy, setting: dict[str, Any], most: int, prior: Prior) -> Way:
@@ -86,8 +95,7 @@ async def measure(first_seed: int, prompts: int, prices: Prices) -> dict[str, An
         for place, opening in enumerate(track(OPENINGS[:prompts], "Answering", console=Console(stderr=True))):
             sampling = Sampling(max_tokens=max_tokens, seed=first_seed + SEEDS_APART * place, likelihood=False)
             for way, of_way in zip(asked, results, strict=True):
-                request = BestOfNRequest(Prompt(text=opening), sampling, way.best_of, stopping=way.stopping)
-                of_way.append(await pipeline.run(request))
+                of_way.append(await way.answer(pipeline, Prompt(text=opening), sampling))
         reward_model = next(iter(pipeline.scorers))
     compared = {way.curve: of_way for way, of_way in zip(asked, results, strict=True) if way.is_compared}
     curves: dict[str, list[dict[str, Any]]] = {way.curve: [] for way in asked}
