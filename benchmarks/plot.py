@@ -21,6 +21,14 @@ CURVES = (("#222222", "^"), ("#7a3fa0", "D"), ("#1f5fa8", "o"), ("#2e8b57", "s")
 """Told apart by colour and by marker."""
 TRAINED = (CURVES[1], CURVES[3], CURVES[4], CURVES[0])
 """Policies beside the curve of best-of-n, which is blue with circles."""
+OF_POLICY = {
+    "plain": CURVES[0],
+    "adaptive": CURVES[1],
+    "adaptive without a prior": CURVES[2],
+    "speculative_rejection": CURVES[3],
+    "adaptive_rejection": CURVES[4],
+    "blockwise": CURVES[2],
+}
 MEASURES = {
     "reward": "mean reward ({reward_model})",
     "vader": "independent judge (VADER, -1 to 1)",
@@ -178,7 +186,8 @@ def frugal(result: dict[str, Any]) -> Path:
         axis.fill_between(tokens, low, high, color=CURVES[0][0], alpha=0.08, linewidth=0)
         goal = plain[str(result["plain_n"])]
         axis.plot(goal["tokens"], goal["reward"], marker="o", markersize=9, markerfacecolor="none", color=CURVES[0][0])
-        for (name, found), (colour, marker) in zip(result["policies"][pools].items(), CURVES[1:], strict=False):
+        for name, found in result["policies"][pools].items():
+            colour, marker = OF_POLICY[name]
             x, y = zip(*((one["tokens"], one["reward"]) for one in frontier(found["curve"])), strict=True)
             axis.plot(x, y, marker=marker, markersize=3, color=colour, label=name)
         axis.axhline(goal["reward"], color="#999999", linewidth=0.8, linestyle="--")
@@ -244,7 +253,8 @@ def cost(result: dict[str, Any]) -> Path:
     figure, axes = plt.subplots(1, len(costs), figsize=(12, 3.8), layout="constrained", sharey=True)
     for axis, (cost, label) in zip(axes, costs.items(), strict=True):
         times = 1000 if cost == "price" else 1
-        for (name, curve), (colour, marker) in zip(result["curves"].items(), CURVES, strict=False):
+        for name, measured in result["curves"].items():
+            curve, (colour, marker) = sorted(measured, key=lambda one: one[cost]), OF_POLICY[name]
             spent = [times * one[cost] for one in curve]
             rewards, low, high = ([one["reward"][key] for one in curve] for key in ("mean", "low", "high"))
             axis.plot(spent, rewards, color=colour, marker=marker, markersize=4, label=name)
