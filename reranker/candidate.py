@@ -48,6 +48,7 @@ class Candidate:
     `index` is its place among the N of its request; its seed is the request's seed + index. `finish_reason` is None
     while it is still being generated: such a snapshot holds all text and tokens so far. `token_ids` is empty and
     `cumulative_logprob` (nats, over the generated tokens) None where an upstream server does not tell them.
+    `is_beginning`: others may go on from it, so a scorer does well to keep what it computed.
     `weights_version` names the adapter or the reloaded weights that drew it; None for the model as it was started.
     """
 
@@ -59,6 +60,7 @@ class Candidate:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     weights_version: str | None = None
+    is_beginning: bool = False
 
     @property
     def mean_logprob(self) -> float:

@@ -1,53 +1,118 @@
-"""The keys and values of the prompts that were scored last, in buffers that never grow.
+"""The keys and values of what was scored last and will be read again, in buffers that never grow.
 
-Every layer has one buffer for keys and one for values, with a place for each of `capacity` tokens. A prompt takes any
-places that are free, the prompts used longest ago giving up theirs. Were each prompt's tensors allocated on their own,
-they would lie about between what a batch needs for a moment, so that little of what is freed could be used again: in a
-quarter of an hour of short prompts that came to more than the prompts themselves.
+Kept are prompts, because candidates are scored as they finish and each follows its prompt, and beginnings: candidates
+that were scored before their end, and of which the rest is to come. A beginning is kept behind the prompt or the
+beginning that it goes on from, and holds places for its own tokens alone.
+
+Every layer has one buffer for keys and one for values, with a place for each of `capacity` tokens. What is kept takes
+any places that are free, what was used longest ago giving up its own; nothing is given up before all that goes on from
+it. Were each prompt's tensors allocated on their own, they would lie about between what a batch needs for a moment, so
+that little of what is freed could be used again: in a quarter of an hour of short prompts that came to more than the
+prompts themselves.
 """
 
 from collections import OrderedDict
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import torch
 
 TokenIds = tuple[int, ...]
 
+LEAST_SHARED = 4
+"""Tokens after the prompt that a candidate must have in common with a beginning; fewer are as soon computed."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """`places_T` are of all tokens from the first of the prompt on, `own` the last of them, which it holds itself.
+
+    `before` is what it goes on from, and `prompt_ids` what that goes back to; None for a prompt. `beginnings` are those
+    of a prompt.
+    """
+
+    places_T: torch.Tensor
+    own: list[int]
+    before: TokenIds | None = None
+    prompt_ids: TokenIds | None = None
+    beginnings: list[TokenIds] = field(default_factory=list)
+
 
 class KeptPrompts:
-    """Places of prompts by their tokens; not for two threads at once."""
+    """Places of prompts and beginnings by their tokens; not for two threads at once."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self._capacity = capacity
         self._device = device
         self._free = list(range(capacity))
-        self._places: OrderedDict[TokenIds, torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[TokenIds, Kept] = OrderedDict()
+        """Used longest ago first; what goes on from another one stands before it."""
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def find(self, prompt_ids: TokenIds) -> torch.Tensor | None:
         """The prompt's places, if it is kept; it is then the one used last."""
-        if prompt_ids not in self._places:
+        if prompt_ids not in self._kept:
             return None
-        self._places.move_to_end(prompt_ids)
-        return self._places[prompt_ids]
+        self._use(prompt_ids)
+        return self._kept[prompt_ids].places_T
 
-    def add(self, prompt_ids: TokenIds, needed: Collection[TokenIds]) -> torch.Tensor | None:
-        """Places to write the prompt to; None where there is no room beside those that are `needed` too."""
-        while len(self._free) < len(prompt_ids) <= self._capacity:
-            oldest = next(iter(self._places), None)
+    def find_beginning(self, prompt_ids: TokenIds, token_ids: TokenIds) -> tuple[TokenIds, int] | None:
+        """The beginning that has most of these tokens in common, and how many; the last one is never among them."""
+        best, most = None, len(prompt_ids) + LEAST_SHARED - 1
+        for one in self._kept[prompt_ids].beginnings if prompt_ids in self._kept else ():
+            shared = _common(one, token_ids[:-1], len(prompt_ids))
+            if shared > most:
+                best, most = one, shared
+        if best is None:
+            return None
+        self._use(best)
+        return best, most
+
+    def places(self, token_ids: TokenIds) -> torch.Tensor:
+        """Of something that is kept."""
+        return self._kept[token_ids].places_T
+
+    def add(
+        self,
+        token_ids: TokenIds,
+        needed: Collection[TokenIds],
+        *,
+        prompt_ids: TokenIds | None = None,
+        after: tuple[TokenIds, int] | None = None,
+    ) -> torch.Tensor | None:
+        """Places to write the tokens to; None where there is no room beside those that are `needed` too.
+
+        A beginning of `prompt_ids` goes on `after` the first so many tokens of something kept.
+        """
+        before, shared = after or (None, 0)
+        count = len(token_ids) - shared
+        while len(self._free) < count <= self._capacity:
+            oldest = next(iter(self._kept), None)
             if oldest is None or oldest in needed:
                 return None
             self.forget(oldest)
-        if len(self._free) < len(prompt_ids):
+        if len(self._free) < count:
             return None
-        first = len(self._free) - len(prompt_ids)
-        places = torch.tensor(self._free[first:], dtype=torch.long, device=self._device)
+        first = len(self._free) - count
+        own = self._free[first:]
         del self._free[first:]
-        self._places[prompt_ids] = places
-        return places
+        places_T = torch.tensor(own, dtype=torch.long, device=self._device)
+        path_T = places_T if before is None else torch.cat([self._kept[before].places_T[:shared], places_T])
+        self._kept[token_ids] = Kept(path_T, own, before, prompt_ids)
+        if prompt_ids is not None:
+            self._kept[prompt_ids].beginnings.append(token_ids)
+        self._use(token_ids)
+        return places_T
 
-    def forget(self, prompt_ids: TokenIds) -> None:
-        self._free += self._places.pop(prompt_ids).tolist()
+    def forget(self, token_ids: TokenIds) -> None:
+        """Frees the places of a prompt without beginnings, or of a beginning that nothing goes on from."""
+        gone = self._kept.pop(token_ids)
+        self._free += gone.own
+        if gone.prompt_ids is not None:
+            self._kept[gone.prompt_ids].beginnings.remove(token_ids)
+
+    def __contains__(self, token_ids: TokenIds) -> bool:
+        return token_ids in self._kept
 
     def write(self, layer: int, places_T: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keys and values of one layer, each (KV heads, T, D)."""
@@ -61,6 +126,18 @@ class KeptPrompts:
         keys, values = self._buffers[layer]
         return keys[:, places_T], values[:, places_T]
 
+    def _use(self, token_ids: TokenIds | None) -> None:
+        """It is used last, and what it goes on from after it."""
+        while token_ids is not None:
+            self._kept.move_to_end(token_ids)
+            token_ids = self._kept[token_ids].before
+
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
         # Not filled: on a CPU memory is only taken for places that were written to.
         return torch.empty((like.shape[0], self._capacity, like.shape[2]), dtype=like.dtype, device=like.device)
+
+
+def _common(one: TokenIds, other: TokenIds, start: int) -> int:
+    """How many tokens they begin with alike, of which the first `start` are known to be."""
+    end = min(len(one), len(other))
+    return next((place for place in range(start, end) if one[place] != other[place]), end)

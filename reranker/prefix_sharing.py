@@ -10,8 +10,9 @@ prompt reads itself, and each candidate reads its prompt and itself (`attend_alo
 attention be replaced by name, and hands it whatever keyword the trunk was called with: that is how it learns the row.
 
 The keys and values of a prompt are kept when its batch is done, because candidates are scored as they finish: the
-next of them goes into a later batch, and then its prompt is not computed again. The prompts used last are kept, up to
-`KEPT_PROMPT_TOKENS` (`reranker.kept_prompts`).
+next of them goes into a later batch, and then its prompt is not computed again. So are those of a candidate that is
+scored before its end (`Rendered.is_beginning`): of what goes on from it only the rest is computed. The ones used
+last are kept, up to `KEPT_TOKENS` (`reranker.kept_prompts`).
 
 What is the same prompt is decided by its tokens (`Rendered.prefix_ids`) and nothing else. A prompt that was cut to make
 room for a long candidate is another prompt, and shares with nobody.
@@ -26,7 +27,7 @@ docs/decisions/0005.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,25 +40,32 @@ from reranker.rendering import Rendered
 
 log = logging.getLogger("nbest")
 
-KEPT_PROMPT_TOKENS = 8192
-"""Tokens of prompts whose keys and values are kept. SmolLM2 in float32 takes 45 KiB a token, Llama-3-8B in bfloat16
-128 KiB: 1 GiB in all. Dozens of requests can be under way at once with prompts of ordinary length."""
+KEPT_TOKENS = 8192
+"""Tokens of prompts and beginnings whose keys and values are kept. SmolLM2 in float32 takes 45 KiB a token, and
+Llama-3-8B in bfloat16 128 KiB: 1 GiB in all. Dozens of requests can be under way at once with prompts of ordinary
+length."""
 
 ATTENTION = "nbest_along_row"
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """A prompt and the candidates that continue it, as places in the row.
+class Segment:
+    """Tokens as places in the row; `keep_at` is where their keys and values are to be kept, if they are."""
 
-    A prompt that was kept has its places among the kept ones instead. `keep_at` is where a new one is to be kept, if
-    there is room.
+    place: slice
+    keep_at: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and the candidates that continue it.
+
+    A prompt that was kept has its places among the kept ones instead, and so has one with the beginning of a candidate.
     """
 
-    prompt: slice | torch.Tensor
-    keep_at: torch.Tensor | None = None
-    candidates: list[slice] = field(default_factory=list)
+    prompt: Segment | torch.Tensor
+    candidates: list[Segment] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +93,9 @@ class Row:
 
 
 class SharingTrunk:
-    """A decoder trunk that reads rows; not for two threads at once, as it keeps prompts."""
+    """A decoder trunk that reads rows; not for two threads at once, as it keeps prompts and beginnings."""
 
-    def __init__(self, trunk: Any, device: torch.device, kept_tokens: int = KEPT_PROMPT_TOKENS) -> None:
+    def __init__(self, trunk: Any, device: torch.device, kept_tokens: int = KEPT_TOKENS) -> None:
         self._trunk = trunk
         self._device = device
         self._kept = KeptPrompts(kept_tokens, device)
@@ -129,13 +137,8 @@ class SharingTrunk:
 
     def scored_states(self, batch_N: Sequence[Rendered]) -> tuple[torch.Tensor, list[int]]:
         """(states_N_D at the scored tokens, tokens computed for each candidate: see `Row`)."""
-        by_prompt: dict[TokenIds, list[int]] = {}
-        for index, rendered in enumerate(batch_N):
-            by_prompt.setdefault(rendered.prefix_ids, []).append(index)
-        found = {ids: self._kept.find(ids) for ids in by_prompt}
-        known = {ids: places for ids, places in found.items() if places is not None}
-        new = {ids: self._kept.add(ids, by_prompt) for ids in by_prompt if ids not in known}
-        row = self._lay_out(batch_N, by_prompt, known, new)
+        added: list[TokenIds] = []
+        row = self._lay_out(batch_N, added)
         try:
             states_T_D = self._trunk(
                 input_ids=torch.tensor([row.input_ids_T], device=self._device),
@@ -144,34 +147,59 @@ class SharingTrunk:
                 row=row,
             ).last_hidden_state[0]
         except BaseException:  # the new ones may be half written
-            for prompt_ids, places in new.items():
-                if places is not None:
-                    self._kept.forget(prompt_ids)
+            for token_ids in reversed(added):
+                self._kept.forget(token_ids)
             raise
         return states_T_D[torch.tensor(row.scored_N, device=self._device)], row.computed_tokens_N
 
-    def _lay_out(
-        self,
-        batch_N: Sequence[Rendered],
-        by_prompt: Mapping[TokenIds, list[int]],
-        known: Mapping[TokenIds, torch.Tensor],
-        new: Mapping[TokenIds, torch.Tensor | None],
-    ) -> Row:
+    def _lay_out(self, batch_N: Sequence[Rendered], added: list[TokenIds]) -> Row:
+        """Groups by what is kept of the candidates, else by their prompts; `added` takes what is kept from now on."""
         row = Row(self._kept, scored_N=[0] * len(batch_N), computed_tokens_N=[0] * len(batch_N))
-        for prompt_ids, members in by_prompt.items():
-            if prompt_ids in known:
-                group = Group(known[prompt_ids])
-            else:
-                group = Group(row.append(prompt_ids, first_position=0), new[prompt_ids])
-                row.computed_tokens_N[members[0]] = len(prompt_ids)
-            row.groups.append(group)
-            for index in members:
-                own_ids = batch_N[index].token_ids[len(prompt_ids) :]
-                place = row.append(own_ids, first_position=len(prompt_ids))
-                group.candidates.append(place)
-                row.scored_N[index] = place.stop - 1
-                row.computed_tokens_N[index] += len(own_ids)
+        known = {ids for ids in {one.prefix_ids for one in batch_N} if self._kept.find(ids) is not None}
+        starts = [self._start(rendered, known) for rendered in batch_N]
+        needed = {rendered.prefix_ids for rendered in batch_N} | {kept for kept, _ in starts}
+        groups: dict[TokenIds, Group] = {}
+        for index, (rendered, (kept, length)) in enumerate(zip(batch_N, starts, strict=True)):
+            start_ids = rendered.token_ids[:length]
+            if start_ids not in groups:
+                if kept in self._kept and kept not in added:
+                    groups[start_ids] = Group(self._kept.places(kept)[:length])
+                else:
+                    keep_at = self._keep(start_ids, needed, added)
+                    groups[start_ids] = Group(Segment(row.append(start_ids, first_position=0), keep_at))
+                    row.computed_tokens_N[index] = length
+                row.groups.append(groups[start_ids])
+            keep_at = None
+            if rendered.is_beginning and kept in self._kept:
+                keep_at = self._keep(rendered.token_ids, needed, added, rendered.prefix_ids, (kept, length))
+            place = row.append(rendered.token_ids[length:], first_position=length)
+            groups[start_ids].candidates.append(Segment(place, keep_at))
+            row.scored_N[index] = place.stop - 1
+            row.computed_tokens_N[index] += place.stop - place.start
         return row
+
+    def _start(self, rendered: Rendered, known: Collection[TokenIds]) -> tuple[TokenIds, int]:
+        """What is kept that has most of the candidate's tokens in common, and how many; else its prompt."""
+        prompt_ids = rendered.prefix_ids
+        beginning = self._kept.find_beginning(prompt_ids, rendered.token_ids) if prompt_ids in known else None
+        return beginning or (prompt_ids, len(prompt_ids))
+
+    def _keep(
+        self,
+        token_ids: TokenIds,
+        needed: set[TokenIds],
+        added: list[TokenIds],
+        prompt_ids: TokenIds | None = None,
+        after: tuple[TokenIds, int] | None = None,
+    ) -> torch.Tensor | None:
+        """Places for the tokens, `after` what is kept of them; None if they are kept already or there is no room."""
+        if token_ids in self._kept:
+            return None
+        places_T = self._kept.add(token_ids, needed, prompt_ids=prompt_ids, after=after)
+        if places_T is not None:
+            added.append(token_ids)
+            needed.add(token_ids)
+        return places_T
 
 
 def attend_along_row(
@@ -212,28 +240,36 @@ def attend_along_row(
         )
 
     for group in row.groups:
-        keys, values = _of_prompt(group, row.kept, module.layer_idx, key, value)
-        length, longest = keys.shape[2], max(one.stop - one.start for one in group.candidates)
-        if isinstance(group.prompt, slice) and length:
-            attend(group.prompt, keys, values)
+        keys, values = _of_prompt(group.prompt, row.kept, module.layer_idx, key, value)
+        length, longest = keys.shape[2], max(one.place.stop - one.place.start for one in group.candidates)
+        if isinstance(group.prompt, Segment) and length:
+            attend(group.prompt.place, keys, values)
         keys, values = F.pad(keys, (0, 0, 0, longest)), F.pad(values, (0, 0, 0, longest))
-        for place in group.candidates:
-            end = length + place.stop - place.start
-            keys[:, :, length:end], values[:, :, length:end] = key[:, :, place], value[:, :, place]
-            attend(place, keys[:, :, :end], values[:, :, :end])
+        for one in group.candidates:
+            end = length + one.place.stop - one.place.start
+            own = _of_segment(one, row.kept, module.layer_idx, key, value)
+            keys[:, :, length:end], values[:, :, length:end] = own
+            attend(one.place, keys[:, :, :end], values[:, :, :end])
     return attended.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
 
 
 def _of_prompt(
-    group: Group, kept: KeptPrompts, layer: int, key: torch.Tensor, value: torch.Tensor
+    prompt: Segment | torch.Tensor, kept: KeptPrompts, layer: int, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys and values of a group's prompt, each (KV heads, 1, tokens, D), from the row or from among the kept."""
-    if not isinstance(group.prompt, slice):
-        keys, values = kept.read(layer, group.prompt)
-        return keys[:, None], values[:, None]
-    keys, values = key[:, :, group.prompt], value[:, :, group.prompt]
-    if group.keep_at is not None:
-        kept.write(layer, group.keep_at, keys[:, 0], values[:, 0])
+    if isinstance(prompt, Segment):
+        return _of_segment(prompt, kept, layer, key, value)
+    keys, values = kept.read(layer, prompt)
+    return keys[:, None], values[:, None]
+
+
+def _of_segment(
+    segment: Segment, kept: KeptPrompts, layer: int, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of tokens of the row; kept, if they are to be."""
+    keys, values = key[:, :, segment.place], value[:, :, segment.place]
+    if segment.keep_at is not None:
+        kept.write(layer, segment.keep_at, keys[:, 0], values[:, 0])
     return keys, values
 
 

@@ -45,12 +45,13 @@ class Rendered:
     """Tokens to be scored at the last one.
 
     The first `prompt_length` of them do not depend on the candidate, unless the prompt had to be cut to make room:
-    `cut_tokens` of it are left out then.
+    `cut_tokens` of it are left out then. `is_beginning`: more is to come, so what is computed for it is worth keeping.
     """
 
     token_ids: tuple[int, ...]
     prompt_length: int
     cut_tokens: int = 0
+    is_beginning: bool = False
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:

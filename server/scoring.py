@@ -61,7 +61,7 @@ class Scoring:
         """What these candidates would be worth if they ended here, by index; NaN where it cannot be told."""
         rewards = {one.index: math.nan for one in candidates}
         if self._scorer is not None:
-            self._send(self._scorer, candidates, rewards)
+            self._send(self._scorer, [replace(one, is_beginning=True) for one in candidates], rewards)
         await self.settled()
         return rewards
 

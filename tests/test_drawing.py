@@ -2,13 +2,14 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from reranker.candidate import Prompt
+from reranker.candidate import Candidate, Prompt
 from reranker.predictive import Prior
-from reranker.scorers.base import Needs
+from reranker.scorers.base import Needs, Scores
 from reranker.stopping import AdaptiveN, SpeculativeRejection, Stopping, StragglerCut
 from server.errors import BadRequestError
 from server.generation.base import Outcome, Sampling
@@ -150,6 +151,12 @@ class TestSpeculativeRejection:
         await BestOfN(self.generator(), {rewarding.name: rewarding}).run(request, told.append)
         assert sorted(one.index for one in told) == [1, 3]
 
+    async def test_a_scorer_is_told_which_are_beginnings(self) -> None:
+        scorer = Noting(self.BEGINNINGS | self.WHOLE)
+        stopping = Stopping("speculative_rejection", rejection=SpeculativeRejection((2,), share=0.5))
+        await run(self.generator(), scorer, stopping, best_of=4)
+        assert scorer.beginnings == [True] * 4 + [False] * 2
+
     async def test_a_scorer_that_fails_at_beginnings_gives_up_nobody(self) -> None:
         rewards = dict.fromkeys(self.BEGINNINGS, math.nan) | dict.fromkeys(self.TEXTS, 1.0)
         stopping = Stopping("speculative_rejection", rejection=SpeculativeRejection((2,), share=0.5))
@@ -167,6 +174,18 @@ class TestSpeculativeRejection:
         assert (result.completed, result.cancelled, result.not_drawn) == (4, 4, 0)
         assert sorted(one.candidate.index for one in result.selection.ranking) == [1, 3, 5, 7]
         assert result.stopped_by == "adaptive_rejection"
+
+
+class Noting(ScriptedScorer):
+    """Notes of every candidate whether it was a beginning."""
+
+    def __init__(self, rewards: dict[str, float]) -> None:
+        super().__init__(rewards)
+        self.beginnings: list[bool] = []
+
+    async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
+        self.beginnings += [one.is_beginning for one in candidates]
+        return await super().score(prompt, candidates)
 
 
 class TestStragglerCut:

@@ -56,3 +56,32 @@ def test_what_is_read_is_what_was_written_whatever_came_and_went() -> None:
                 assert torch.equal(keys, of(one, layer))
                 assert torch.equal(values, -of(one, layer))
     assert kept.add((7,) * 40, [(7,) * 40]) is not None
+
+
+def test_a_beginning_holds_places_for_its_own_tokens_and_goes_before_what_it_goes_on_from() -> None:
+    kept = KeptPrompts(8, CPU)
+    prompt, first, second = (1, 1), (1, 1, 2, 2, 2, 2), (1, 1, 2, 2, 2, 2, 3)
+    prompt_places = kept.add(prompt, [prompt])
+    places = kept.add(first, [prompt], prompt_ids=prompt, after=(prompt, 2))
+    assert prompt_places is not None
+    assert places is not None
+    assert kept.places(first).tolist() == [*prompt_places.tolist(), *places.tolist()]
+    assert len(places) == 4
+    assert kept.add(second, [prompt], prompt_ids=prompt, after=(first, 6)) is not None
+    assert kept.find_beginning(prompt, (*second, 4)) == (second, 7)
+    assert kept.find_beginning(prompt, (*first[:6], 9, 9)) == (first, 6)
+    assert kept.find_beginning(prompt, (*first[:5], 9)) is None  # three in common are as soon computed
+    assert kept.find_beginning((5,), (5, 2, 2, 2, 2, 3)) is None
+    other = (7, 7)
+    assert kept.add(other, [other]) is not None  # one place was free, and the last to go on gives up another
+    assert second not in kept
+    assert first in kept
+    assert prompt in kept
+
+
+def test_the_last_token_is_never_among_those_in_common() -> None:
+    kept = KeptPrompts(8, CPU)
+    assert kept.add((1,), [(1,)]) is not None
+    assert kept.add((1, 2, 2, 2, 2, 3), [(1,)], prompt_ids=(1,), after=((1,), 1)) is not None
+    assert kept.find_beginning((1,), (1, 2, 2, 2, 2, 3)) == ((1, 2, 2, 2, 2, 3), 5)
+    assert kept.find_beginning((1,), (1, 2, 2, 2, 2)) is None

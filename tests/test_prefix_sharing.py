@@ -1,3 +1,4 @@
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -122,6 +123,66 @@ def test_a_prompt_is_computed_once_and_then_kept() -> None:
     assert computed == [[30 + 9, 4], [9, 7 + 2]]
 
 
+def grown(prompt: Sequence[int], *lengths: int, seed: int = 0) -> list[Rendered]:
+    """One candidate at each of these lengths, as it is rendered: closed by EOS. All but the last are beginnings."""
+    text = tokens(max(lengths), seed)
+    ids = [(*prompt, *text[:length], EOS) for length in lengths]
+    return [Rendered(one, len(prompt), is_beginning=one is not ids[-1]) for one in ids]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_what_goes_on_from_a_beginning_the_rest_is_computed(family: str) -> None:
+    model = classifier(family)
+    growing = [grown(LONG, 6, 14, 20, seed=seed) for seed in (2, 3)]
+    with torch.inference_mode():
+        alone = [
+            [float(forward_rewards(model, torch.tensor([one.token_ids]), torch.ones(1, len(one.token_ids)))[0])]
+            for steps in growing
+            for one in steps
+        ]
+    sharing = reward_model(model)
+    read = [sharing.read(list(step)) for step in zip(*growing, strict=True)]
+    assert [[one.computed_tokens for one in step] for step in read] == [[37, 7], [9, 9], [7, 7]]
+    rewards = [[step[which].reward] for which in (0, 1) for step in read]
+    assert rewards == [pytest.approx(one, abs=1e-4) for one in alone]
+
+
+def test_many_go_on_from_one_beginning_and_what_they_share_is_read_once_each() -> None:
+    model = reward_model(classifier("llama"))
+    (beginning, _) = grown(LONG, 16, 17)
+    model.read([beginning])
+    chosen = beginning.token_ids[:-1]
+    on = [Rendered((*chosen, *tokens(8, seed), EOS), len(LONG), is_beginning=True) for seed in (4, 5, 6)]
+    assert [one.computed_tokens for one in model.read(on)] == [9, 9, 9]
+    further = [Rendered((*one.token_ids[:-1], 7, EOS), len(LONG)) for one in on]
+    assert [one.computed_tokens for one in model.read(further)] == [2, 2, 2]
+    unlike = [Rendered((*LONG, *tokens(8, 9), EOS), len(LONG))]
+    assert [one.computed_tokens for one in model.read(unlike)] == [9]
+
+
+def test_whatever_is_kept_and_given_up_a_state_is_what_it_is_alone() -> None:
+    """Three prompts, four candidates each, growing at random where there is room for a part of them."""
+    model = classifier("llama")
+    cpu = torch.device("cpu")
+    assert SharingTrunk.where_equal(model, cpu) is not None
+    trunk, dice, saved = SharingTrunk(model.base_model, cpu, kept_tokens=70), random.Random(0), 0
+    lengths = {(prompt, candidate): 0 for prompt in range(3) for candidate in range(4)}
+    with torch.inference_mode():
+        for _ in range(40):
+            chosen = dice.sample(sorted(lengths), dice.randint(1, 5))
+            batch = []
+            for prompt, candidate in chosen:
+                lengths[prompt, candidate] = dice.randint(1, 6) + lengths[prompt, candidate] % 30
+                text = tokens(40, 10 * prompt + candidate)[: lengths[prompt, candidate]]
+                ids = (*tokens(6 + prompt, prompt), *text, EOS)
+                batch.append(Rendered(ids, 6 + prompt, is_beginning=dice.random() < 0.8))
+            states_N_D, computed_N = trunk.scored_states(batch)
+            alone_N_D = torch.cat([SharingTrunk(model.base_model, cpu, 0).scored_states([one])[0] for one in batch])
+            torch.testing.assert_close(states_N_D, alone_N_D, atol=1e-4, rtol=0)
+            saved += sum(len(one.token_ids) for one in batch) - sum(computed_N)
+    assert saved > 300
+
+
 def test_the_oldest_prompts_are_forgotten() -> None:
     model = classifier("llama")
     checked = SharingTrunk.where_equal(model, torch.device("cpu"))
@@ -166,6 +227,13 @@ def test_a_batch_that_failed_leaves_no_half_computed_prompt(monkeypatch: pytest.
         with pytest.raises(RuntimeError):
             sharing.score(batch)
     assert sharing.read(batch)[0].computed_tokens == 39
+    first, second, _ = grown(LONG, 8, 16, 17)
+    sharing.read([first])
+    with monkeypatch.context() as patched:
+        patched.setattr(model.base_model.layers[1], "forward", fail)
+        with pytest.raises(RuntimeError):
+            sharing.score([second])
+    assert sharing.read([second])[0].computed_tokens == 9
 
 
 class RunningSum(torch.nn.Module):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ async def test_candidates_that_finish_later_find_their_prompt_computed(model: Re
     await scoring.close()
     prompt, (paris, rome) = tokens(model, "Paris.", "Rome, I think.")
     assert (first.scored_tokens, later.scored_tokens) == (prompt + paris, rome)
+
+
+async def test_what_goes_on_from_a_beginning_costs_the_rest(model: RewardModel) -> None:
+    scoring, whole = scorer(model), "Paris is the capital of France, and has been for long."
+    beginning = replace(candidates(whole[:38])[0], is_beginning=True)
+    _, (begun, all_of_it) = tokens(model, beginning.text, whole)
+    await scoring.score(QUESTION, [beginning])
+    rest = await scoring.score(QUESTION, candidates(whole))
+    fresh = scorer(RewardModel.load(model.name, device="cpu", dtype="float32"))
+    assert rest.rewards_N == pytest.approx((await fresh.score(QUESTION, candidates(whole))).rewards_N, abs=1e-4)
+    assert all_of_it - begun <= rest.scored_tokens <= all_of_it - begun + 4  # but how the beginning was closed
+    await scoring.close()
+    await fresh.close()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert"])

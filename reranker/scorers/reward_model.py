@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from reranker.batching import PACKED, PADDED, Batcher
@@ -63,7 +64,11 @@ class RewardModelScorer:
             ScoringError: the model failed, or not one candidate fits.
         """
         rendered_N = await self._rendering.render(prompt, candidates)
-        fitting = [one for one in rendered_N if one is not None]
+        fitting = [
+            replace(rendered, is_beginning=candidate.is_beginning)
+            for rendered, candidate in zip(rendered_N, candidates, strict=True)
+            if rendered is not None
+        ]
         try:
             readings = await self._batcher.submit(fitting)
         except RuntimeError as error:  # what torch raises, out of memory included

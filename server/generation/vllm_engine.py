@@ -489,6 +489,7 @@ class _Growing:
         self._num_top = sampling.logprobs
         self._is_likelihood_known = sampling.likelihood or sampling.logprobs is not None
         self._after, self._stop = after, sampling.stop
+        self._in_blocks = sampling.block_tokens is not None
         self._text = after.text
         self._token_ids = after.token_ids
         self._cumulative_logprob = after.cumulative_logprob or 0.0
@@ -501,15 +502,17 @@ class _Growing:
         self._cumulative_logprob += sum(ranked[token_id].logprob for token_id, ranked in chosen_and_rivals)
         if self._num_top is not None:
             self._logprobs += tuple(_token_logprob(*one, self._num_top) for one in chosen_and_rivals)
+        finish_reason = FINISH_REASONS.get(output.finish_reason)
         grown = Candidate(
             index=self._index,
             text=self._text,
             num_tokens=len(self._token_ids),
             token_ids=self._token_ids,
             cumulative_logprob=self._cumulative_logprob if self._is_likelihood_known else None,
-            finish_reason=FINISH_REASONS.get(output.finish_reason),
+            finish_reason=finish_reason,
             logprobs=None if self._num_top is None else self._logprobs,
             weights_version=weights_version,
+            is_beginning=self._in_blocks and finish_reason == "length",
         )
         return stopped_across(grown, len(self._after.text), self._stop)
 

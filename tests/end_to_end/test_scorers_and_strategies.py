@@ -67,6 +67,8 @@ def test_blocks_are_gone_on_from_token_by_token(client: openai.OpenAI) -> None:
     assert blocks.nbest["blocks"] == 5
     assert blocks.usage.prompt_tokens == whole.usage.prompt_tokens
     assert blocks.usage.completion_tokens == 2 * 30
+    (prompt, text) = (blocks.usage.prompt_tokens, 30)
+    assert blocks.nbest["scored_tokens"] <= prompt + 2 * text + 5 * 2 * 4  # no block anew but for how it was closed
     told, expected = (one.nbest["candidates"][0]["cumulative_logprob"] for one in (blocks, whole))
     assert told == pytest.approx(expected, abs=0.05)
 
