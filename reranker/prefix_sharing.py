@@ -12,7 +12,7 @@ attention be replaced by name, and hands it whatever keyword the trunk was calle
 The keys and values of a prompt are kept when its batch is done, because candidates are scored as they finish: the
 next of them goes into a later batch, and then its prompt is not computed again. So are those of a candidate that is
 scored before its end (`Rendered.is_beginning`): of what goes on from it only the rest is computed. The ones used
-last are kept, up to `KEPT_TOKENS` (`reranker.kept_prompts`).
+last are kept, up to `KEPT_TOKENS` (`reranker.prefix_cache`).
 
 What is the same prompt is decided by its tokens (`Rendered.prefix_ids`) and nothing else. A prompt that was cut to make
 room for a long candidate is another prompt, and shares with nobody.
@@ -27,7 +27,7 @@ docs/decisions/0005.
 """
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from reranker.kept_prompts import KeptPrompts, TokenIds
+from reranker.prefix_cache import PrefixCache, TokenIds
 from reranker.rendering import Rendered
 
 log = logging.getLogger("nbest")
@@ -76,7 +76,7 @@ class Row:
     tokens computed for it: its own, and its prompt's if it is the first to need them.
     """
 
-    kept: KeptPrompts
+    kept: PrefixCache
     input_ids_T: list[int] = field(default_factory=list)
     position_ids_T: list[int] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
@@ -98,7 +98,7 @@ class SharingTrunk:
     def __init__(self, trunk: Any, device: torch.device, kept_tokens: int = KEPT_TOKENS) -> None:
         self._trunk = trunk
         self._device = device
-        self._kept = KeptPrompts(kept_tokens, device)
+        self._kept = PrefixCache(kept_tokens, device)
 
     @classmethod
     def where_equal(cls, model: Any, device: torch.device) -> "SharingTrunk | None":
@@ -138,8 +138,8 @@ class SharingTrunk:
     def scored_states(self, batch_N: Sequence[Rendered]) -> tuple[torch.Tensor, list[int]]:
         """(states_N_D at the scored tokens, tokens computed for each candidate: see `Row`)."""
         added: list[TokenIds] = []
-        row = self._lay_out(batch_N, added)
         try:
+            row = self._lay_out(batch_N, added)
             states_T_D = self._trunk(
                 input_ids=torch.tensor([row.input_ids_T], device=self._device),
                 position_ids=torch.tensor([row.position_ids_T], device=self._device),
@@ -155,51 +155,35 @@ class SharingTrunk:
     def _lay_out(self, batch_N: Sequence[Rendered], added: list[TokenIds]) -> Row:
         """Groups by what is kept of the candidates, else by their prompts; `added` takes what is kept from now on."""
         row = Row(self._kept, scored_N=[0] * len(batch_N), computed_tokens_N=[0] * len(batch_N))
-        known = {ids for ids in {one.prefix_ids for one in batch_N} if self._kept.find(ids) is not None}
-        starts = [self._start(rendered, known) for rendered in batch_N]
-        needed = {rendered.prefix_ids for rendered in batch_N} | {kept for kept, _ in starts}
+        prompts_N = [one.prefix_ids for one in batch_N]
+        starts_N = [self._kept.longest(ids, one.token_ids) for ids, one in zip(prompts_N, batch_N, strict=True)]
+        needed = {*prompts_N, *(start.token_ids for start in starts_N)}
+
+        def keep(token_ids: TokenIds, **behind: Any) -> torch.Tensor | None:
+            places_T = self._kept.add(token_ids, needed, **behind)
+            if places_T is not None:
+                added.append(token_ids)
+                needed.add(token_ids)
+            return places_T
+
         groups: dict[TokenIds, Group] = {}
-        for index, (rendered, (kept, length)) in enumerate(zip(batch_N, starts, strict=True)):
-            start_ids = rendered.token_ids[:length]
+        for index, (rendered, prompt_ids, start) in enumerate(zip(batch_N, prompts_N, starts_N, strict=True)):
+            start_ids, own_ids = rendered.token_ids[: start.length], rendered.token_ids[start.length :]
             if start_ids not in groups:
-                if kept in self._kept and kept not in added:
-                    groups[start_ids] = Group(self._kept.places(kept)[:length])
-                else:
-                    keep_at = self._keep(start_ids, needed, added)
-                    groups[start_ids] = Group(Segment(row.append(start_ids, first_position=0), keep_at))
-                    row.computed_tokens_N[index] = length
+                prompt: Segment | torch.Tensor | None = start.places_T
+                if prompt is None:
+                    prompt = Segment(row.append(start_ids, first_position=0), keep(start_ids))
+                    row.computed_tokens_N[index] = start.length
+                groups[start_ids] = Group(prompt)
                 row.groups.append(groups[start_ids])
             keep_at = None
-            if rendered.is_beginning and kept in self._kept:
-                keep_at = self._keep(rendered.token_ids, needed, added, rendered.prefix_ids, (kept, length))
-            place = row.append(rendered.token_ids[length:], first_position=length)
+            if rendered.is_beginning and start.token_ids in self._kept:
+                keep_at = keep(rendered.token_ids, prompt_ids=prompt_ids, after=start)
+            place = row.append(own_ids, first_position=start.length)
             groups[start_ids].candidates.append(Segment(place, keep_at))
             row.scored_N[index] = place.stop - 1
-            row.computed_tokens_N[index] += place.stop - place.start
+            row.computed_tokens_N[index] += len(own_ids)
         return row
-
-    def _start(self, rendered: Rendered, known: Collection[TokenIds]) -> tuple[TokenIds, int]:
-        """What is kept that has most of the candidate's tokens in common, and how many; else its prompt."""
-        prompt_ids = rendered.prefix_ids
-        beginning = self._kept.find_beginning(prompt_ids, rendered.token_ids) if prompt_ids in known else None
-        return beginning or (prompt_ids, len(prompt_ids))
-
-    def _keep(
-        self,
-        token_ids: TokenIds,
-        needed: set[TokenIds],
-        added: list[TokenIds],
-        prompt_ids: TokenIds | None = None,
-        after: tuple[TokenIds, int] | None = None,
-    ) -> torch.Tensor | None:
-        """Places for the tokens, `after` what is kept of them; None if they are kept already or there is no room."""
-        if token_ids in self._kept:
-            return None
-        places_T = self._kept.add(token_ids, needed, prompt_ids=prompt_ids, after=after)
-        if places_T is not None:
-            added.append(token_ids)
-            needed.add(token_ids)
-        return places_T
 
 
 def attend_along_row(
@@ -254,7 +238,7 @@ def attend_along_row(
 
 
 def _of_prompt(
-    prompt: Segment | torch.Tensor, kept: KeptPrompts, layer: int, key: torch.Tensor, value: torch.Tensor
+    prompt: Segment | torch.Tensor, kept: PrefixCache, layer: int, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys and values of a group's prompt, each (KV heads, 1, tokens, D), from the row or from among the kept."""
     if isinstance(prompt, Segment):
@@ -264,7 +248,7 @@ def _of_prompt(
 
 
 def _of_segment(
-    segment: Segment, kept: KeptPrompts, layer: int, key: torch.Tensor, value: torch.Tensor
+    segment: Segment, kept: PrefixCache, layer: int, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Those of tokens of the row; kept, if they are to be."""
     keys, values = key[:, :, segment.place], value[:, :, segment.place]

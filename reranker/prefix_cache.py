@@ -14,6 +14,7 @@ prompts themselves.
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -38,7 +39,15 @@ class Kept:
     beginnings: list[TokenIds] = field(default_factory=list)
 
 
-class KeptPrompts:
+class Found(NamedTuple):
+    """The first `length` of `token_ids` are a candidate's too; `places_T` are theirs, None if they are not kept."""
+
+    token_ids: TokenIds
+    length: int
+    places_T: torch.Tensor | None
+
+
+class PrefixCache:
     """Places of prompts and beginnings by their tokens; not for two threads at once."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -49,28 +58,17 @@ class KeptPrompts:
         """Used longest ago first; what goes on from another one stands before it."""
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def find(self, prompt_ids: TokenIds) -> torch.Tensor | None:
-        """The prompt's places, if it is kept; it is then the one used last."""
+    def longest(self, prompt_ids: TokenIds, token_ids: TokenIds) -> Found:
+        """What is kept that has most of a candidate's tokens in common, but the last; else its prompt, kept or not."""
         if prompt_ids not in self._kept:
-            return None
-        self._use(prompt_ids)
-        return self._kept[prompt_ids].places_T
-
-    def find_beginning(self, prompt_ids: TokenIds, token_ids: TokenIds) -> tuple[TokenIds, int] | None:
-        """The beginning that has most of these tokens in common, and how many; the last one is never among them."""
-        best, most = None, len(prompt_ids) + LEAST_SHARED - 1
-        for one in self._kept[prompt_ids].beginnings if prompt_ids in self._kept else ():
+            return Found(prompt_ids, len(prompt_ids), None)
+        best, most = prompt_ids, len(prompt_ids)
+        for one in self._kept[prompt_ids].beginnings:
             shared = _common(one, token_ids[:-1], len(prompt_ids))
-            if shared > most:
+            if shared >= max(most + 1, len(prompt_ids) + LEAST_SHARED):
                 best, most = one, shared
-        if best is None:
-            return None
         self._use(best)
-        return best, most
-
-    def places(self, token_ids: TokenIds) -> torch.Tensor:
-        """Of something that is kept."""
-        return self._kept[token_ids].places_T
+        return Found(best, most, self._kept[best].places_T[:most])
 
     def add(
         self,
@@ -78,13 +76,15 @@ class KeptPrompts:
         needed: Collection[TokenIds],
         *,
         prompt_ids: TokenIds | None = None,
-        after: tuple[TokenIds, int] | None = None,
+        after: Found | None = None,
     ) -> torch.Tensor | None:
-        """Places to write the tokens to; None where there is no room beside those that are `needed` too.
+        """Places to write the tokens to; None where they are kept already, or have no room beside those `needed` too.
 
-        A beginning of `prompt_ids` goes on `after` the first so many tokens of something kept.
+        A beginning of `prompt_ids` goes on `after` something kept.
         """
-        before, shared = after or (None, 0)
+        if token_ids in self._kept:
+            return None
+        before, shared = (after.token_ids, after.length) if after else (None, 0)
         count = len(token_ids) - shared
         while len(self._free) < count <= self._capacity:
             oldest = next(iter(self._kept), None)
