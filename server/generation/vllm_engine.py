@@ -20,7 +20,7 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -36,18 +36,17 @@ from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
+from reranker.candidate import Candidate, FailedCandidate, Prompt
 from reranker.device import computes_bfloat16
 from server.errors import BadRequestError, ContextLengthError, EngineDiedError
 from server.generation.adapter_fit import Shapes, policy_shapes
 from server.generation.base import Outcome, Sampling
-from server.generation.continuing import NOTHING, stopped_across
 from server.generation.encoding import encode_prompt
 from server.generation.engine_adapters import MAX_VERSIONS, EngineAdapters, EngineRefusedError, LoadedAdapter
 from server.generation.engine_processes import (
@@ -58,6 +57,7 @@ from server.generation.engine_processes import (
     started,
 )
 from server.generation.free_memory import give_back_free_memory
+from server.generation.growing import GrowingCandidate
 from server.generation.outcomes import Outcomes
 from server.generation.weights import FullWeights, WeightsShelf, full_weights
 
@@ -69,7 +69,6 @@ a second after the last token, while a reward model wants those cores (benchmark
 one, uni, is taken for mp on a CPU. Who binds threads with VLLM_CPU_OMP_THREADS_BIND gets the process."""
 MIXED_VERSIONS = 2
 """Adapters in one step of the engine: the newest, and the one before it while its requests end."""
-FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 
 
 def pick_dtype(device: str) -> str:
@@ -462,7 +461,7 @@ class VllmGeneration:
             await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(self, index: int, prompt: TokensInput, params: SamplingParams) -> None:
-        growing = _Growing(index, self._sampling)
+        growing = GrowingCandidate(index, self._sampling)
         try:
             async for output in self._generator.request(prompt, params, self._adapter):
                 candidate = growing.extend(output.outputs[0], self._generator.weights_version(self._adapter))
@@ -478,51 +477,3 @@ class VllmGeneration:
             self._outcomes.fail(BadRequestError(f"The engine refuses this request: {error}"))
         except Exception as error:  # noqa: BLE001 (one candidate's failure is the reply's to count, not the request's end)
             self._outcomes.put(FailedCandidate(index, str(error) or type(error).__name__))
-
-
-class _Growing:
-    """Adds one candidate's outputs, which hold what is new, to what it goes on from; with FINAL_ONLY there is one."""
-
-    def __init__(self, index: int, sampling: Sampling) -> None:
-        after = sampling.after or NOTHING
-        self._index = index
-        self._num_top = sampling.logprobs
-        self._is_likelihood_known = sampling.likelihood or sampling.logprobs is not None
-        self._after, self._stop = after, sampling.stop
-        self._in_blocks = sampling.block_tokens is not None
-        self._text = after.text
-        self._token_ids = after.token_ids
-        self._cumulative_logprob = after.cumulative_logprob or 0.0
-        self._logprobs = after.logprobs or ()
-
-    def extend(self, output: CompletionOutput, weights_version: str | None) -> Candidate:
-        chosen_and_rivals = list(zip(output.token_ids, output.logprobs or (), strict=self._is_likelihood_known))
-        self._text += output.text
-        self._token_ids += tuple(output.token_ids)
-        self._cumulative_logprob += sum(ranked[token_id].logprob for token_id, ranked in chosen_and_rivals)
-        if self._num_top is not None:
-            self._logprobs += tuple(_token_logprob(*one, self._num_top) for one in chosen_and_rivals)
-        finish_reason = FINISH_REASONS.get(output.finish_reason)
-        grown = Candidate(
-            index=self._index,
-            text=self._text,
-            num_tokens=len(self._token_ids),
-            token_ids=self._token_ids,
-            cumulative_logprob=self._cumulative_logprob if self._is_likelihood_known else None,
-            finish_reason=finish_reason,
-            logprobs=None if self._num_top is None else self._logprobs,
-            weights_version=weights_version,
-            is_beginning=self._in_blocks and finish_reason == "length",
-        )
-        return stopped_across(grown, len(self._after.text), self._stop)
-
-
-def _token_logprob(token_id: int, ranked: Mapping[int, Any], num_top: int) -> TokenLogprob:
-    """Of the chosen token and the most likely ones (token id -> vLLM's Logprob; the chosen may be one more)."""
-    most_likely = sorted(ranked.values(), key=lambda one: -one.logprob)[:num_top]
-    chosen = ranked[token_id]
-    return TokenLogprob(
-        token=chosen.decoded_token or "",
-        logprob=chosen.logprob,
-        top=tuple((one.decoded_token or "", one.logprob) for one in most_likely),
-    )
