@@ -133,7 +133,7 @@ class BestOfN:
         _check_stopping(request.stopping, scorer)
         scoring = Scoring(scorer, request.prompt, on_reward)
         growth = growth and on_candidate is not None and request.best_of == 1
-        sampling = sampling_for(scorer, request.sampling)
+        sampling = sampling_for(scorer, request.sampling, ranks_by_logprob=request.on_reward_failure == "logprob")
         drawing = Drawing(
             self.generator, request.prompt, sampling, request.best_of, request.stopping, scoring, growth=growth
         )

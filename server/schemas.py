@@ -136,8 +136,6 @@ class GenerationRequest(Wire, ABC):
 
     def sampling(self) -> Sampling:
         """How one candidate is drawn; the endpoints add what only they know."""
-        is_told = self.return_candidates or self.stream_candidates
-        falls_back = self.nbest is not None and self.nbest.on_reward_failure == "logprob"
         return Sampling(
             max_tokens=self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -147,7 +145,7 @@ class GenerationRequest(Wire, ABC):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
-            likelihood=is_told or falls_back,
+            likelihood=self.return_candidates or self.stream_candidates,
         )
 
     def _best_of(self, settings: Settings) -> int:

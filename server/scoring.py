@@ -105,14 +105,14 @@ class Scoring:
                 self._on_reward(one)
 
 
-def sampling_for(scorer: Scorer | None, asked: Sampling) -> Sampling:
-    """The sampling to generate with: what was asked, and what the scorer needs beside it."""
+def sampling_for(scorer: Scorer | None, asked: Sampling, *, ranks_by_logprob: bool) -> Sampling:
+    """The sampling to generate with: what was asked, and what the scorer, or the fallback for it, needs beside it."""
     if scorer is None:
         return asked
     top = scorer.needs.top_logprobs
     return replace(
         asked,
-        likelihood=asked.likelihood or scorer.needs.likelihood,
+        likelihood=asked.likelihood or scorer.needs.likelihood or ranks_by_logprob,
         logprobs=top if top > (asked.logprobs or 0) else asked.logprobs,
     )
 

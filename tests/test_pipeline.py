@@ -166,9 +166,11 @@ class TestRewardFailure:
 
     @pytest.mark.parametrize("policy", ["first", "logprob"])
     async def test_a_fallback_is_labelled(self, policy: Any) -> None:
-        result = await pipeline(ScriptedGenerator(["a b", "a"]), ScriptedScorer(fails=True)).run(
-            request(best_of=2, on_reward_failure=policy)
+        generator, unread = ScriptedGenerator(["a b", "a"]), Sampling(likelihood=False)
+        result = await pipeline(generator, ScriptedScorer(fails=True)).run(
+            request(best_of=2, sampling=unread, on_reward_failure=policy)
         )
+        assert generator.calls[0][1].likelihood is (policy == "logprob")
         assert result.ranked_by == policy
         assert [one.candidate.index for one in result.selection.ranking] == [0, 1]
         assert not any(one.has_reward for one in result.selection.ranking)

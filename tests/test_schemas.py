@@ -281,11 +281,9 @@ def test_options_of_the_extension_reach_the_pipeline() -> None:
         ({"logprobs": True}, False),  # tells those of each token, and asks for them by itself
         ({"nbest": {"return_candidates": True}}, True),
         ({"nbest": {"stream_candidates": True}, "stream": True}, True),
-        ({"nbest": {"on_reward_failure": "logprob"}}, True),
-        ({"nbest": {"on_reward_failure": "first"}}, False),
     ],
 )
-def test_a_likelihood_is_asked_for_where_it_is_read(fields: dict[str, Any], *, asked_for: bool) -> None:
+def test_a_likelihood_is_asked_for_where_it_is_told(fields: dict[str, Any], *, asked_for: bool) -> None:
     assert plan(ChatCompletionRequest, **fields).sampling.likelihood is asked_for
 
 
