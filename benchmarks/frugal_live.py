@@ -112,7 +112,7 @@ async def measure(first_seed: int, prompts: int, prices: Prices) -> dict[str, An
         "bars": BARS,
         "plain_n": PLAIN_N,
         "by_policy": {name: _told(found, compared[PLAIN], prices) for name, found in compared.items()},
-        "curves": {name: sorted(curve, key=lambda one: one["tokens"]) for name, curve in curves.items()},
+        "curves": curves,
     }
 
 

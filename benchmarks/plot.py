@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +252,11 @@ def cost(result: dict[str, Any]) -> Path:
         "price": "price of a thousand requests",
     }
     figure, axes = plt.subplots(1, len(costs), figsize=(12, 3.8), layout="constrained", sharey=True)
-    for axis, (cost, label) in zip(axes, costs.items(), strict=True):
-        times = 1000 if cost == "price" else 1
+    for axis, (unit, label) in zip(axes, costs.items(), strict=True):
+        times = 1000 if unit == "price" else 1
         for name, measured in result["curves"].items():
-            curve, (colour, marker) = sorted(measured, key=lambda one: one[cost]), OF_POLICY[name]
-            spent = [times * one[cost] for one in curve]
+            curve, (colour, marker) = sorted(measured, key=itemgetter(unit)), OF_POLICY[name]
+            spent = [times * one[unit] for one in curve]
             rewards, low, high = ([one["reward"][key] for one in curve] for key in ("mean", "low", "high"))
             axis.plot(spent, rewards, color=colour, marker=marker, markersize=4, label=name)
             if name == "plain":

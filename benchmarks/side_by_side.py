@@ -6,8 +6,7 @@
     vllm, then score      the latter; when all have ended transformers scores them in a padded batch, in this process
     script                transformers alone: generate(num_return_sequences=16), then a padded batch
     its-hub               its-hub 1.2.0 over vllm serve with our settings: 16 requests, then nbest's reward model on all
-    its-hub, defaults     the same over vllm serve with its defaults
-    optillm               optillm 0.4.0 `bon`, our settings: one request for 16, then the policy grades each in turn
+    optillm               optillm 0.4.0 `bon` over the same: one request for 16, then the policy grades each in turn
 
 The same model, precision, prompt of about 120 tokens and 64 new tokens; the end of a text is biased away where a way
 can be told to, and the tokens that each drew are kept. Servers that are not asked wait idle, and before each way all
@@ -44,17 +43,14 @@ BEST_OF, MAX_TOKENS = 16, 64
 SETTLES_S = 2.0
 """Between two ways: by default a worker of vLLM's waits with a core of its own for a second after the last token."""
 PROMPT = "Go on with this review of a film that I saw at the festival this year. " * 5 + OPENINGS[0]
-FLOOR, DEFAULTS = "vllm, our settings", "vllm, defaults"
-ITS_HUB, OPTILLM = "its-hub[lm]==1.2.0", "optillm==0.4.0"
 PEERS = {
-    "its-hub": (ITS_HUB, "its_hub_worker.py", False, FLOOR),
-    "its-hub, defaults": (ITS_HUB, "its_hub_worker.py", False, DEFAULTS),
-    "optillm": (OPTILLM, "optillm_worker.py", True, FLOOR),
+    "its-hub": ("its-hub[lm]==1.2.0", "its_hub_worker.py", False),
+    "optillm": ("optillm==0.4.0", "optillm_worker.py", True),
 }
-"""Requirement, worker, whether it needs torch, and the way whose server it asks."""
+"""Requirement, worker, and whether it needs torch."""
 BARS = {
-    DEFAULTS: ("one", 1.0),
-    FLOOR: ("one", 1 / 1.35),
+    "vllm, defaults": ("one", 1.0),
+    "vllm, our settings": ("one", 1 / 1.35),
     "script": ("at once", 2.0),
     "its-hub": ("at once", 2.0),
     "optillm": ("at once", 2.0),
@@ -147,21 +143,20 @@ async def ways(settings: Settings, wanted: list[str]) -> AsyncIterator[tuple[dic
         eos = script.tokenizer.eos_token_id
         floor = OverHttp(same, model, eos, n=BEST_OF)
         found["nbest"] = OverHttp(ours, settings.model, eos, best_of=BEST_OF)
-        found[FLOOR] = floor
+        found["vllm, our settings"] = floor
         found["vllm, then score"] = then_score(floor, script, rendered)
         found["script"] = of_script(script, rendered)
-        servers = {FLOOR: same}
-        if {DEFAULTS, "its-hub, defaults"} & set(wanted):
-            servers[DEFAULTS] = await stack.enter_async_context(vllm_serve(model))
-            found[DEFAULTS] = OverHttp(servers[DEFAULTS], model, eos, n=BEST_OF)
-        for name, (requirement, worker, torch, server) in PEERS.items():
+        if "vllm, defaults" in wanted:
+            theirs = await stack.enter_async_context(vllm_serve(model))
+            found["vllm, defaults"] = OverHttp(theirs, model, eos, n=BEST_OF)
+        for name, (requirement, worker, torch) in PEERS.items():
             if name not in wanted:
                 continue
             try:
                 console.print(f"Making an environment for {requirement}, the first time for a few minutes …")
                 python = await asyncio.to_thread(environment, requirement, torch=torch)
                 peer = await stack.enter_async_context(Peer(python, worker))
-                urls = {"url": str(servers[server].base_url), "reward_url": str(ours.base_url)}
+                urls = {"url": str(same.base_url), "reward_url": str(ours.base_url)}
                 found[name] = of_peer(peer, model=model, reward_model="movie-sentiment", **urls)
                 await found[name](1)
             except (PeerError, OSError, subprocess.CalledProcessError) as error:
@@ -223,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=4, help="requests of the second load")
-    all_ways = ["nbest", *BARS, "vllm, then score", "its-hub, defaults"]
+    all_ways = ["nbest", *BARS, "vllm, then score"]
     parser.add_argument("--ways", nargs="+", choices=all_ways, default=all_ways, help="nbest is always among them")
     given = parser.parse_args()
     wanted = list(dict.fromkeys(["nbest", *given.ways]))
