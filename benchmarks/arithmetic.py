@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.arithmetic_verifier import __file__ as verifier_file
-from benchmarks.birth import birth_certificate
+from benchmarks.provenance import birth_certificate
 from benchmarks.stats import hand_in
 from benchmarks.word_problems import ANSWER_REGEX, WordProblem, word_problems
 from reranker import estimators, selection
@@ -44,9 +44,9 @@ from reranker.candidate import Candidate, Prompt, ScoredCandidate
 from reranker.scorers.reward_model import RewardModelScorer
 from reranker.scorers.spec import FunctionSpec
 from reranker.scorers.verifier import VerifierScorer
-from server import assembly
+from server import factory
 from server.config import Settings
-from server.generation.base import Generator, Sampling
+from server.generation.base import Generator, SamplingParams
 
 MODEL = "smollm2-135m-instruct"
 PROBLEMS_SEED = 1
@@ -69,7 +69,7 @@ console = Console(stderr=True)
 async def sample(
     generator: Generator, problem: WordProblem, n: int, *, seed: int, temperature: float = 1.0
 ) -> list[str]:
-    sampling = Sampling(max_tokens=MAX_TOKENS, temperature=temperature, seed=seed, stop=("\n",))
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=seed, stop=("\n",))
     texts: dict[int, str] = {}
     async with generator.generate(Prompt(text=problem.prompt), sampling, n) as generation:
         async for outcomes in generation:
@@ -83,7 +83,7 @@ async def draw(out: Path, train: Sequence[WordProblem], test: Sequence[WordProbl
     if all(len(read_lines(out / name)) == len(problems) for name, (problems, _) in jobs.items()):
         return
     settings = Settings(model=MODEL, reward_models={"likely": "logprob"}, max_model_len=512)
-    async with assembly.start(settings) as pipeline:
+    async with factory.start(settings) as pipeline:
         for name, (problems, pool) in jobs.items():
             done = len(read_lines(out / name))
             waiting = [problems[at : at + AT_ONCE] for at in range(done, len(problems), AT_ONCE)]

@@ -16,14 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.birth import birth_certificate
 from benchmarks.film_reviews import OPENINGS
+from benchmarks.provenance import birth_certificate
 from benchmarks.stats import hand_in, mean_with_interval, paired_ratio
 from reranker.candidate import Candidate, Prompt
-from server import assembly, blockwise
+from server import factory
 from server.config import Settings
-from server.generation.base import Sampling
-from server.pipeline import BestOfN, BestOfNRequest, BestOfNResult
+from server.generation.base import SamplingParams
+from server.pipeline import blockwise
+from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
 
 BAR = 0.25
 """Most of plain best-of-N's time to the first token."""
@@ -40,13 +41,13 @@ class Answered:
     blocks: int
 
 
-async def plain(pipeline: BestOfN, prompt: Prompt, sampling: Sampling, best_of: int) -> Answered:
+async def plain(pipeline: BestOfN, prompt: Prompt, sampling: SamplingParams, best_of: int) -> Answered:
     began_s = time.perf_counter()
     result = await pipeline.run(BestOfNRequest(prompt, sampling, best_of))
     return _answered(result, began_s, time.perf_counter())
 
 
-async def in_blocks(pipeline: BestOfN, prompt: Prompt, sampling: Sampling, best_of: int) -> Answered:
+async def in_blocks(pipeline: BestOfN, prompt: Prompt, sampling: SamplingParams, best_of: int) -> Answered:
     chosen_s: list[float] = []
 
     def note(_: Candidate) -> None:
@@ -72,11 +73,11 @@ async def measure(openings: list[str], best_of: int, max_tokens: int, blocks: li
     settings = Settings(max_model_len=2048)
     ways: list[int | None] = [None, *blocks]
     answered: dict[int | None, list[Answered]] = {way: [] for way in ways}
-    async with assembly.start(settings) as pipeline:
+    async with factory.start(settings) as pipeline:
         for number in track(range(-1, len(openings)), "Answering", console=Console(stderr=True)):
             turn = number % len(ways)
             for way in ways[turn:] + ways[:turn]:
-                sampling = Sampling(max_tokens=max_tokens, seed=10_000 * (number + 1), block_tokens=way)
+                sampling = SamplingParams(max_tokens=max_tokens, seed=10_000 * (number + 1), block_tokens=way)
                 one = await (in_blocks if way else plain)(pipeline, Prompt(text=openings[number]), sampling, best_of)
                 if number >= 0:  # the first one warms up
                     answered[way].append(one)

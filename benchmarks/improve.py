@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import film_reviews, training_openings
-from benchmarks.birth import birth_certificate
-from benchmarks.judged import (
+from benchmarks.policy_evaluation import (
     MAX_TOKENS,
     MODEL,
     SAMPLES,
@@ -37,6 +36,7 @@ from benchmarks.judged import (
     sample,
     write_openings,
 )
+from benchmarks.provenance import birth_certificate
 from benchmarks.stats import hand_in
 
 ROUNDS = 2

@@ -32,11 +32,11 @@ import httpx
 import psutil
 from rich.console import Console
 
-from benchmarks.birth import birth_certificate
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.overload import open_loop
 from benchmarks.prices import Prices
-from benchmarks.servers import nbest_serve
+from benchmarks.provenance import birth_certificate
+from benchmarks.server_processes import nbest_serve
 from benchmarks.stats import hand_in, percentiles
 
 MODEL = "smollm2-135m-instruct"

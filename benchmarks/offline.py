@@ -31,25 +31,25 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.birth import birth_certificate
 from benchmarks.film_reviews import OPENINGS
+from benchmarks.provenance import birth_certificate
 from benchmarks.stats import hand_in, paired_ratio
 from benchmarks.word_problems import word_problems
 from reranker.candidate import Prompt
-from reranker.prepared import resolve
-from reranker.rendering import pad
-from reranker.reward_model import RewardModel, forward_rewards
-from server import assembly
-from server.batch import drawing_models
+from reranker.models.bundled import resolve
+from reranker.models.rendering import pad
+from reranker.models.reward_model import RewardModel, forward_rewards
+from server import factory
 from server.config import Settings
-from server.generation.base import Sampling
+from server.generation.base import SamplingParams
 from server.generation.vllm_engine import pick_dtype
-from server.offline.directory import RunDirectory
-from server.offline.line_set import Names
+from server.offline.batch import drawing_models
+from server.offline.custom_ids import CustomIds
 from server.offline.records import Failure, Result
-from server.offline.run import Run
-from server.offline.tasks import Drawing, read_task
-from server.pipeline import BestOfN
+from server.offline.run_directory import RunDirectory
+from server.offline.scheduler import Run
+from server.offline.tasks import BatchTasks, read_task
+from server.pipeline.best_of_n import BestOfN
 
 PROBLEMS_SEED = 1
 NEVER_ENDING = -100.0
@@ -105,7 +105,7 @@ class Ways:
         )
 
         async def draw(number: int, prompt: str) -> int:
-            sampling = Sampling(max_tokens=self._work.max_tokens, seed=seed + 1000 * number, **ends)
+            sampling = SamplingParams(max_tokens=self._work.max_tokens, seed=seed + 1000 * number, **ends)
             async with self._pipeline.generator.generate(Prompt(text=prompt), sampling, self.best_of) as generation:
                 return sum([getattr(one, "num_tokens", 0) async for outcomes in generation for one in outcomes])
 
@@ -122,7 +122,7 @@ class Ways:
         }
 
         async def run(seed: int) -> int:
-            kind, names, tokens = Drawing(self._settings, self._settings.model, seed, body), Names(), Tokens()
+            kind, names, tokens = BatchTasks(self._settings, self._settings.model, seed, body), CustomIds(), Tokens()
             rows = (
                 read_task(line, {"prompt": prompt}, kind, names, self._settings.max_body_bytes)
                 for line, prompt in enumerate(self._work.prompts, start=1)
@@ -205,7 +205,7 @@ async def measure(rounds: int, best_of: int, prompts: int) -> dict[str, Any]:
     settings = Settings(
         reward_models={"movie-sentiment": "movie-sentiment", "likely": "logprob"}, max_model_len=2048, max_best_of=64
     )
-    async with assembly.start(settings) as pipeline:
+    async with factory.start(settings) as pipeline:
         by_work = {
             name: await in_turn(Ways(pipeline, settings, best_of, work), work, rounds)
             for name, work in works(prompts).items()

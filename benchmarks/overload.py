@@ -36,19 +36,19 @@ import httpx
 import psutil
 import uvicorn
 
-from benchmarks.birth import birth_certificate
+from benchmarks.provenance import birth_certificate
 from benchmarks.stats import hand_in, percentiles
 from reranker.candidate import Candidate, Prompt
-from server import assembly
+from server import factory
 from server.app import create_app
 from server.config import Settings
-from server.generation.base import FixedWeights, Outcome, Sampling
-from server.generation.outcomes import Outcomes
-from server.http_protocol import bounded_by
+from server.generation.base import FixedWeights, Outcome, SamplingParams
+from server.generation.outcome_queue import OutcomeQueue
+from server.http.limits import bounded_by
 from server.launch import kill_children
-from server.metrics import Metrics
-from server.pipeline import BestOfN
-from tests.doubles import ScriptedScorer
+from server.observability.metrics import Metrics
+from server.pipeline.best_of_n import BestOfN
+from tests.support.doubles import ScriptedScorer
 
 SLOTS = 64
 STEP_S = 0.025
@@ -64,7 +64,7 @@ class Lane:
     index: int
     tokens_left: int
     num_tokens: int
-    outcomes: Outcomes
+    outcomes: OutcomeQueue
 
 
 class FixedRateEngine(FixedWeights):
@@ -88,7 +88,9 @@ class FixedRateEngine(FixedWeights):
                     )
             self.sequences = [one for one in self.sequences if one.tokens_left]
 
-    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> "FixedRateGeneration":
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+    ) -> "FixedRateGeneration":
         return FixedRateGeneration(self, sampling.max_tokens or 1, n)
 
     async def check_ready(self) -> None:
@@ -105,7 +107,7 @@ class FixedRateGeneration:
 
     def __init__(self, engine: FixedRateEngine, num_tokens: int, n: int) -> None:
         self._engine = engine
-        self._outcomes = Outcomes(n)
+        self._outcomes = OutcomeQueue(n)
         self._sequences = [Lane(index, num_tokens, num_tokens, self._outcomes) for index in range(n)]
 
     async def __aenter__(self) -> Self:
@@ -139,7 +141,7 @@ def serve(listener: socket.socket, settings: Settings, *, real: bool) -> None:
     metrics = Metrics()
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        return assembly.start(settings, metrics.observe_batch) if real else scripted()
+        return factory.start(settings, metrics.observe_batch) if real else scripted()
 
     async def memory() -> dict[str, int]:
         rss = psutil.Process(os.getpid()).memory_info().rss

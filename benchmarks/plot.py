@@ -12,9 +12,9 @@ mpl.use("Agg")
 
 from matplotlib import pyplot as plt  # the backend first: there may be no display
 
-from benchmarks.birth import RESULTS
-from benchmarks.frugal import frontier
+from benchmarks.provenance import RESULTS
 from benchmarks.stats import knee
+from benchmarks.stopping import frontier
 
 FIGURES = RESULTS.parent / "figures"
 WINNER, JUDGE = "#1f5fa8", "#c2571a"

@@ -21,13 +21,13 @@ import httpx
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks.birth import birth_certificate
-from benchmarks.overhead import BEST_OF, PROMPT
-from benchmarks.servers import vllm_serve
+from benchmarks.provenance import birth_certificate
+from benchmarks.scoring_overhead import BEST_OF, PROMPT
+from benchmarks.server_processes import vllm_serve
 from benchmarks.stats import hand_in, paired_ratio
-from reranker.prepared import resolve
+from reranker.models.bundled import resolve
 from server.config import Settings
-from server.generation.base import Sampling
+from server.generation.base import SamplingParams
 from server.generation.vllm_engine import VllmGenerator, pick_dtype
 
 MAX_TOKENS = (1, 32, 64)
@@ -47,7 +47,7 @@ async def ask_vllm(client: httpx.AsyncClient, model: str, token_ids: list[int], 
 async def ask_ours(generator: VllmGenerator, max_tokens: int, eos: int) -> float:
     started_s, tokens = time.perf_counter(), 0
     # A biased-away EOS makes every candidate run to max_tokens, as ignore_eos does.
-    sampling = Sampling(max_tokens=max_tokens, logit_bias=((eos, -100.0),))
+    sampling = SamplingParams(max_tokens=max_tokens, logit_bias=((eos, -100.0),))
     async with generator.generate(PROMPT, sampling, BEST_OF) as generation:
         async for outcomes in generation:
             tokens += sum(getattr(one, "num_tokens", 0) for one in outcomes)

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.progress import track
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from benchmarks.birth import birth_certificate
 from benchmarks.film_reviews import OPENINGS
+from benchmarks.provenance import birth_certificate
 from benchmarks.stats import hand_in, mean_with_interval
 from reranker.candidate import Prompt
-from server import assembly
+from server import factory
 from server.config import Settings
-from server.generation.base import Sampling
-from server.pipeline import BestOfN, BestOfNRequest, BestOfNResult
+from server.generation.base import SamplingParams
+from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
 
 BEST_OF = (1, 4, 16)
 MAX_TOKENS = 40
@@ -32,7 +32,9 @@ SEEDS_APART = 1000
 
 
 async def answer(pipeline: BestOfN, opening: str, best_of: int, seed: int) -> BestOfNResult:
-    return await pipeline.run(BestOfNRequest(Prompt(text=opening), Sampling(max_tokens=MAX_TOKENS, seed=seed), best_of))
+    return await pipeline.run(
+        BestOfNRequest(Prompt(text=opening), SamplingParams(max_tokens=MAX_TOKENS, seed=seed), best_of)
+    )
 
 
 async def measure(first_seed: int) -> dict[str, Any]:
@@ -40,7 +42,7 @@ async def measure(first_seed: int) -> dict[str, Any]:
     judge = SentimentIntensityAnalyzer()
     winners: dict[int, list[dict[str, Any]]] = {best_of: [] for best_of in BEST_OF}
     single_rewards: list[list[float]] = []
-    async with assembly.start(settings) as pipeline:
+    async with factory.start(settings) as pipeline:
         jobs = [(best_of, place) for best_of in BEST_OF for place in range(len(OPENINGS))]
         for job, (best_of, place) in enumerate(track(jobs, "Answering", console=Console(stderr=True))):
             seed = first_seed + SEEDS_APART * job

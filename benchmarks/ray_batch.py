@@ -20,14 +20,14 @@ from typing import Any
 import ray
 import ray.data
 
-from benchmarks.birth import birth_certificate
+from benchmarks.provenance import birth_certificate
 from benchmarks.stats import hand_in
 from reranker.candidate import Candidate, Prompt
-from server.batch_workers import BatchWorker, Workers, started_workers
 from server.config import Settings
-from server.generation.base import Sampling
-from server.pipeline import BestOfN, BestOfNRequest
-from tests.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
+from server.distributed.batch_actors import BatchWorker, Workers, started_workers
+from server.generation.base import SamplingParams
+from server.pipeline.best_of_n import BestOfN, BestOfNRequest
+from tests.support.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
 
 WORKERS, SLOTS, BEST_OF, LINES = 2, 32, 8, 300
 SHORTEST_S, LONGEST_S = 0.1, 1.0
@@ -47,12 +47,14 @@ class SlotGenerator(ScriptedGenerator):
         super().__init__(["word"])
         self._slots = asyncio.Semaphore(SLOTS)
 
-    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> ScriptedGeneration:
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+    ) -> ScriptedGeneration:
         return SlotGeneration(self, sampling, n, self._slots)
 
 
 class SlotGeneration(ScriptedGeneration):
-    def __init__(self, generator: SlotGenerator, sampling: Sampling, n: int, slots: asyncio.Semaphore) -> None:
+    def __init__(self, generator: SlotGenerator, sampling: SamplingParams, n: int, slots: asyncio.Semaphore) -> None:
         super().__init__(generator, sampling, n, snapshots=False)
         self._slots = slots
         self._seed = sampling.seed or 0
@@ -70,7 +72,7 @@ async def slots(_: Settings) -> AsyncIterator[BestOfN]:
 
 
 def request(line: int) -> BestOfNRequest:
-    return BestOfNRequest(Prompt(text="p"), Sampling(seed=line * BEST_OF), BEST_OF)
+    return BestOfNRequest(Prompt(text="p"), SamplingParams(seed=line * BEST_OF), BEST_OF)
 
 
 class DataWorker:

@@ -26,12 +26,12 @@ import psutil
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.birth import RESULTS, birth_certificate
+from benchmarks.provenance import RESULTS, birth_certificate
 from benchmarks.stats import hand_in
 from server.config import Settings
 from tests.end_to_end.process import nbest_serve
 from tests.end_to_end.served import START_TIMEOUT_S, Served, serve
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 MODEL = "smollm2-135m-instruct"
 WORK = {"model": MODEL, "prompt": "I saw this film and", "best_of": 2, "max_tokens": 100}

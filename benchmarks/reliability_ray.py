@@ -27,14 +27,14 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.birth import RESULTS, birth_certificate
+from benchmarks.provenance import RESULTS, birth_certificate
 from benchmarks.reliability import TOGETHER, WORK, ask_all, counted
 from benchmarks.stats import hand_in
 from server.config import Settings
-from server.deployments import application
+from server.distributed.deployments import application
 from tests.end_to_end.served import START_TIMEOUT_S, candidates_in_flight, is_ready
-from tests.ray_nodes import Nodes
-from tests.waiting import eventually
+from tests.support.ray_nodes import Nodes
+from tests.support.waiting import eventually
 
 SETTINGS = Settings(ray=True, max_model_len=1024, kv_cache_gib=1, generator_cpus=2, scorer_cpus=1)
 ENGINE, GENERATOR, SCORER = "VLLM::EngineCore", "ray::ServeReplica:nbest:generator", "ray::ServeReplica:nbest:scorer"

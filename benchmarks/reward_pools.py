@@ -1,7 +1,7 @@
 """Pools to try stopping policies on: candidates with their tokens and rewards, and what their beginnings are worth.
 
 Draws 32 continuations of every opening with `nbest batch`, then cuts each after 8, 16 and 32 tokens and has the reward
-model score those as well. Both go on in --out where they were interrupted; the result is for `benchmarks.frugal`.
+model score those as well. Both go on in --out where they were interrupted; the result is for `benchmarks.stopping`.
 
     python -m benchmarks.reward_pools [--out runs/reward_pools] [--prompts 48]
 """
@@ -17,13 +17,13 @@ from rich.progress import track
 from transformers import AutoTokenizer
 
 from benchmarks import training_openings
-from benchmarks.birth import birth_certificate
-from benchmarks.judged import MODEL, nbest, write_openings
+from benchmarks.policy_evaluation import MODEL, nbest, write_openings
+from benchmarks.provenance import birth_certificate
 from benchmarks.stats import hand_in
 from reranker.candidate import Candidate
-from reranker.prepared import resolve
+from reranker.models.bundled import resolve
 from reranker.scorers.base import Scorer
-from server import assembly
+from server import factory
 from server.config import Settings
 from server.generation.base import Generator
 from server.offline.records import Result
@@ -75,7 +75,7 @@ async def score_beginnings(out: Path, results: list[Result]) -> dict[int, dict[s
         return done
     tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL))
     nobody: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
-    async with assembly.started_scorers(Settings(), nobody) as scorers:
+    async with factory.started_scorers(Settings(), nobody) as scorers:
         (scorer,) = scorers.values()
         with journal.open("a") as lines:
             for result in track(missing, "Scoring beginnings", console=Console(stderr=True)):

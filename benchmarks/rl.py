@@ -3,8 +3,8 @@
 SmolLM2 continues openings of film reviews and `movie-sentiment` rewards what it writes, as in `benchmarks.improve`.
 Each method trains with several seeds on other openings than those that are measured; the policy it ends with writes
 four samples for every held-out opening, at best_of=1. Beside it stands the best of n of the policy as it came, from
-one pool of 32 samples an opening. Measures and intervals are those of `benchmarks.judged`; the seconds of a run are
-those of its steps, without the start of the engine.
+one pool of 32 samples an opening. Measures and intervals are those of `benchmarks.policy_evaluation`; the seconds of a
+run are those of its steps, without the start of the engine.
 
 A run that has ended is added to benchmarks/results/rl.json at once, so the study can be cut into pieces:
 
@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import film_reviews, training_openings
-from benchmarks.birth import RESULTS, birth_certificate
-from benchmarks.judged import (
+from benchmarks.policy_evaluation import (
     MAX_TOKENS,
     MODEL,
     SAMPLES,
@@ -33,6 +32,7 @@ from benchmarks.judged import (
     sample,
     write_openings,
 )
+from benchmarks.provenance import RESULTS, birth_certificate
 from benchmarks.stats import hand_in
 
 RECIPES = {

@@ -31,12 +31,12 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks.birth import birth_certificate
-from benchmarks.servers import vllm_serve
+from benchmarks.provenance import birth_certificate
+from benchmarks.server_processes import vllm_serve
 from benchmarks.stats import hand_in, paired_ratio
-from reranker.prepared import resolve
-from reranker.rendering import Rendered
-from reranker.reward_model import RewardModel, load_classifier
+from reranker.models.bundled import resolve
+from reranker.models.rendering import Rendered
+from reranker.models.reward_model import RewardModel, load_classifier
 
 MODEL = "smollm2-135m-instruct"
 BEST_OF = 16

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reranker.candidate import Prompt
-from server.generation.encoding import encode_prompt
+from server.generation.prompt_tokens import encode_prompt
 
 BATCH = 16
 

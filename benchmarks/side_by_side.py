@@ -29,13 +29,13 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from benchmarks.birth import birth_certificate
+from benchmarks.baselines.process import Peer, PeerError, environment
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.offline import NEVER_ENDING, Transformers, Work
-from benchmarks.peers.process import Peer, PeerError, environment
-from benchmarks.servers import nbest_serve, vllm_serve
+from benchmarks.provenance import birth_certificate
+from benchmarks.server_processes import nbest_serve, vllm_serve
 from benchmarks.stats import hand_in, paired_ratio
-from reranker.prepared import resolve
+from reranker.models.bundled import resolve
 from server.config import Settings
 from server.generation.vllm_engine import IN_CORE, pick_dtype
 

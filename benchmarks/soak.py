@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.birth import birth_certificate
+from benchmarks.provenance import birth_certificate
 from benchmarks.stats import hand_in
 from tests.end_to_end.process import ENGINE_CORE, ServeProcess, nbest_serve
 

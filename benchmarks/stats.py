@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.birth import RESULTS
+from benchmarks.provenance import RESULTS
 
 
 def mean_with_interval(values: Sequence[float]) -> dict[str, float]:

@@ -4,16 +4,36 @@ Two rules hold for all of them: a candidate without a reward (NaN) never stands 
 go to the lowest index. `majority` alone does not look at rewards. Where votes are counted, `answers` tells each answer
 by the index of its candidate, equal answers being equal (`reranker.answers` finds them). A candidate that is not in it
 has no vote and stands behind those that have one; without a single vote the order is that of `argmax`.
+
+How alike two texts are, between 0 and 1: the overlap of their character trigrams.
+
+Sørensen-Dice over sets: 2·|A ∩ B| / (|A| + |B|), as in approximate string search. It needs no model and no notion of a
+word, so it serves every script; it sees wording, not meaning.
 """
 
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from random import Random
 
 from reranker.candidate import ScoredCandidate, Selection
-from reranker.similarity import trigram_similarity
+
+
+def trigram_similarity(texts: Sequence[str]) -> list[list[float]]:
+    """Of each with each, N × N: symmetric, 1 on the diagonal; case and the amount of white space do not count."""
+    grams_N = [_trigrams(text) for text in texts]
+    return [[_dice(one, other) for other in grams_N] for one in grams_N]
+
+
+def _trigrams(text: str) -> set[str]:
+    letters = " ".join(text.casefold().split())
+    return {letters[start : start + 3] for start in range(max(1, len(letters) - 2))}
+
+
+def _dice(one: set[str], other: set[str]) -> float:
+    return 2 * len(one & other) / (len(one) + len(other))
+
 
 Answers = Mapping[int, Hashable]
 

@@ -1,4 +1,4 @@
-"""When enough has been drawn: pure decisions over the rewards so far, driven by `server.drawing`.
+"""When enough has been drawn: pure decisions over the rewards so far, driven by `server.pipeline.sampling`.
 
     AdaptiveN              draws in waves, and stops when one more candidate is not worth its price
     SpeculativeRejection   scores candidates while they are written, and gives the worst up
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from reranker.predictive import UNKNOWN, Predictive, Prior
+from reranker.reward_posterior import UNKNOWN, Predictive, Prior
 
 WAVE = 4
 """Candidates of a wave. A larger one draws more than was needed, a smaller one takes more rounds, and fills the engine

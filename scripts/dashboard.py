@@ -1,7 +1,7 @@
 """Writes deploy/grafana/nbest.json, the Grafana dashboard, from the rows of panels below.
 
 A panel is a title, a unit of Grafana's, what it tells, and its queries, each with its legend. `make docs` writes the
-file and tests/test_dashboard.py asks every query of a real scrape; a new panel is a line here.
+file and tests/scripts/test_dashboard.py asks every query of a real scrape; a new panel is a line here.
 """
 
 import json

@@ -17,13 +17,13 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from scripts import dashboard, figures
+from scripts import dashboard, doc_tables
 from scripts.markdown import table
 from server.app import create_app
 from server.cli import app as command
 from server.config import ENV_PREFIX, OTHER_VARIABLES, Settings, flag_of, is_secret, variable_of
-from server.metrics import Metrics
-from server.pipeline import BestOfN
+from server.observability.metrics import Metrics
+from server.pipeline.best_of_n import BestOfN
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = "80"
@@ -37,7 +37,7 @@ def pages() -> dict[str, str]:
         "docs/metrics.md": metrics_page(),
         "docs/openapi.json": json.dumps(openapi(), indent=2) + "\n",
         dashboard.FILE: dashboard.page(),
-        **{str(page.relative_to(figures.ROOT)): figures.filled(page) for page in figures.PAGES},
+        **{str(page.relative_to(doc_tables.ROOT)): doc_tables.filled(page) for page in doc_tables.PAGES},
     }
 
 
@@ -118,7 +118,7 @@ def metrics_page() -> str:
     return f"""\
 # Metrics
 
-Written by `make docs` from `server/metrics.py`; `GET /metrics` serves them in Prometheus' text format.
+Written by `make docs` from `server/observability/metrics.py`; `GET /metrics` serves them in Prometheus' text format.
 
 {table(("name", "type", "labels", "formula and unit"), rows)}"""
 

@@ -1,4 +1,4 @@
-"""The tables of movie-sentiment's model card, from the figures that `python -m training.movie_sentiment` measured."""
+"""The tables of movie-sentiment's model card, from the figures that `python -m benchmarks.movie_sentiment` measured."""
 
 from typing import Any
 

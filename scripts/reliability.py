@@ -110,28 +110,28 @@ PROMISES = (
     Promise(
         "One surviving candidate is enough for an answer, and the reply says how many failed.",
         (
-            "test_pipeline.py::test_one_failed_candidate_does_not_fail_the_request",
-            "test_pipeline.py::test_all_candidates_failed_is_an_error_with_the_reason",
-            "test_app.py::test_a_failed_candidate_is_counted_and_was_never_compared",
+            "server/pipeline/test_best_of_n.py::test_one_failed_candidate_does_not_fail_the_request",
+            "server/pipeline/test_best_of_n.py::test_all_candidates_failed_is_an_error_with_the_reason",
+            "server/test_app.py::test_a_failed_candidate_is_counted_and_was_never_compared",
         ),
         _by_tests_alone,
     ),
     Promise(
         "`deadline_s` returns the best so far, labelled; 504 only with nothing finished.",
         (
-            "test_pipeline.py::TestDeadline::test_the_best_so_far_wins_and_the_rest_is_cancelled",
-            "test_app.py::test_a_deadline_is_labelled_and_what_it_cut_off_was_compared",
-            "test_app.py::test_a_deadline_with_nothing_finished_is_504",
-            "test_supervised.py::test_a_deadline_ends_the_wait_for_the_next_engine",
+            "server/pipeline/test_best_of_n.py::TestDeadline::test_the_best_so_far_wins_and_the_rest_is_cancelled",
+            "server/test_app.py::test_a_deadline_is_labelled_and_what_it_cut_off_was_compared",
+            "server/test_app.py::test_a_deadline_with_nothing_finished_is_504",
+            "server/generation/test_supervisor.py::test_a_deadline_ends_the_wait_for_the_next_engine",
         ),
         _by_tests_alone,
     ),
     Promise(
         "A reward failure follows `on_reward_failure`: never silent, never a 200 with error text.",
         (
-            "test_pipeline.py::TestRewardFailure::test_a_fallback_is_labelled",
-            "test_app.py::test_a_reward_failure_is_an_error_and_no_answer",
-            "test_app_streaming.py::test_an_error_after_the_first_byte_is_the_last_event",
+            "server/pipeline/test_best_of_n.py::TestRewardFailure::test_a_fallback_is_labelled",
+            "server/test_app.py::test_a_reward_failure_is_an_error_and_no_answer",
+            "server/test_app_streaming.py::test_an_error_after_the_first_byte_is_the_last_event",
         ),
         _by_tests_alone,
     ),
@@ -140,9 +140,9 @@ PROMISES = (
         "`/ready` is 503 until the next engine is there, `/health` stays up. A `python:` scorer's process likewise.",
         (
             "end_to_end/test_reliability.py::test_an_engine_killed_under_twenty_requests_is_replaced_and_loses_none",
-            "test_supervised.py::test_twenty_requests_under_way_are_answered_by_the_next_engine",
-            "test_supervised.py::test_engines_that_die_one_after_another_are_waited_for_by_nobody",
-            "test_scorers_verifier.py::test_a_process_that_ends_between_calls_is_not_missed",
+            "server/generation/test_supervisor.py::test_twenty_requests_under_way_are_answered_by_the_next_engine",
+            "server/generation/test_supervisor.py::test_engines_that_die_one_after_another_are_waited_for_by_nobody",
+            "reranker/scorers/test_verifier.py::test_a_process_that_ends_between_calls_is_not_missed",
         ),
         _engine_killed,
     ),
@@ -150,23 +150,23 @@ PROMISES = (
         "Overload: what is above the queue is refused with 429 and a `Retry-After` that OpenAI's client honours; who "
         "is admitted waits no longer than the queue takes to drain.",
         (
-            "test_admission.py::test_the_official_client_comes_back_when_it_was_told_to_and_is_served",
-            "test_admission.py::test_at_ten_times_capacity_the_admitted_wait_no_longer_than_the_queue_takes_to_drain",
-            "test_admission.py::test_over_capacity_is_429_with_the_time_to_come_back",
+            "server/http/test_admission.py::test_the_official_client_comes_back_when_it_was_told_to_and_is_served",
+            "server/http/test_admission.py::test_at_ten_times_capacity_the_admitted_wait_no_longer_than_the_queue_takes_to_drain",
+            "server/http/test_admission.py::test_over_capacity_is_429_with_the_time_to_come_back",
         ),
         _overloaded,
     ),
     Promise(
         "On Ray: an engine that is killed is replaced, and its requests are drawn again once.",
-        ("test_ray_faults.py::test_the_engines_of_all_replicas_die",),
+        ("server/distributed/test_ray_faults.py::test_the_engines_of_all_replicas_die",),
         _lost_on_ray("engine"),
     ),
     Promise(
         "On Ray: a generator replica that is killed is replaced, and its requests are drawn again once; its engine "
         "ends with it.",
         (
-            "test_ray_faults.py::test_one_of_two_generator_replicas_is_killed",
-            "test_ray_faults.py::test_all_generator_replicas_are_killed",
+            "server/distributed/test_ray_faults.py::test_one_of_two_generator_replicas_is_killed",
+            "server/distributed/test_ray_faults.py::test_all_generator_replicas_are_killed",
             "end_to_end/test_on_ray.py::test_a_generator_killed_under_twenty_requests_is_replaced_and_loses_none",
         ),
         _lost_on_ray("generator"),
@@ -174,16 +174,16 @@ PROMISES = (
     Promise(
         "On Ray: a scorer replica that is killed is replaced, and its candidates are scored again once.",
         (
-            "test_ray_faults.py::test_one_of_two_scorer_replicas_is_killed",
-            "test_ray_faults.py::test_all_scorer_replicas_are_killed",
+            "server/distributed/test_ray_faults.py::test_one_of_two_scorer_replicas_is_killed",
+            "server/distributed/test_ray_faults.py::test_all_scorer_replicas_are_killed",
         ),
         _lost_on_ray("scorer"),
     ),
     Promise(
         "On Ray: a worker node that is lost costs no request: what its generator had is drawn again once elsewhere.",
         (
-            "test_ray_faults.py::test_one_of_two_worker_nodes_is_removed",
-            "test_ray_faults.py::test_the_last_worker_node_is_removed_and_another_one_joins",
+            "server/distributed/test_ray_faults.py::test_one_of_two_worker_nodes_is_removed",
+            "server/distributed/test_ray_faults.py::test_the_last_worker_node_is_removed_and_another_one_joins",
         ),
         _lost_on_ray("node"),
     ),
@@ -200,8 +200,8 @@ PROMISES = (
         "code 0.",
         (
             "end_to_end/test_reliability.py::test_sigterm_lets_a_request_finish_and_leaves_nothing",
-            "test_cli.py::test_sigterm_refuses_what_comes_and_finishes_what_is_under_way",
-            "test_cli.py::test_what_outlasts_drain_s_is_told_to_come_back",
+            "server/test_cli.py::test_sigterm_refuses_what_comes_and_finishes_what_is_under_way",
+            "server/test_cli.py::test_what_outlasts_drain_s_is_told_to_come_back",
         ),
         _stopped,
     ),

@@ -32,7 +32,7 @@ PASSED_ON = re.compile(r"(?i)(pip_|ssl_cert|https?_proxy|no_proxy)")
 
 
 @dataclass
-class Stage:
+class BuildStage:
     """The result of a stage so far: where its files are, and what its next command runs with."""
 
     directory: Path
@@ -85,9 +85,9 @@ class Builder:
     def __init__(self, text: str, arguments: dict[str, str], scratch: Path) -> None:
         self._stages = stages(text, arguments)
         self._scratch = scratch
-        self._built: dict[str, Stage] = {}
+        self._built: dict[str, BuildStage] = {}
 
-    def build(self, name: str) -> Stage:
+    def build(self, name: str) -> BuildStage:
         """Builds the stage after those it needs."""
         if name in self._built:
             return self._built[name]
@@ -98,7 +98,7 @@ class Builder:
         if source in self._stages:  # goes on in the same files: no stage here has two that go on from it
             stage = replace(before := self.build(source), environment=dict(before.environment))
         else:
-            stage = Stage(self._scratch / name)
+            stage = BuildStage(self._scratch / name)
             mount(stage)
             python_image(stage.files)
         for keyword, argument in steps:
@@ -107,7 +107,7 @@ class Builder:
         self._built[name] = stage
         return stage
 
-    def _carry_out(self, stage: Stage, keyword: str, argument: str) -> None:
+    def _carry_out(self, stage: BuildStage, keyword: str, argument: str) -> None:
         match keyword:
             case "RUN":
                 subprocess.run(stage.command(["sh", "-c", argument]), check=True, stdin=subprocess.DEVNULL)
@@ -131,7 +131,7 @@ class Builder:
             case _:
                 raise SystemExit(f"{keyword} is not known here; teach it to scripts/try_dockerfile.py")
 
-    def _copy(self, stage: Stage, words: list[str]) -> None:
+    def _copy(self, stage: BuildStage, words: list[str]) -> None:
         origin = ROOT
         if words[0].startswith("--from="):
             origin = self._built[words.pop(0).removeprefix("--from=")].files
@@ -162,7 +162,7 @@ def python_image(files: Path) -> None:
         subprocess.run(["chroot", str(files), "ldconfig"], check=True)  # where its library is now
 
 
-def mount(stage: Stage) -> None:
+def mount(stage: BuildStage) -> None:
     """Mounts the overlay, with the devices and processes a command expects."""
     upper, work = stage.directory / "upper", stage.directory / "work"
     for folder in (upper, work, stage.files):
@@ -176,7 +176,7 @@ def mount(stage: Stage) -> None:
         subprocess.run(["mount", *options, str(stage.files / inside)], check=True)
 
 
-def becomes_healthy(stage: Stage) -> bool:
+def becomes_healthy(stage: BuildStage) -> bool:
     """Starts the command and asks for its health, with processes and a network of their own, where the port is free."""
     program = f"""
         mount -t proc proc {stage.files}/proc && ip link set lo up

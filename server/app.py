@@ -5,48 +5,55 @@ events (streaming). Whatever fails on the way is an `NbestError` and leaves in O
 """
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from http import HTTPStatus
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Scorer, Scores, ScoringError
-from server import blockwise, openapi, page
-from server.admission import Admission, Limits, prompt_tokens, requested_tokens, text_tokens
-from server.auth import Account, Keys
 from server.config import Settings
-from server.connection import App, ClientGoneError, RequestRecorder, until_disconnect
 from server.errors import (
-    AuthenticationError,
     BadRequestError,
     ClientTimeoutError,
     NbestError,
     NotFoundError,
     NotReadyError,
-    OverloadedError,
     RewardError,
-    http_status,
 )
-from server.gate import ACCOUNT, Gate, not_served
 from server.generation.base import Outcome
-from server.lifecycle import Lifecycle
-from server.metrics import Metrics
-from server.pipeline import BestOfN, BestOfNRequest, BestOfNResult
-from server.replies import ChatReply, Reply, TextReply, error_reply
-from server.reply_schemas import (
+from server.http import openapi, playground
+from server.http.access import ACCOUNT, AccessMiddleware
+from server.http.admission import Admission, Limits, prompt_tokens, requested_tokens, text_tokens
+from server.http.api_keys import Account, Keys
+from server.http.body import read_body
+from server.http.disconnect import ClientGoneError, until_disconnect
+from server.http.errors import ErrorReplies, json_response, on_client_gone
+from server.http.lifespan import Lifecycle
+from server.http.request_log import RequestRecorder
+from server.http.response_builder import ChatReply, Reply, TextReply
+from server.http.sse import EventStream, News, stream
+from server.observability.metrics import Metrics
+from server.observability.request_context import TokenCost, note_tokens
+from server.pipeline import blockwise
+from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+from server.schemas.requests import (
+    AdapterRequest,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ScoreRequest,
+    default_stopping,
+)
+from server.schemas.responses import (
     AdapterReply,
     ChatCompletion,
     ChatCompletionChunk,
@@ -59,25 +66,13 @@ from server.reply_schemas import (
     TextCompletion,
     TextCompletionChunk,
 )
-from server.request_record import TokenCost, note_tokens
-from server.schemas import (
-    AdapterRequest,
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationRequest,
-    ScoreRequest,
-    default_stopping,
-)
-from server.streaming import News, error_event, stream
-from server.wire import Request as RequestModel
-from server.wire import parse, read_body
+from server.schemas.strict import Request as RequestModel
+from server.schemas.strict import parse
 
 API_VERSION = "1"
-NOT_READY_RETRY_AFTER_S = 5
-"""A start takes tens of seconds; a client that asks every five loses little and costs nothing."""
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that hung up: seen by the metrics and the log alone."""
-UNEXPECTED = "The server failed while answering; the reason is in its log."
+
+if TYPE_CHECKING:
+    from server.observability.tracing import Tracing
 
 log = getLogger("nbest")
 
@@ -89,14 +84,14 @@ def create_app(
     *,
     on_start_failure: Callable[[BaseException], None] | None = None,
     exposition: Callable[[], Awaitable[bytes]] | None = None,
-    trace_requests: Callable[[App], App] | None = None,
+    tracing: "Tracing | None" = None,
 ) -> FastAPI:
     """The server over whatever pipeline `start` opens.
 
     HTTP is up before the pipeline is, which is entered in the background and left at shutdown. `on_start_failure`
     hears of a start that failed, so that whoever runs the process can end it. `exposition` is what `/metrics` tells
-    where other processes count too; by default it tells `metrics`. `trace_requests` wraps the app in a span for every
-    request. After `app.state.drain()` no new work is taken.
+    where other processes count too; by default it tells `metrics`. With `tracing` every request has a span.
+    After `app.state.drain()` no new work is taken.
 
     Raises:
         server.config.ConfigError: a setting that is read only here cannot be used.
@@ -123,13 +118,13 @@ def create_app(
         exception_handlers={
             NbestError: replies,
             HTTPException: replies,
-            ClientGoneError: _on_client_gone,
+            ClientGoneError: on_client_gone,
             Exception: replies,
         },
     )
     app.state.drain = lifecycle.drain
     app.security = openapi.security(required=keys is not None)
-    app.add_middleware(Gate, settings=settings, keys=keys, refuse=replies.refusal)
+    app.add_middleware(AccessMiddleware, settings=settings, keys=keys, refuse=replies.refusal)
     app.add_api_route(
         "/v1/chat/completions",
         endpoints.chat_completions,
@@ -151,14 +146,14 @@ def create_app(
         responses=openapi.replies(ScoreReply, 400, 408, 413, 429, 500, 503),
         openapi_extra=openapi.takes(ScoreRequest),
     )
-    for path, file in page.FILES.items():
+    for path, file in playground.FILES.items():
         app.add_api_route(
             path,
             serving(file),
             response_class=Response,
             responses={200: openapi.PAGE},
             openapi_extra={"security": []},
-            include_in_schema=path == page.ROOT,
+            include_in_schema=path == playground.ROOT,
         )
     app.add_api_route("/v1/models", endpoints.models, responses=openapi.replies(ModelList, 429, 503))
     app.add_api_route(
@@ -183,8 +178,12 @@ def create_app(
             openapi_extra=openapi.takes_flat(AdapterRequest),
         )
     # Outermost, where the reply to a fault of ours passes too; what is added as middleware stands inside of that.
-    stack: App = app.build_middleware_stack()
-    app.middleware_stack = RequestRecorder(trace_requests(stack) if trace_requests else stack, metrics)
+    stack: ASGIApp = app.build_middleware_stack()
+    if tracing is not None:
+        from server.http.tracing import RequestSpans
+
+        stack = RequestSpans(stack, tracing.tracer)
+    app.middleware_stack = RequestRecorder(stack, metrics)
     return app
 
 
@@ -224,7 +223,7 @@ class Endpoints:
         scores = await until_disconnect(request.receive, self._score(account, scorer, prompt, candidates))
         self._metrics.observe_scored_tokens(scores.scored_tokens)
         note_tokens(TokenCost(scored=scores.scored_tokens))
-        return _json(
+        return json_response(
             ScoreReply(
                 model=scorer.name,
                 data=[Score(index=index, score=reward) for index, reward in enumerate(scores.rewards_N)],
@@ -242,7 +241,7 @@ class Endpoints:
         path = below(self._settings.adapter_root, asked.path)
         version = await self._lifecycle.pipeline.generator.load_adapter(str(path))
         log.warning("The adapter %s is served now, version %s.", path, version)
-        return _json(AdapterReply(path=str(path), version=version))
+        return json_response(AdapterReply(path=str(path), version=version))
 
     async def models(self) -> Response:
         """The served policy and the reward models beside it."""
@@ -254,16 +253,16 @@ class Endpoints:
             owned_by="nbest",
             reward_models=list(pipeline.scorers),
         )
-        return _json(ModelList(object="list", data=[served]))
+        return json_response(ModelList(object="list", data=[served]))
 
     async def health(self) -> Response:
         """Whether the process is alive; an engine that is starting is no reason to restart it."""
-        return _json(Status(status="ok"))
+        return json_response(Status(status="ok"))
 
     async def ready(self) -> Response:
         """Whether a request sent now would be answered."""
         await self._lifecycle.pipeline.check_ready()
-        return _json(Status(status="ready"))
+        return json_response(Status(status="ready"))
 
     async def prometheus(self) -> Response:
         """The metrics, for Prometheus to scrape."""
@@ -308,7 +307,7 @@ class Endpoints:
         if asked.stream:
             events = stream(run, reply, plan.best_of, grows=plan.best_of == 1 or plan.strategy == "blockwise")
             return EventStream(await until_disconnect(request.receive, anext(events)), events)
-        return _json(reply.whole(await until_disconnect(request.receive, run())))
+        return json_response(reply.whole(await until_disconnect(request.receive, run())))
 
     async def _run(
         self,
@@ -359,34 +358,6 @@ class Endpoints:
         return result
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events whose first one is there already, so that what fails before it still had a status."""
-
-    def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
-        super().__init__(
-            self._body(first),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},  # the latter for nginx
-        )
-        self._rest = rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGoneError, NotReadyError):  # nothing more can be said, to no one or by no one
-            async with aclosing(self._rest):
-                await until_disconnect(receive, self.stream_response(send))
-
-    async def _body(self, first: str) -> AsyncGenerator[str, None]:
-        yield first
-        try:
-            async for event in self._rest:
-                yield event
-        except NbestError as error:
-            yield error_event(error)
-        except Exception:
-            log.exception("A stream broke off.")
-            yield error_event(NbestError(UNEXPECTED))
-
-
 class _DocumentedApp(FastAPI):
     """Adds to the OpenAPI document the models that the routes read and stream by hand, and the keys."""
 
@@ -412,14 +383,14 @@ def below(root: Path | None, path: str) -> Path:
     raise BadRequestError("The adapter is not below --adapter-root; move it there.", param="path")
 
 
-def serving(file: page.File) -> Callable[[], Awaitable[Response]]:
+def serving(file: playground.File) -> Callable[[], Awaitable[Response]]:
     """The endpoint of one file of the page."""
 
-    async def playground() -> Response:
+    async def page() -> Response:
         """The playground, a page that shows best-of-N at work."""
-        return Response(file.content, media_type=file.media_type, headers=page.HEADERS)
+        return Response(file.content, media_type=file.media_type, headers=playground.HEADERS)
 
-    return playground
+    return page
 
 
 def _check_served(pipeline: BestOfN, model: str, reward_model: str | None) -> None:
@@ -431,43 +402,3 @@ def _check_served(pipeline: BestOfN, model: str, reward_model: str | None) -> No
         pipeline.scorer(reward_model)
     except BadRequestError as error:
         raise BadRequestError(error.message, param="nbest.reward_model") from error
-
-
-def _json(reply: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(reply.model_dump_json(exclude_unset=True), status, headers, media_type="application/json")
-
-
-class ErrorReplies:
-    """Turns whatever was raised into a reply in OpenAI's envelope, and counts what was shed."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    async def __call__(self, request: Request, error: Exception) -> Response:
-        if isinstance(error, NbestError):
-            return self.refusal(error)
-        if isinstance(error, HTTPException):  # from the router: an unknown path, or a method that a path does not take
-            told = error_reply(not_served(request.method, request.url.path))
-            return _json(told, error.status_code, error.headers)
-        # Raised on after the reply, so that the server behind this app logs it.
-        return _json(error_reply(NbestError(UNEXPECTED)), HTTPStatus.INTERNAL_SERVER_ERROR)
-
-    def refusal(self, error: NbestError) -> Response:
-        headers = dict[str, str]()
-        match error:
-            case OverloadedError():
-                headers["Retry-After"] = f"{math.ceil(error.retry_after_s)}"
-                self._metrics.observe_shed(error.reason)
-            case NotReadyError():
-                headers["Retry-After"] = f"{NOT_READY_RETRY_AFTER_S}"
-            case AuthenticationError():
-                headers["WWW-Authenticate"] = "Bearer"
-            case ClientTimeoutError():
-                headers["Connection"] = "close"  # else the rest of the body would be waited for
-            case _:
-                pass
-        return _json(error_reply(error), http_status(error), headers)
-
-
-async def _on_client_gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -112,7 +112,7 @@ def serve(settings: Settings) -> None:
     require_models(settings)
     try:
         if settings.ray:
-            from server import cluster
+            from server.distributed import cluster
 
             cluster.serve(settings, console)
         else:
@@ -149,12 +149,12 @@ def prepare(
 
     They go to the user's cache, or to NBEST_CACHE, and `nbest serve` needs no network for them.
     """
-    from reranker import prepared
+    from reranker.models import bundled
 
     try:
-        for name in names or [model.name for model in prepared.prepared_models()]:
-            typer.echo(prepared.prepare(name))
-    except prepared.PreparationError as error:
+        for name in names or [model.name for model in bundled.prepared_models()]:
+            typer.echo(bundled.prepare(name))
+    except bundled.PreparationError as error:
         raise CommandError(str(error)) from error
 
 
@@ -173,14 +173,14 @@ def new_key(
 
     A server started with --keys-file takes it within a second.
     """
-    from server import auth
+    from server.http import api_keys
 
     budgets = {
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
         "tokens_per_day": tokens_per_day,
     }
-    typer.echo(auth.new_key(file, name, admin=admin, **budgets))
+    typer.echo(api_keys.new_key(file, name, admin=admin, **budgets))
     console.print(f"This is the only time the key is shown; {file} has its hash under {name}.")
 
 
@@ -259,10 +259,10 @@ def rerank(
 
 
 def _offline(command: str, settings: Settings, **options: Any) -> None:
-    from server import batch as offline
     from server.doctor import require_models
     from server.errors import NbestError
     from server.launch import StartError, kill_children
+    from server.offline import batch as offline
     from server.offline.errors import OfflineError
 
     if command == "batch":
@@ -346,7 +346,7 @@ def calibrate(
     candidates is told in DIR/calibration.json and calibration.png, and the best that reaches the target is written as
     settings: nbest serve --config DIR/settings.toml.
     """
-    from server.offline.calibrating import Goal, calibrate_run
+    from server.offline.calibrate_command import Goal, calibrate_run
     from server.offline.errors import OfflineError
 
     try:
@@ -385,11 +385,11 @@ def improve(
     same command goes on; more --rounds go on from the last. Settings of the engine come from NBEST_ variables.
     """
     from training.checkpoints import CheckpointError
-    from training.data_source import DataSourceError
+    from training.data.data_source import DataSourceError
+    from training.data.preferences import DataError
     from training.errors import TrainingError
-    from training.improve import Improvement, table_lines
-    from training.improve import improve as run
-    from training.preference_data import DataError
+    from training.policy.rejection_sampling import Improvement, table_lines
+    from training.policy.rejection_sampling import improve as run
 
     settings = Improvement(
         model=model,

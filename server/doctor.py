@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from reranker.prepared import PACKAGED_MODELS, PRETRAINED_REWARDS, cache_directory, prepared_models
+from reranker.models.bundled import PACKAGED_MODELS, PRETRAINED_REWARDS, cache_directory, prepared_models
 from reranker.scorers.spec import (
     OWN_POLICY,
     CascadeSpec,
@@ -39,10 +39,10 @@ from reranker.scorers.spec import (
     parse_all,
 )
 from reranker.scorers.verifier import is_there
-from server.auth import read_keys
 from server.config import ConfigError, Settings, unknown_variables
 from server.errors import BadRequestError
-from server.generation.weights import read_adapter
+from server.generation.weight_store import read_adapter
+from server.http.api_keys import read_keys
 from server.launch import listen
 
 GIB = 1 << 30
@@ -131,7 +131,7 @@ def check_engine(settings: Settings) -> Iterator[Finding]:
     try:
         import torch
 
-        from reranker.device import pick_device, takes_bfloat16
+        from reranker.models.device import pick_device, takes_bfloat16
         from server.generation.vllm_engine import pick_dtype
     except (ImportError, OSError) as error:  # OSError: a shared library that is not there
         yield Finding("engine", f"vLLM cannot be imported: {error}", "problem", "run `make clean setup`")

@@ -3,7 +3,7 @@
 The port is taken before any model is loaded: a port in use is told at once, and the HTTP server answers from then on.
 A signal while the models are loading ends everything on the spot: there is no work to finish, and neither an import nor
 the thread that waits for the engine could be interrupted otherwise. Once they are loaded a signal lets the requests
-under way finish (server/draining.py), and closes the engine.
+under way finish (server/http/graceful_shutdown.py), and closes the engine.
 
 Ctrl-C in a terminal goes to every process of ours. The engine's must not act on it, or it would be gone before the
 requests are finished; a process is born with the signals blocked that the thread which starts it has blocked.
@@ -29,16 +29,17 @@ import psutil
 import uvicorn
 from rich.console import Console
 
-from server import assembly, logs
+from server import factory
 from server.app import create_app
 from server.config import ConfigError, Settings
-from server.draining import DrainingServer
-from server.http_protocol import bounded_by
-from server.metrics import Metrics
-from server.pipeline import BestOfN
+from server.http.graceful_shutdown import DrainingServer
+from server.http.limits import bounded_by
+from server.observability import logs
+from server.observability.metrics import Metrics
+from server.pipeline.best_of_n import BestOfN
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from server.observability.tracing import Tracing
 
 BACKLOG = 2048
 """Connections that may wait to be accepted; uvicorn's own default."""
@@ -82,7 +83,7 @@ def serve(settings: Settings, console: Console) -> None:
         server.should_exit = True
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        started = assembly.start(settings, metrics.observe_batch, metrics.observe_restart, metrics.observe_lookup)
+        started = factory.start(settings, metrics.observe_batch, metrics.observe_restart, metrics.observe_lookup)
         if tracing is not None:
             started = tracing.over(started)
         return announced(started, settings, f"http://{address_of(listener)}", console)
@@ -92,7 +93,7 @@ def serve(settings: Settings, console: Console) -> None:
         settings,
         metrics,
         on_start_failure=stop,
-        trace_requests=tracing.requests if tracing is not None else None,
+        tracing=tracing,
     )
     server = DrainingServer(
         uvicorn.Config(
@@ -133,7 +134,7 @@ def tracing_of(settings: Settings) -> "Tracing | None":
     """The traces that the settings ask for, if they do."""
     if settings.otlp_endpoint is None:
         return None  # and OpenTelemetry is not even imported
-    from server.tracing import Tracing
+    from server.observability.tracing import Tracing
 
     return Tracing.to_collector(settings.otlp_endpoint, settings.trace_sample_ratio)
 

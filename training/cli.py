@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reranker.device import Device
-from training.cli_parts import (
+from reranker.models.device import Device
+from training.cli_options import (
     CheckpointEvery,
     DtypeOption,
     GradientCheckpointing,
     Holdout,
-    Policy,
+    PolicyModel,
     PolicyOut,
     Resume,
     Validation,
@@ -29,7 +29,7 @@ from training.cli_parts import (
 from training.rl.cli import ppo_command, reinforce_command
 
 if TYPE_CHECKING:
-    from training.pair_accuracy import PairAccuracy
+    from training.reward.pair_accuracy import PairAccuracy
 
 train_app = typer.Typer(help="Train a reward model or a policy.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Measure models on held-out data.", no_args_is_help=True)
@@ -104,7 +104,7 @@ def train_reward_command(
 ) -> None:
     """Train a reward model: a scalar head, and adapters in the trunk, by the Bradley-Terry loss on preferences."""
     with errors_in_a_sentence():
-        from training.reward import RewardTraining, train_reward
+        from training.reward.train import RewardTraining, train_reward
 
         settings = RewardTraining(
             base_model=model,
@@ -140,14 +140,14 @@ def train_reward_command(
 class _Demonstrations:
     data: Annotated[str, typer.Option(help=DEMONSTRATIONS_HELP)]
     out: PolicyOut
-    model: Policy = "smollm2-135m-instruct"
+    model: PolicyModel = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Preferences:
     data: Annotated[str, typer.Option(help=DATA_HELP)]
     out: PolicyOut
-    model: Policy = "smollm2-135m-instruct"
+    model: PolicyModel = "smollm2-135m-instruct"
     beta: Annotated[float, typer.Option(min=0.0, help="Price of a nat away from the policy as it was.")] = 0.1
 
 
@@ -191,8 +191,8 @@ def train_sft_command(given: SFTOptions) -> None:
     The learning rate is 2e-4 unless it is given, with --full 1e-5.
     """
     with errors_in_a_sentence():
-        from training.policy import PolicyTraining, RunOptions
-        from training.sft import train_sft
+        from training.policy.finetune import PolicyTraining, RunOptions
+        from training.policy.sft import train_sft
 
         rate = given.learning_rate if given.learning_rate is not None else 1e-5 if given.full else 2e-4
         settings = settings_of(PolicyTraining, given, base_model=given.model, learning_rate=rate)
@@ -211,8 +211,8 @@ def train_dpo_command(given: DPOOptions) -> None:
     The learning rate is 5e-5 unless it is given, with --full 5e-7.
     """
     with errors_in_a_sentence():
-        from training.dpo import DPOTraining, train_dpo
-        from training.policy import RunOptions
+        from training.policy.dpo import DPOTraining, train_dpo
+        from training.policy.finetune import RunOptions
 
         rate = given.learning_rate if given.learning_rate is not None else 5e-7 if given.full else 5e-5
         settings = settings_of(DPOTraining, given, base_model=given.model, learning_rate=rate)
@@ -237,12 +237,12 @@ def evaluate_reward_command(
 ) -> None:
     """How often a reward model prefers what people preferred, and whether its differences are the odds they claim."""
     with errors_in_a_sentence():
-        from reranker.reward_model import RewardModel
-        from training.evaluate_reward import evaluate_reward
+        from reranker.models.reward_model import RewardModel
+        from training.reward.evaluate import evaluate_reward
 
         evaluation = evaluate_reward(RewardModel.load(reward_model, device=device), data, min_gap=min_gap)
         if out is not None:
-            from training.evaluation_report import write_report
+            from training.reward.evaluation_report import write_report
 
             write_report(evaluation, out, reward_model=reward_model, data=data, min_gap=min_gap)
     typer.echo(f"{reward_model}: {_sentence(evaluation.overall)}")

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-Row = Mapping[str, float]
+MetricsRow = Mapping[str, float]
 
 LOG_EVERY_STEPS = 10
 
@@ -101,7 +101,7 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         plot_metrics(self._table.rows, ("loss", *self._measures), self._out / "metrics.png")
 
 
-def plot_metrics(rows: Sequence[Row], measures: Iterable[str] | Mapping[str, str], path: Path) -> None:
+def plot_metrics(rows: Sequence[MetricsRow], measures: Iterable[str] | Mapping[str, str], path: Path) -> None:
     """A panel for each measure, over steps; a mapping tells their titles."""
     titles = measures if isinstance(measures, Mapping) else {name: name.replace("_", " ") for name in measures}
     figure, panels = panels_of(1, len(titles))
@@ -122,7 +122,7 @@ def panels_of(lines: int, columns: int) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def draw_curve(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
+def draw_curve(axes: Axes, rows: Sequence[MetricsRow], x: str, y: str) -> None:
     """One column against another, where a row has both."""
     points = [(row[x], row[y]) for row in rows if x in row and y in row]
     axes.plot([one for one, _ in points], [other for _, other in points], marker="." if len(points) < 20 else "")

@@ -15,8 +15,8 @@ from pathlib import Path
 from examples.rlhf_pipeline.size import FULL, SMALL
 from examples.rlhf_pipeline.stages import run_missing, stages
 from training.checkpoints import CheckpointError
-from training.commands import commands_in
 from training.errors import TrainingError
+from training.policy.subcommands import commands_in
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """What each method made of the start, in one table and one plot, and where the reward rose and the text got worse.
 
 Every policy has answered the held-out prompts at best_of=1; of the start there is a pool, which tells its best of n.
-Measures and intervals are those of `benchmarks.judged`: KL(policy || start) is the mean of log pi - log pi_start over
-the policy's own samples, and that of best-of-n is its bound.
+Measures and intervals are those of `benchmarks.policy_evaluation`: KL(policy || start) is the mean of
+log pi - log pi_start over the policy's own samples, and that of best-of-n is its bound.
 
 Something rose if the 95 % bootstrap interval of its differences to the start, one for each prompt, is above 0.
 """
@@ -13,19 +13,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.birth import birth_certificate
-from benchmarks.judged import MEASURES, Pools, Sample, best_of, best_of_n, distinct, measured, read
 from benchmarks.plot import against_kl
+from benchmarks.policy_evaluation import MEASURES, JudgedSample, Pools, best_of, best_of_n, distinct, measured, read
+from benchmarks.provenance import birth_certificate
 from examples.rlhf_pipeline.size import N, Size
 from examples.rlhf_pipeline.stages import POLICIES
 from reranker.estimators import Interval, bootstrap_mean
-from scripts.figures import against_base, with_interval
+from scripts.doc_tables import against_base, with_interval
 from scripts.markdown import table
 
 START = "start"
 BEST_OF_N = f"{START}, best of {max(N)}"
 
-HARMS: dict[str, Callable[[Sample], float]] = {
+HARMS: dict[str, Callable[[JudgedSample], float]] = {
     "VADER, which nothing was trained on, fell by": lambda one: -one.vader,
     "nats a token under the start, which is how odd it finds the text, rose by": MEASURES["base_nats_a_token"],
     "the share of words that a text has had before rose by": lambda one: repetition(one.text),
@@ -38,7 +38,7 @@ def repetition(text: str) -> float:
     return 1 - len(set(words)) / len(words) if words else 0.0
 
 
-def rise(start: Pools, pools: Pools, value: Callable[[Sample], float], n: int = 1) -> Interval:
+def rise(start: Pools, pools: Pools, value: Callable[[JudgedSample], float], n: int = 1) -> Interval:
     """By how much the best of n of `pools` is above one sample of the start; a mean over the prompts that both have."""
     after = {pool[0].prompt: best_of(pool, n, value) for pool in pools}
     before = {pool[0].prompt: best_of(pool, 1, value) for pool in start}
@@ -112,7 +112,7 @@ def report(result: Mapping[str, Any]) -> str:
     )
 
 
-def _highest(pools: Pools) -> Sample:
+def _highest(pools: Pools) -> JudgedSample:
     return max((one for pool in pools for one in pool), key=lambda one: one.reward)
 
 

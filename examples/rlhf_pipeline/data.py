@@ -1,6 +1,6 @@
 """What people said, as data to train on: demonstrations, preferences, and prompts.
 
-People rated sentences of film reviews from -4 to 4 (`training.movie_ratings`). One that they rated well is a
+People rated sentences of film reviews from -4 to 4 (`benchmarks.movie_ratings`). One that they rated well is a
 demonstration: its first words are the prompt, the rest is what the policy is to say. Two whose ratings are apart are a
 preference. Prompts are first words of a film review, some to train on and others to measure on; no sentence that begins
 like one of the latter is trained on at all.
@@ -14,10 +14,10 @@ from random import Random
 from typing import Any
 
 from benchmarks import film_reviews, training_openings
+from benchmarks.movie_ratings import FILMS, RatedText, fetch_sdist, read_sdist, split_of
 from examples.rlhf_pipeline.size import Size
+from training.atomic_directory import appearing_whole
 from training.checkpoints import require_same_run, write_run
-from training.movie_ratings import FILMS, RatedText, fetch_sdist, read_sdist, split_of
-from training.whole_directory import appearing_whole
 
 Rows = list[dict[str, Any]]
 

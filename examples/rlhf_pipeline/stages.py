@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.rlhf_pipeline.size import Size
-from training.commands import Command
 from training.errors import TrainingError
+from training.policy.subcommands import Command
 
 FILM_REWARD = "--reward-model film=OUT/reward/adapter"
 DRAWN = "--max-tokens {size.max_tokens} --temperature 1 --seed {seed} --dtype {dtype} --reward-dtype {dtype}"

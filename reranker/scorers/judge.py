@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from reranker.candidate import Candidate, Message, Prompt
 from reranker.scorers.base import Needs, Scores, ScoringError
 from reranker.scorers.pairwise import Comparison
-from reranker.scorers.plain_text import prompt_text
+from reranker.scorers.prompt_text import prompt_text
 
 LOWEST_GRADE, HIGHEST_GRADE = 1, 10
 MAX_CALLS = 32

@@ -8,11 +8,11 @@ The URL's last part says which endpoint is asked; without one it is /classify. T
 
 All candidates of a group travel in one request, and nothing is tried twice: the deadline is the pipeline's business.
 
-/classify and /pooling are sent token ids, made here by the renderer that training shares (`reranker.rendering`): the
-model's own chat template, exactly one BOS, the prompt cut from the left where it is too long and the candidate never.
+/classify and /pooling are sent token ids, made here by the renderer that training shares (`reranker.models.rendering`):
+the model's own chat template, exactly one BOS, the prompt cut from the left where it is too long, the candidate never.
 The tokenizer is the one the server names as its model's `root`, or what the URL names after a #:
 `vllm:http://gpu:8000/classify#org/reward-model`. Where the server's `root` cannot be loaded here, text is sent instead
-(`reranker.scorers.plain_text`), and the log says so: it is not what a chat model was trained on.
+(`reranker.scorers.prompt_text`), and the log says so: it is not what a chat model was trained on.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from typing import Any, Self
 import httpx
 
 from reranker.candidate import Candidate, Prompt
-from reranker.rendering import Renderer
+from reranker.models.rendering import Renderer
 from reranker.scorers.base import Needs, Scores, ScoringError
-from reranker.scorers.plain_text import finished_text, prompt_text
+from reranker.scorers.prompt_text import finished_text, prompt_text
 from reranker.scorers.rendering_thread import RenderingThread, in_place
 from reranker.scorers.spec import EndpointSpec, Route, ScorerSpecError
 
@@ -158,7 +158,7 @@ async def _model_card(client: httpx.AsyncClient, server: str) -> dict[str, Any]:
 def _renderer(endpoint: EndpointSpec, card: Mapping[str, Any], trust_remote_code: bool) -> Renderer | None:
     from transformers import AutoTokenizer
 
-    from reranker.prepared import resolve
+    from reranker.models.bundled import resolve
 
     source = endpoint.tokenizer or card["root"] or card["id"]
     try:

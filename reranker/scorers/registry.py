@@ -5,14 +5,14 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reranker.device import Device, Precision
+from reranker.models.device import Device, Precision
 from reranker.scorers.base import Scorer
+from reranker.scorers.cached import CachedScorer
 from reranker.scorers.cascade import CascadeScorer
 from reranker.scorers.ensemble import EnsembleScorer
 from reranker.scorers.judge import Ask, Judge, JudgeScorer
-from reranker.scorers.likelihood import LogprobScorer, SelfCertaintyScorer
+from reranker.scorers.logprob import LogprobScorer, SelfCertaintyScorer
 from reranker.scorers.pairwise import PairwiseScorer
-from reranker.scorers.remembering import RememberingScorer
 from reranker.scorers.spec import (
     OWN_POLICY,
     CascadeSpec,
@@ -29,11 +29,11 @@ from reranker.scorers.spec import (
 from reranker.scorers.verifier import VerifierScorer
 
 if TYPE_CHECKING:
-    from reranker.held_trunk import HeldTrunk
+    from reranker.models.shared_trunk import SharedTrunk
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class ScorerContext:
     """What scorers are made with. `ask_model` gives the way to ask the MODEL of a judge.
 
     `on_batch` hears the number of sequences and of padded tokens of every batch of a reward model. Reward adapters over
@@ -49,19 +49,19 @@ class Surroundings:
     max_wait_ms: float = 5.0
     verifier_timeout_s: float = 10.0
     on_batch: Callable[[int, int], None] | None = None
-    held: "HeldTrunk | None" = None
+    held: "SharedTrunk | None" = None
     cache_entries: int = 0
     on_lookup: Callable[[int, int], None] | None = None
 
 
 async def make_scorers(
-    specs: Mapping[str, str], surroundings: Surroundings, stack: AsyncExitStack
+    specs: Mapping[str, str], surroundings: ScorerContext, stack: AsyncExitStack
 ) -> dict[str, Scorer]:
     """The scorers by name, in order; `stack` closes them.
 
     Raises:
         reranker.scorers.spec.ScorerSpecError: a SPEC is wrong, or what it names is not there.
-        reranker.reward_model.RewardModelError: a reward model cannot be loaded.
+        reranker.models.reward_model.RewardModelError: a reward model cannot be loaded.
     """
     parsed = parse_all(specs)
     made: dict[str, Scorer] = {}
@@ -69,7 +69,7 @@ async def make_scorers(
         scorer = await _make(name, parsed[name], made, surroundings)
         stack.push_async_callback(scorer.close)
         if surroundings.cache_entries and reads_texts_alone(parsed[name]):
-            scorer = RememberingScorer(scorer, surroundings.cache_entries, surroundings.on_lookup)
+            scorer = CachedScorer(scorer, surroundings.cache_entries, surroundings.on_lookup)
         made[name] = scorer
     return {name: made[name] for name in parsed}
 
@@ -88,7 +88,7 @@ def reads_texts_alone(spec: ScorerSpec) -> bool:
             return False
 
 
-async def _make(name: str, spec: ScorerSpec, made: Mapping[str, Scorer], surroundings: Surroundings) -> Scorer:
+async def _make(name: str, spec: ScorerSpec, made: Mapping[str, Scorer], surroundings: ScorerContext) -> Scorer:
     match spec:
         case RewardModelSpec(source):
             from reranker.scorers.reward_model import RewardModelScorer

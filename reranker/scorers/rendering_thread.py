@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from reranker.candidate import Candidate, Prompt
-from reranker.rendering import Rendered, RenderingError
+from reranker.models.rendering import Rendered, RenderingError
 from reranker.scorers.base import ScoringError
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from reranker.batching import PACKED, PADDED, Batcher
 from reranker.candidate import Candidate, Prompt
-from reranker.device import Device, Precision
-from reranker.held_trunk import HeldTrunk
-from reranker.rendering import Rendered
-from reranker.reward_model import Reading, RewardModel
+from reranker.models.batching import PACKED, PADDED, Batcher
+from reranker.models.device import Device, Precision
+from reranker.models.rendering import Rendered
+from reranker.models.reward_model import ComputedReward, RewardModel
+from reranker.models.shared_trunk import SharedTrunk
 from reranker.scorers.base import Needs, Scores, ScoringError
 from reranker.scorers.rendering_thread import RenderingThread, in_place
 
@@ -30,7 +30,7 @@ class RewardModelScorer:
         on_batch: Callable[[int, int], None] | None = None,
     ) -> None:
         self.name = name
-        self._batcher: Batcher[Rendered, Reading] = Batcher(
+        self._batcher: Batcher[Rendered, ComputedReward] = Batcher(
             model.read,
             policy=PACKED if model.shares_prompts else PADDED,
             max_batch_tokens=max_batch_tokens,
@@ -48,7 +48,7 @@ class RewardModelScorer:
         device: Device,
         dtype: Precision,
         trust_remote_code: bool,
-        held: HeldTrunk | None = None,
+        held: SharedTrunk | None = None,
         **batching: Any,
     ) -> Self:
         """Loads the reward model `spec` (a prepared name, directory or hub id) without holding up the event loop."""

@@ -2,7 +2,7 @@
 
     def check(prompt: str, completions: list[str]) -> list[float]: ...
 
-`prompt` is the question where that is all there is, else the turns, as `reranker.scorers.plain_text` writes them.
+`prompt` is the question where that is all there is, else the turns, as `reranker.scorers.prompt_text` writes them.
 
 The function runs in a process of its own, so nothing it does can stop the server: not an exception, not a crash of the
 interpreter, not a loop without end, which is killed after `timeout_s` and the process started anew. What it prints goes
@@ -29,7 +29,7 @@ from typing import Any, Self, cast
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scores, ScoringError
-from reranker.scorers.plain_text import prompt_text
+from reranker.scorers.prompt_text import prompt_text
 from reranker.scorers.spec import FunctionSpec, ScorerSpecError
 
 START_TIMEOUT_S = 60.0

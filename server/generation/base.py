@@ -19,7 +19,7 @@ NOT_OURS = "The weights are not this server's to change; load them where the mod
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingParams:
     """How one candidate is drawn; the names and defaults are OpenAI's. `max_tokens` None: to the end of the context.
 
     Candidate i of a seeded request uses `seed + i`. `json_schema` constrains the output to a schema ({} is any JSON
@@ -92,7 +92,7 @@ class Generator(Protocol):
     def model(self) -> str:
         """The name under which the policy is served."""
 
-    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> Generation:
+    def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False) -> Generation:
         """N candidates for one prompt; with `snapshots`, growing candidates are handed on too (finish_reason None)."""
 
     async def check_ready(self) -> None:

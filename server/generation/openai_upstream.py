@@ -18,8 +18,8 @@ import openai
 
 from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
 from server.errors import BadRequestError, GenerationError, NbestError, NotReadyError, OverloadedError
-from server.generation.base import FixedWeights, Outcome, Sampling
-from server.generation.outcomes import Outcomes
+from server.generation.base import FixedWeights, Outcome, SamplingParams
+from server.generation.outcome_queue import OutcomeQueue
 
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "content_filter": "content_filter"}
 
@@ -43,7 +43,9 @@ class OpenAIGenerator(FixedWeights):
         client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key or "none", timeout=None, max_retries=0)
         return cls(model, client, upstream_model=upstream_model)
 
-    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> "OpenAIGeneration":
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+    ) -> "OpenAIGeneration":
         return OpenAIGeneration(self, prompt, sampling, n, snapshots)
 
     async def check_ready(self) -> None:
@@ -55,7 +57,7 @@ class OpenAIGenerator(FixedWeights):
     async def close(self) -> None:
         await self._client.close()
 
-    async def stream(self, prompt: Prompt, sampling: Sampling, n: int) -> Any:
+    async def stream(self, prompt: Prompt, sampling: SamplingParams, n: int) -> Any:
         """The upstream's stream of chunks for `n` choices.
 
         Raises:
@@ -97,14 +99,16 @@ class OpenAIGenerator(FixedWeights):
 class OpenAIGeneration:
     """One streamed upstream request for all candidates, and more where it gave too few."""
 
-    def __init__(self, generator: OpenAIGenerator, prompt: Prompt, sampling: Sampling, n: int, snapshots: bool) -> None:
+    def __init__(
+        self, generator: OpenAIGenerator, prompt: Prompt, sampling: SamplingParams, n: int, snapshots: bool
+    ) -> None:
         self.prompt_tokens = 0
         self._generator = generator
         self._prompt = prompt
         self._sampling = sampling
         self._n = n
         self._snapshots = snapshots
-        self._outcomes = Outcomes(n)
+        self._outcomes = OutcomeQueue(n)
         self._filling: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:

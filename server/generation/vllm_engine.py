@@ -29,7 +29,7 @@ from typing import Any, Self, get_args
 
 import torch
 from transformers import AutoTokenizer
-from vllm import SamplingParams
+from vllm import SamplingParams as VllmSamplingParams
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
@@ -43,23 +43,29 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from reranker.candidate import Candidate, FailedCandidate, Prompt
-from reranker.device import computes_bfloat16
+from reranker.models.device import computes_bfloat16
 from server.errors import BadRequestError, ContextLengthError, EngineDiedError
-from server.generation.adapter_fit import Shapes, policy_shapes
-from server.generation.base import Outcome, Sampling
-from server.generation.encoding import encode_prompt
-from server.generation.engine_adapters import MAX_VERSIONS, EngineAdapters, EngineRefusedError, LoadedAdapter
-from server.generation.engine_processes import (
+from server.generation.base import Outcome, SamplingParams
+from server.generation.candidate_builder import CandidateBuilder
+from server.generation.engine_cleanup import (
     ENDS_WITH_ITS_OWNER,
     OWNER_VARIABLE,
     EngineProcesses,
+    give_back_free_memory,
     give_up,
     started,
 )
-from server.generation.free_memory import give_back_free_memory
-from server.generation.growing import GrowingCandidate
-from server.generation.outcomes import Outcomes
-from server.generation.weights import FullWeights, WeightsShelf, full_weights
+from server.generation.lora import (
+    MAX_VERSIONS,
+    EngineAdapters,
+    EngineRefusedError,
+    LoadedAdapter,
+    Shapes,
+    policy_shapes,
+)
+from server.generation.outcome_queue import OutcomeQueue
+from server.generation.prompt_tokens import encode_prompt
+from server.generation.weight_store import FullWeights, WeightStore, full_weights
 
 GIB = 1 << 30
 IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -147,7 +153,7 @@ class VllmGenerator:
         load: EngineLoad,
         processes: EngineProcesses,
         adapters: EngineAdapters,
-        shelf: WeightsShelf,
+        shelf: WeightStore,
         shapes_of: Callable[[str], Shapes],
     ) -> None:
         self.model = model
@@ -182,7 +188,7 @@ class VllmGenerator:
         on_ray: bool = False,
         trust_remote_code: bool = False,
         max_lora_rank: int | None = None,
-        shelf: WeightsShelf | None = None,
+        shelf: WeightStore | None = None,
         tempered_logprobs: bool = False,
     ) -> Self:
         """Loads the model at `path` (a directory or hub id) and starts the engine; 20 to 35 s on a CPU.
@@ -246,7 +252,7 @@ class VllmGenerator:
         except asyncio.CancelledError:
             await give_up(starting, before)  # a thread cannot be cancelled
             raise
-        shelf = shelf or WeightsShelf()
+        shelf = shelf or WeightStore()
         shapes_of = partial(policy_shapes, trust_remote_code=trust_remote_code)
         own_shapes = cache(partial(shapes_of, path))  # every adapter is compared with them
         adapters = EngineAdapters(_LoraCalls(engine), shelf, own_shapes, max_lora_rank)
@@ -268,11 +274,13 @@ class VllmGenerator:
 
     async def _warm_up(self) -> None:
         """Draws two tokens twice: the first of all requests sets up threads and buffers, for up to seconds."""
-        async with self.generate(Prompt(text="Hello"), Sampling(max_tokens=2), 2) as generation:
+        async with self.generate(Prompt(text="Hello"), SamplingParams(max_tokens=2), 2) as generation:
             async for _ in generation:
                 pass
 
-    def generate(self, prompt: Prompt, sampling: Sampling, n: int, *, snapshots: bool = False) -> "VllmGeneration":
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+    ) -> "VllmGeneration":
         return VllmGeneration(self, prompt, sampling, n, snapshots)
 
     async def check_ready(self) -> None:
@@ -356,7 +364,9 @@ class VllmGenerator:
             )
         return token_ids
 
-    def params(self, sampling: Sampling, index: int, given_tokens: int, kind: RequestOutputKind) -> SamplingParams:
+    def params(
+        self, sampling: SamplingParams, index: int, given_tokens: int, kind: RequestOutputKind
+    ) -> VllmSamplingParams:
         """vLLM's parameters for candidate `index`."""
         structured = None
         if sampling.json_schema is not None:
@@ -365,7 +375,7 @@ class VllmGenerator:
                 if sampling.json_schema
                 else StructuredOutputsParams(json_object=True)
             )
-        return SamplingParams(
+        return VllmSamplingParams(
             max_tokens=sampling.most_new_tokens(self._max_model_len - given_tokens),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -380,7 +390,7 @@ class VllmGenerator:
         )
 
     def request(
-        self, prompt: TokensInput, params: SamplingParams, loaded: LoadedAdapter | None
+        self, prompt: TokensInput, params: VllmSamplingParams, loaded: LoadedAdapter | None
     ) -> AsyncIterator[RequestOutput]:
         adapter = loaded.request if loaded else None
         return self._engine.generate(prompt, params, request_id=uuid.uuid4().hex, lora_request=adapter)
@@ -412,14 +422,16 @@ class _LoraCalls:
 class VllmGeneration:
     """N engine requests for one prompt; each has a task that reads its outputs."""
 
-    def __init__(self, generator: VllmGenerator, prompt: Prompt, sampling: Sampling, n: int, snapshots: bool) -> None:
+    def __init__(
+        self, generator: VllmGenerator, prompt: Prompt, sampling: SamplingParams, n: int, snapshots: bool
+    ) -> None:
         self.prompt_tokens = 0
         self._generator = generator
         self._prompt = prompt
         self._sampling = sampling
         self._kind = RequestOutputKind.DELTA if snapshots else RequestOutputKind.FINAL_ONLY
         self._n = n
-        self._outcomes = Outcomes(n)
+        self._outcomes = OutcomeQueue(n)
         self._readers: dict[int, asyncio.Task[None]] = {}
         self._adapter: LoadedAdapter | None = None
 
@@ -460,8 +472,8 @@ class VllmGeneration:
             reader.cancel()  # AsyncLLM.generate aborts its engine request when it is cancelled
             await asyncio.gather(reader, return_exceptions=True)
 
-    async def _read(self, index: int, prompt: TokensInput, params: SamplingParams) -> None:
-        growing = GrowingCandidate(index, self._sampling)
+    async def _read(self, index: int, prompt: TokensInput, params: VllmSamplingParams) -> None:
+        growing = CandidateBuilder(index, self._sampling)
         try:
             async for output in self._generator.request(prompt, params, self._adapter):
                 candidate = growing.extend(output.outputs[0], self._generator.weights_version(self._adapter))

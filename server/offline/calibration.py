@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from reranker.estimators import bootstrap_mean, expected_max
-from reranker.predictive import Prior
-from reranker.replay import Pool, spend
+from reranker.reward_posterior import Prior
 from reranker.stopping import WAVE, AdaptiveN, Stopping
+from reranker.stopping_replay import Pool, spend
 from server.offline.errors import OfflineError
 from server.offline.records import Result
 
@@ -55,7 +55,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class StoppingSetting:
     """Plain best of `best_of`, or with a price adaptive stopping within them."""
 
     best_of: int
@@ -107,7 +107,9 @@ def calibrate(pools: Sequence[Pool], target: Target) -> dict[str, Any]:
         ValueError: all rewards of every prompt are the same.
     """
     most = len(pools[0].rewards_N)
-    settings = [Setting(n) for n in range(1, most + 1)] + [Setting(most, price) for price in PRICES_IN_SD]
+    settings = [StoppingSetting(n) for n in range(1, most + 1)] + [
+        StoppingSetting(most, price) for price in PRICES_IN_SD
+    ]
     ends = (0, most - 1)
     halves = [list(range(start, len(pools), 2)) for start in (0, 1)]
     priors = [Prior.of([pools[place].rewards_N for place in half]) for half in halves]
@@ -144,7 +146,7 @@ def calibrate(pools: Sequence[Pool], target: Target) -> dict[str, Any]:
     }
 
 
-def _spent(pool: Pool, setting: Setting, prior: Prior, seed: int) -> tuple[float, float]:
+def _spent(pool: Pool, setting: StoppingSetting, prior: Prior, seed: int) -> tuple[float, float]:
     """The reward and the tokens that the setting is expected to end with on this pool."""
     if setting.price_in_sd is None:
         return expected_max(pool.rewards_N, setting.best_of), setting.best_of * fmean(pool.tokens_N)
@@ -154,7 +156,7 @@ def _spent(pool: Pool, setting: Setting, prior: Prior, seed: int) -> tuple[float
     return fmean(reward for reward, _ in runs), fmean(tokens for _, tokens in runs)
 
 
-def _told(settings: Sequence[Setting], reward_S_P: Floats, tokens_S_P: Floats) -> list[dict[str, Any]]:
+def _told(settings: Sequence[StoppingSetting], reward_S_P: Floats, tokens_S_P: Floats) -> list[dict[str, Any]]:
     return [
         {**asdict(setting), "reward": asdict(bootstrap_mean(list(rewards_P))), "tokens": float(tokens_P.mean())}
         for setting, rewards_P, tokens_P in zip(settings, reward_S_P, tokens_S_P, strict=True)

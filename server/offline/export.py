@@ -21,14 +21,14 @@ from random import Random
 from typing import Any, Literal
 
 from reranker.candidate import Prompt
-from reranker.scorers.plain_text import prompt_text
-from server.offline import card
-from server.offline.directory import FAILED, RESULTS, locked, manifest
+from reranker.scorers.prompt_text import prompt_text
+from server.offline import data_card
 from server.offline.errors import OfflineError
-from server.offline.filters import Choice, Filters
+from server.offline.filters import Filters, RowFilter
 from server.offline.journal import recover
 from server.offline.records import Failure, Result
-from server.reply_schemas import CandidateReply
+from server.offline.run_directory import FAILED, RESULTS, locked, manifest
+from server.schemas.responses import CandidateReply
 
 Format = Literal["sft", "preference", "raw"]
 Pairs = Literal["best-worst", "best-random", "all"]
@@ -79,7 +79,7 @@ def run_export(directory: Path, out: Path, options: ExportOptions) -> dict[str, 
 
 def _export(directory: Path, out: Path, options: ExportOptions, runs: list[dict[str, Any]]) -> dict[str, int]:
     results = _Results(directory / RESULTS)
-    choice = Choice(options.filters)
+    choice = RowFilter(options.filters)
     forms: Counter[str] = Counter()
     for row in _rows(results, options):
         forms[type(row.columns["prompt"]).__name__] += 1
@@ -95,7 +95,7 @@ def _export(directory: Path, out: Path, options: ExportOptions, runs: list[dict[
     _write(out, (row.columns for stays, row in zip(kept, _rows(results, options), strict=True) if stays))
     counts = {**choice.counts, "written": int(kept.sum())}
     failures = sum(1 for _ in recover(directory / FAILED, Failure))
-    card.write(card.path_of(out), out, directory / RESULTS, runs, options, counts, len(results), failures)
+    data_card.write(data_card.path_of(out), out, directory / RESULTS, runs, options, counts, len(results), failures)
     return counts
 
 

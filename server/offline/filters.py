@@ -30,7 +30,7 @@ class Filters:
     top_fraction: float | None = None
 
 
-class Choice:
+class RowFilter:
     """Sees every row once, then says which stay. `counts` is how many there were and what each filter took."""
 
     def __init__(self, filters: Filters) -> None:

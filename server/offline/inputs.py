@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from reranker.rows import TableError, table_rows
+from reranker.parquet import TableError, table_rows
 from server.offline.errors import OfflineError
 
 CHUNK_BYTES = 1 << 20

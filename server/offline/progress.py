@@ -4,12 +4,12 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from reranker.progress_bar import ProgressBar
 from server.offline.records import Failure, Result
 
 
-class RunProgress:
+class BatchProgress:
     """Counts this run's records, and shows them where there is a terminal. `seen` of `total` lines were done before."""
 
     def __init__(self, console: Console, total: int, seen: int) -> None:
@@ -18,24 +18,16 @@ class RunProgress:
         self.generated_tokens = 0
         self._reward_sum = 0.0
         self._rewarded = 0
-        self._bar = Progress(
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[told]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=total, completed=seen, told="")
+        self._bar = ProgressBar(console, total, seen)
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._bar.__exit__(kind, error, trace)
 
     def wrote(self, record: Result | Failure) -> None:
         if isinstance(record, Failure):
@@ -46,10 +38,10 @@ class RunProgress:
             if record.winner.reward is not None:
                 self._reward_sum += record.winner.reward
                 self._rewarded += 1
-        self._bar.update(self._task, advance=1, told=self._told())
+        self._bar.advance(self._text())
 
-    def _told(self) -> str:
-        elapsed_s = self._bar.tasks[self._task].elapsed or 0.0
+    def _text(self) -> str:
+        elapsed_s = self._bar.elapsed_s
         parts = [f"{self.generated_tokens / elapsed_s:.0f} tokens/s"] if elapsed_s else []
         if self._rewarded:
             parts.append(f"reward {self._reward_sum / self._rewarded:.2f}")

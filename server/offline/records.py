@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from reranker.candidate import Message, Prompt
-from server.pipeline import StoppedBy
-from server.reply_schemas import CandidateReply
-from server.selecting import RankedBy, Strategy
+from server.pipeline.best_of_n import StoppedBy
+from server.pipeline.strategies import RankedBy, Strategy
+from server.schemas.responses import CandidateReply
 
 
 class Turn(BaseModel):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reranker.estimators import bootstrap_mean, expected_max, kl_upper_bound
-from reranker.predictive import Prior
+from reranker.reward_posterior import Prior
 from server.offline.records import Result
 
 BOOTSTRAP_PROMPTS = 2000

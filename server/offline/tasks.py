@@ -7,8 +7,8 @@ A row is one of
     {"custom_id"?, "method"?, "url", "body": {…}}              a line of an OpenAI batch file
     a line of results.jsonl                                    to rerank: its candidates, with all that is known of them
 
-Requests are checked by the very models that the server reads them with (`server.schemas`). What a row leaves open is
-taken from the run's options. Without a `seed` of its own, row number L gets
+Requests are checked by the very models that the server reads them with (`server.schemas.requests`). What a row leaves
+open is taken from the run's options. Without a `seed` of its own, row number L gets
 
     seed of the run + (L − 1) · SEED_STRIDE
 
@@ -23,15 +23,15 @@ from typing import Any, Protocol
 from reranker.candidate import Candidate, FinishReason
 from server.config import Settings
 from server.errors import BadRequestError
-from server.generation.base import Sampling
+from server.generation.base import SamplingParams
+from server.http.response_builder import candidate_reply
+from server.offline.custom_ids import CustomIds
 from server.offline.inputs import Row
-from server.offline.line_set import Names
 from server.offline.records import Failure, Result, Turn
-from server.pipeline import BestOfNRequest, BestOfNResult
-from server.replies import candidate_reply
-from server.schema_parts import NBestOptions
-from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
-from server.wire import Wire, parse_object, validated
+from server.pipeline.best_of_n import BestOfNRequest, BestOfNResult
+from server.schemas.options import NBestOptions
+from server.schemas.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
+from server.schemas.strict import StrictModel, parse_object, validated
 
 SEED_STRIDE = 1 << 16
 """More than any best_of."""
@@ -98,7 +98,7 @@ class Kind(Protocol):
         """
 
 
-def read_task(line: int, row: Row, kind: Kind, names: Names, max_line_bytes: int) -> Task | Failure:
+def read_task(line: int, row: Row, kind: Kind, names: CustomIds, max_line_bytes: int) -> Task | Failure:
     """What a row asks for; `names` holds those of the rows before."""
     custom_id = None
     try:
@@ -115,7 +115,7 @@ def read_task(line: int, row: Row, kind: Kind, names: Names, max_line_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class BatchTasks:
     """Rows whose candidates are to be drawn. `defaults` stand beneath the fields of each."""
 
     settings: Settings
@@ -146,7 +146,7 @@ class Drawing:
         return Task(line, custom_id, recorded, self.model, _told(request.sampling))
 
 
-class GivenCandidate(Wire):
+class GivenCandidate(StrictModel):
     """A candidate as results.jsonl tells it; its reward is about to be found anew."""
 
     text: str
@@ -157,7 +157,7 @@ class GivenCandidate(Wire):
     num_tokens: int = 0
 
 
-class Origin(Wire):
+class Origin(StrictModel):
     """Where given candidates come from, as far as it is known."""
 
     model: str | None = None
@@ -167,7 +167,7 @@ class Origin(Wire):
 
 
 @dataclass(frozen=True, slots=True)
-class Reranking:
+class RerankTasks:
     """Rows that bring their candidates."""
 
     settings: Settings
@@ -200,7 +200,7 @@ class Reranking:
             )
         request = BestOfNRequest(
             prompt=prompt,
-            sampling=Sampling(seed=origin.seed),
+            sampling=SamplingParams(seed=origin.seed),
             best_of=len(texts_alone),
             reward_model=asked.reward_model or options.reward_model,
             strategy=options.strategy or "argmax",
@@ -263,7 +263,7 @@ def _known(candidate: Candidate, told: GivenCandidate | None) -> Candidate:
     )
 
 
-def _told(sampling: Sampling) -> dict[str, Any]:
+def _told(sampling: SamplingParams) -> dict[str, Any]:
     """The sampling as a result tells it: what was asked for, and nothing that was left open."""
     values = asdict(sampling) | {"logit_bias": {str(token): bias for token, bias in sampling.logit_bias}}
     return {name: value for name, value in values.items() if name not in UNTOLD and value not in (None, (), {})}

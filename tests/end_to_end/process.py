@@ -14,7 +14,7 @@ import psutil
 
 from server.launch import address_of, listen
 from tests.end_to_end.served import START_TIMEOUT_S, is_ready, metric
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 NBEST = Path(sys.executable).with_name("nbest")
 EXIT_TIMEOUT_S = 60

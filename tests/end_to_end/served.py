@@ -10,17 +10,17 @@ from typing import cast
 import httpx
 import uvicorn
 
-from server import assembly
+from server import factory
 from server.app import create_app
 from server.config import Settings
 from server.generation.base import Generator
-from server.generation.supervised import SupervisedGenerator
+from server.generation.supervisor import SupervisedGenerator
 from server.generation.vllm_engine import VllmGenerator
-from server.http_protocol import bounded_by
+from server.http.limits import bounded_by
 from server.launch import address_of, listen
-from server.metrics import Metrics
-from server.pipeline import BestOfN
-from tests.waiting import eventually
+from server.observability.metrics import Metrics
+from server.pipeline.best_of_n import BestOfN
+from tests.support.waiting import eventually
 
 START_TIMEOUT_S = 240
 
@@ -71,7 +71,7 @@ def serve(settings: Settings) -> Iterator[Served]:
     served = Served(f"http://{address_of(listener)}", settings)
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
-        started = assembly.start(settings, metrics.observe_batch, metrics.observe_restart, metrics.observe_lookup)
+        started = factory.start(settings, metrics.observe_batch, metrics.observe_restart, metrics.observe_lookup)
         return _remembered(started, served)
 
     app = create_app(start, settings, metrics, on_start_failure=failures.append)

@@ -14,15 +14,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reranker.candidate import Candidate, Prompt
-from reranker.prepared import resolve
-from server import assembly
+from reranker.models.bundled import resolve
+from server import factory
 from server.config import Settings
 from server.errors import BadRequestError, NotReadyError
-from server.generation.base import Generator, Sampling
-from server.generation.weights import version_at
+from server.generation.base import Generator, SamplingParams
+from server.generation.weight_store import version_at
 from tests.end_to_end.served import START_TIMEOUT_S, Served, engine_behind
 from tests.end_to_end.test_best_of_n import MODEL, OPENING
-from tests.tiny_models import ENGINE_HEAD_DIM, save_tiny_adapter, save_tiny_policy
+from tests.support.tiny_models import ENGINE_HEAD_DIM, save_tiny_adapter, save_tiny_policy
 
 pytestmark = [
     pytest.mark.engine,
@@ -64,7 +64,7 @@ class World:
 
     async def draw(self) -> Candidate:
         """The engine's greedy candidate."""
-        sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0.0, logprobs=0)
+        sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, logprobs=0)
         async with self.generator.generate(Prompt(text=PROMPT), sampling, 1) as generation:
             ((candidate,),) = [outcomes async for outcomes in generation]
         assert isinstance(candidate, Candidate)
@@ -92,7 +92,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
     settings = Settings(
         model=str(policy), adapter=world.first, max_lora_rank=8, dtype="float32", kv_cache_gib=0.25, max_num_seqs=16
     )
-    async with assembly.started_generator(settings) as world.generator:
+    async with factory.started_generator(settings) as world.generator:
         yield world
 
 
@@ -113,7 +113,7 @@ async def test_a_swap_changes_the_next_request_and_reuses_nothing_of_the_one_bef
 @module_loop
 async def test_a_request_under_way_keeps_its_version(world: World) -> None:
     before = await world.generator.load_adapter(str(world.first))
-    sampling = Sampling(max_tokens=60, temperature=1.0, seed=0, logit_bias=((0, -100.0),))
+    sampling = SamplingParams(max_tokens=60, temperature=1.0, seed=0, logit_bias=((0, -100.0),))
     async with world.generator.generate(Prompt(text="The"), sampling, 4, snapshots=True) as generation:
         looks = aiter(generation)
         await anext(looks)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reranker.prepared import resolve
+from reranker.models.bundled import resolve
 from tests.end_to_end.test_best_of_n import MODEL, OPENING
 
 pytestmark = pytest.mark.engine

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from tests.end_to_end.served import Served
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 

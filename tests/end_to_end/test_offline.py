@@ -11,13 +11,14 @@ import openai
 import pytest
 from rich.console import Console
 
-from server import assembly, batch
-from server.batch import BatchOptions
+from server import factory
 from server.generation.base import Outcome
+from server.offline import batch
+from server.offline.batch import BatchOptions
 from server.offline.export import ExportOptions, run_export
-from server.pipeline import BestOfNRequest, BestOfNResult
+from server.pipeline.best_of_n import BestOfNRequest, BestOfNResult
 from tests.end_to_end.served import Served
-from tests.offline_runs import records, write_lines
+from tests.support.offline_runs import records, write_lines
 
 pytestmark = pytest.mark.engine
 
@@ -49,7 +50,7 @@ def run_batch(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     async def start(*_: Any) -> AsyncIterator[Lent]:
         yield Lent(served)
 
-    monkeypatch.setattr(assembly, "start", start)
+    monkeypatch.setattr(factory, "start", start)
 
     def run(lines: list[Any], **options: Any) -> Path:
         source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out"

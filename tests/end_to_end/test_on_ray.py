@@ -13,7 +13,7 @@ from server.config import flag_of
 from tests.end_to_end.process import ServeProcess, lives, nbest_serve
 from tests.end_to_end.served import START_TIMEOUT_S, Served, candidates_in_flight
 from tests.end_to_end.test_reliability import ask_all
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_TIMEOUT_S + 120)]
 

@@ -14,7 +14,7 @@ import pytest
 from tests.end_to_end.process import ServeProcess, nbest_serve
 from tests.end_to_end.served import START_TIMEOUT_S, Served
 from tests.end_to_end.test_best_of_n import MODEL
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 

@@ -11,17 +11,17 @@ import pytest
 import pytest_asyncio
 import torch
 
-from server.generation.base import Sampling
-from server.generation.weights import CONFIG, WEIGHTS, Adapter
+from server.generation.base import SamplingParams
+from server.generation.weight_store import CONFIG, WEIGHTS, Adapter
 from tests.end_to_end.served import START_TIMEOUT_S, engine_behind
-from tests.enumerable import LESSONS, RewardedAnswers
-from tests.tiny_models import ENGINE_HEAD_DIM, draw_weights, save_tiny_policy
-from training.policy import RunOptions
-from training.rl.actors import Actors, server_settings, started_actors
+from tests.support.enumerable import LESSONS, RewardedAnswers
+from tests.support.tiny_models import ENGINE_HEAD_DIM, draw_weights, save_tiny_policy
+from training.policy.finetune import RunOptions
+from training.rl.backend import Actors, server_settings, started_actors
+from training.rl.config import ReinforceTraining
 from training.rl.learner import Learner
 from training.rl.prompts import in_tokens, read_prompts
-from training.rl.run import train_rl
-from training.rl.settings import ReinforceTraining
+from training.rl.train import train_rl
 from training.rl.weight_sync import Probe, Synced, SyncError, WeightSync
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_TIMEOUT_S + 300)]
@@ -45,7 +45,7 @@ def small_engine() -> Iterator[None]:
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_rloo_through_the_engine_ends_at_the_optimum_of_rlhf(lesson: str, tmp_path: Path) -> None:
-    """As in `tests/test_rl_worlds.py`, with a new adapter in the engine after every step."""
+    """As in `tests/training/rl/test_worlds.py`, with a new adapter in the engine after every step."""
     world = RewardedAnswers(tmp_path, LESSONS[lesson])
     reward = f"reward={world.save_reward_function(tmp_path / 'reward.py')}"
     settings = ReinforceTraining(**world.training, reward_model=reward)
@@ -90,7 +90,7 @@ async def rig(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
     async with started_actors(server_settings(settings, learner.write_for_engine(root)), None) as actors:
         rows = read_prompts(root / "prompts.jsonl", None, holdout=0.0).trained
         (prompt,) = in_tokens(rows, root / "prompts.jsonl", learner.tokenizer, learner.max_length, max_tokens=16)
-        probe = Probe(prompt, Sampling(max_tokens=16, seed=0, logprobs=0))
+        probe = Probe(prompt, SamplingParams(max_tokens=16, seed=0, logprobs=0))
         yield Rig(actors, learner, WeightSync(actors.generator, learner, root, probe, None))
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.end_to_end.process import NBEST, lives
 from tests.end_to_end.served import START_TIMEOUT_S
-from tests.tiny_models import ENGINE_HEAD_DIM, save_tiny_policy
-from tests.waiting import eventually
+from tests.support.tiny_models import ENGINE_HEAD_DIM, save_tiny_policy
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(4 * START_TIMEOUT_S)]
 

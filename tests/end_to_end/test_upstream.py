@@ -10,7 +10,7 @@ import pytest
 from server.config import Settings
 from tests.end_to_end.served import Served, serve
 from tests.end_to_end.test_best_of_n import FILM, MODEL, complete
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 

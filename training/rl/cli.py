@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training.cli_parts import (
+from training.cli_options import (
     CheckpointEvery,
     DtypeOption,
     GradientCheckpointing,
     Holdout,
-    Policy,
+    PolicyModel,
     PolicyOut,
     Resume,
     Weights,
@@ -46,7 +46,7 @@ class _Task:
         typer.Option(help="JSONL or Parquet file, or a Hugging Face data set, with a column prompt or messages."),
     ]
     out: PolicyOut
-    model: Policy = "smollm2-135m-instruct"
+    model: PolicyModel = "smollm2-135m-instruct"
     reward_model: Annotated[
         str,
         typer.Option(metavar="NAME=SPEC", help="The reward: any scorer of the server, a function of yours included."),
@@ -163,7 +163,7 @@ class ReinforceOptions(_Running, Weights, _Evaluating, _Learning, _Drawing, _Bas
 def ppo_command(given: PPOOptions) -> None:
     """Train a policy on a reward by PPO, with the engine and the scorer that serve."""
     with errors_in_a_sentence():
-        from training.rl.settings import PPOTraining
+        from training.rl.config import PPOTraining
 
         _train(given, PPOTraining)
 
@@ -172,16 +172,16 @@ def ppo_command(given: PPOOptions) -> None:
 def reinforce_command(given: ReinforceOptions) -> None:
     """Train a policy on a reward by REINFORCE, with the engine and the scorer that serve."""
     with errors_in_a_sentence():
-        from training.rl.settings import ReinforceTraining
+        from training.rl.config import ReinforceTraining
 
         _train(given, ReinforceTraining)
 
 
 def _train(given: PPOOptions | ReinforceOptions, method: "type[Method]") -> None:
     from training.errors import TrainingError
-    from training.policy import RunOptions
-    from training.rl.actors import on_ray, started_actors
-    from training.rl.run import train_rl
+    from training.policy.finetune import RunOptions
+    from training.rl.backend import on_ray, started_actors
+    from training.rl.train import train_rl
 
     if given.ray_address is not None and not given.ray:
         raise TrainingError("a Ray cluster is only used with --ray; add that, or leave --ray-address out")

@@ -5,7 +5,7 @@ the values are read by a linear head from the policy's own last states (which th
 adapter over the same base may read it too (`held_trunk`). Where all weights learn, the reference is a copy of its own.
 
 Log-probabilities are those of softmax(logits / temperature), of policy and reference alike: what is drawn is drawn from
-that. Dropout is off. What learns is float32; products may be taken in bfloat16 (`reranker.device`), and a frozen
+that. Dropout is off. What learns is float32; products may be taken in bfloat16 (`reranker.models.device`), and a frozen
 base that is stored in bfloat16 is then held in it.
 """
 
@@ -19,20 +19,20 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from reranker.device import takes_bfloat16
-from reranker.held_trunk import HeldTrunk, alias
-from training.policy import Policy, write_adapter, write_weights
-from training.rl.completion import Completion, Rows
-from training.rl.logprobs import entropies, token_logprobs
-from training.rl.settings import PPOTraining, RLTraining
-from training.whole_directory import appearing_whole
+from reranker.models.device import takes_bfloat16
+from reranker.models.shared_trunk import SharedTrunk, alias
+from training.atomic_directory import appearing_whole
+from training.policy.finetune import TrainablePolicy, write_adapter, write_weights
+from training.rl.config import PPOTraining, RLTraining
+from training.rl.losses import entropies, token_logprobs
+from training.rl.trajectories import Completion, Rows
 
 ADAM_EPS = 1e-5
 LARGEST_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class PolicyOutputs:
     """What the policy says of each token of some completions; `values` are 0 where there is no value head."""
 
     logprobs_N_T: torch.Tensor
@@ -56,9 +56,11 @@ class Learner:
     def __init__(self, settings: RLTraining, device: torch.device, *, optimiser_steps: int) -> None:
         self.device = device
         self._settings = settings
-        self._policy = Policy(settings.policy, dropout=False, bfloat16=self.computes_bfloat16 and not settings.full)
+        self._policy = TrainablePolicy(
+            settings.policy, dropout=False, bfloat16=self.computes_bfloat16 and not settings.full
+        )
         base = self._policy.model.to(device).eval()
-        self.held_trunk = None if settings.full else HeldTrunk(self._policy.directory, alias(base.base_model))
+        self.held_trunk = None if settings.full else SharedTrunk(self._policy.directory, alias(base.base_model))
         self._reference = copy.deepcopy(base).requires_grad_(False) if settings.full else None
         self.model: Any = base if settings.full else get_peft_model(base, self._policy.adapters).eval()
         if settings.gradient_checkpointing:
@@ -110,11 +112,11 @@ class Learner:
     def optimiser_state(self) -> list[torch.Tensor]:
         return [tensor for of_one in self._optimiser.state.values() for tensor in of_one.values()]
 
-    def read(self, completions: Sequence[Completion]) -> Reading:
+    def read(self, completions: Sequence[Completion]) -> PolicyOutputs:
         """The policy as it is, with gradients."""
         rows = Rows.of(completions, self.device)
         logits_N_T_V, values_N_T = self._read(self.model, rows)
-        return Reading(token_logprobs(logits_N_T_V, rows.token_ids_N_T), values_N_T)
+        return PolicyOutputs(token_logprobs(logits_N_T_V, rows.token_ids_N_T), values_N_T)
 
     @torch.no_grad()
     def measure(self, completions: Sequence[Completion]) -> Measured:

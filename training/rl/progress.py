@@ -5,37 +5,30 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from reranker.progress_bar import ProgressBar
 
 
-class RunProgress:
+class TrainingProgress:
     """A bar of steps, with the measures of the last one."""
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:
         self._console = Console(stderr=True)
-        self._bar = Progress(
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[told]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not (shown and self._console.is_terminal),
-        )
-        self._task = self._bar.add_task("", total=total, completed=done, told="")
+        self._bar = ProgressBar(self._console, total, done, shown=shown)
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._bar.__exit__(kind, error, trace)
 
     def step(self, row: Mapping[str, float]) -> None:
         """One step more, of which these are the measures."""
-        told = f"reward {row['reward']:.3f} · KL {row['kl']:.2f} · {row['drawn_tokens_per_s']:.0f} tokens/s"
-        self._bar.update(self._task, advance=1, told=told)
+        text = f"reward {row['reward']:.3f} · KL {row['kl']:.2f} · {row['drawn_tokens_per_s']:.0f} tokens/s"
+        self._bar.advance(text)
 
     def warn(self, sentence: str) -> None:
         """A line above the bar."""

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from reranker.candidate import Prompt
-from training.data_source import Source
-from training.policy import Parts
-from training.policy_tokens import TokenisedRow, tokenise
-from training.preference_data import DataError, Row, messages_of, read_rows, text_of
+from training.data.data_source import Source
+from training.data.preferences import DataError, PreferenceRow, messages_of, read_rows, text_of
+from training.policy.finetune import Parts
+from training.policy.tokens import TokenisedRow, tokenise
 
 SEEDS = 1 << 31
 
 
-def prompt_row(line: int, fields: dict[str, Any]) -> Row:
+def prompt_row(line: int, fields: dict[str, Any]) -> PreferenceRow:
     """The row of one line: a prompt, which is a string or messages, or messages; other fields are left alone.
 
     Raises:
@@ -30,7 +30,7 @@ def prompt_row(line: int, fields: dict[str, Any]) -> Row:
         if name not in fields:
             raise ValueError(f"the fields are {', '.join(sorted(fields)) or 'none'}; a line has prompt or messages")
         prompt = Prompt(messages=messages_of(fields, name))
-    return Row(line, prompt, (), (), line)
+    return PreferenceRow(line, prompt, (), (), line)
 
 
 def read_prompts(source: Source, validation: Source | None, holdout: float) -> Parts:
@@ -43,7 +43,9 @@ def read_prompts(source: Source, validation: Source | None, holdout: float) -> P
     return Parts.of(read_rows(source, prompt_row), source, held_out, holdout)
 
 
-def in_tokens(rows: list[Row], source: Source, tokenizer: Any, max_length: int, max_tokens: int) -> list[TokenisedRow]:
+def in_tokens(
+    rows: list[PreferenceRow], source: Source, tokenizer: Any, max_length: int, max_tokens: int
+) -> list[TokenisedRow]:
     """The prompts in tokens; each leaves room for a completion.
 
     Raises:

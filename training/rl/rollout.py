@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from reranker.candidate import Candidate
 from reranker.scorers.base import Scorer, ScoringError
-from server.generation.base import Generator, Sampling
+from server.generation.base import Generator, SamplingParams
 from training.errors import TrainingError
-from training.policy_tokens import TokenisedRow
-from training.rl.completion import Completion
+from training.policy.tokens import TokenisedRow
 from training.rl.rewards import ScoreScale
+from training.rl.trajectories import Completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class RolloutWorker:
         self._samples = samples
         # All of the distribution, as the learner has it: no top_p, no penalties.
         top = max(one.needs.top_logprobs for one in (scorer, judge) if one is not None)
-        self._sampling = Sampling(max_tokens=max_tokens, temperature=temperature, logprobs=top)
+        self._sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, logprobs=top)
         self._truncation_penalty = truncation_penalty
 
     async def draw(

@@ -16,11 +16,11 @@ import torch
 
 from training.rl import losses
 from training.rl.advantages import gae, leave_one_out, whiten
-from training.rl.completion import Completion, drawn_logprobs
+from training.rl.config import PPOTraining, ReinforceTraining
 from training.rl.kl import estimate_kl
 from training.rl.learner import Learner, Measured
 from training.rl.rewards import token_rewards
-from training.rl.settings import PPOTraining, ReinforceTraining
+from training.rl.trajectories import Completion, drawn_logprobs
 
 Method = PPOTraining | ReinforceTraining
 

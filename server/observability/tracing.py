@@ -1,0 +1,308 @@
+"""OpenTelemetry traces of what happens to a request. The only module that imports opentelemetry, and only if asked to.
+
+    POST /v1/chat/completions            the request, a child of the client's span if it sent a traceparent
+    ├── admission                        the wait for its turn, in a line of requests
+    └── chat smollm2-135m-instruct       the run of the pipeline: what was asked, what it came to, the tokens
+        ├── queue                        until the first candidate is under way
+        ├── generate  (one a candidate)  ends when the candidate has: completed, failed or cancelled
+        ├── score     (one a candidate)  from its way to the scorer to its reward, the wait for a batch included
+        └── select
+
+The pipeline knows nothing of this. `Tracing.over` wraps its generator, its scorers and the run itself, which look the
+same from outside; each span finds its parent in the context that asyncio hands on. What is not traced is not wrapped.
+
+Attributes have the names of the semantic conventions where there are any (http.*, gen_ai.*), and begin with nbest.
+otherwise. The gen_ai.usage.* stand on the run alone: on candidates too they would be added up twice. No prompt, no
+completion and no error message is recorded, as a message may quote what it is about; `error.type` is the error's code.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from importlib import metadata
+from types import TracebackType
+from typing import Self
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Span, StatusCode, Tracer
+from opentelemetry.util.types import AttributeValue
+
+from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate
+from reranker.scorers.base import Needs, Scorer, Scores
+from server.errors import NbestError
+from server.generation.base import Generation, Generator, Outcome, SamplingParams
+from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+
+EXPORT_TIMEOUT_S = 5
+"""A collector that is not there must not keep the server from stopping for longer."""
+NANOSECONDS = 1_000_000_000
+
+Attributes = dict[str, AttributeValue]
+
+
+class Tracing:
+    """Traces of one server, with a provider of its own."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        self._provider = provider
+        self.tracer = provider.get_tracer("nbest", metadata.version("nbest"))
+
+    @classmethod
+    def to_collector(cls, endpoint: str, sample_ratio: float) -> Self:
+        """Sends traces to the collector at `endpoint`, in the background; OTEL_* variables say the rest.
+
+        The ratio is of the traces that begin here; those that a client has begun are kept or left as it decided.
+        """
+        service = Resource({"service.name": "nbest", "service.version": metadata.version("nbest")})
+        provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
+            resource=service.merge(OTELResourceDetector().detect()),
+        )
+        exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_TIMEOUT_S)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        return cls(provider)
+
+    @asynccontextmanager
+    async def over(self, started: AbstractAsyncContextManager[BestOfN]) -> AsyncIterator[BestOfN]:
+        """The pipeline that `started` opens, traced; on leaving, after the last request, sends what is left."""
+        async with started as best_of_n:
+            try:
+                yield _TracedBestOfN(best_of_n, self.tracer)
+            finally:  # here and not at the end of the process, which a signal may bring about
+                await asyncio.to_thread(self._provider.shutdown)
+
+
+class _TracedBestOfN(BestOfN):
+    """A pipeline whose runs are traced, down to each candidate."""
+
+    def __init__(self, traced: BestOfN, tracer: Tracer) -> None:
+        super().__init__(
+            _TracedGenerator(traced.generator, tracer),
+            {name: _TracedScorer(scorer, tracer) for name, scorer in traced.scorers.items()},
+        )
+        self._traced = traced
+        self._tracer = tracer
+
+    async def check_ready(self) -> None:
+        await self._traced.check_ready()
+
+    async def run(
+        self,
+        request: BestOfNRequest,
+        on_candidate: Callable[[Outcome], None] | None = None,
+        on_reward: Callable[[ScoredCandidate], None] | None = None,
+        *,
+        growth: bool = True,
+        queued_s: float = 0.0,
+    ) -> BestOfNResult:
+        _ended_now(self._tracer, "admission", queued_s)
+        operation = "chat" if request.prompt.messages else "text_completion"
+        model = self.generator.model
+        asked = {"gen_ai.operation.name": operation, "gen_ai.request.model": model, **_asked(request)}
+        with _span(self._tracer, f"{operation} {model}", asked) as span:
+            result = await super().run(request, on_candidate, on_reward, growth=growth, queued_s=queued_s)
+            _ended_now(self._tracer, "select", result.timings.select, {"nbest.strategy": result.strategy})
+            span.set_attributes(_account(result))
+        return result
+
+
+def _ended_now(tracer: Tracer, name: str, duration_s: float, attributes: Attributes | None = None) -> None:
+    """A span of something that has just ended and was timed already."""
+    ended_ns = time.time_ns()
+    start_ns = ended_ns - int(duration_s * NANOSECONDS)
+    tracer.start_span(name, attributes=attributes, start_time=start_ns).end(ended_ns)
+
+
+class _TracedGenerator:
+    """A generator whose candidates have spans."""
+
+    def __init__(self, traced: Generator, tracer: Tracer) -> None:
+        self._traced = traced
+        self._tracer = tracer
+
+    @property
+    def model(self) -> str:
+        return self._traced.model
+
+    def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False) -> Generation:
+        return _TracedGeneration(self._traced.generate(prompt, sampling, n, snapshots=snapshots), n, self._tracer)
+
+    async def check_ready(self) -> None:
+        await self._traced.check_ready()
+
+    async def load_adapter(self, path: str) -> str:
+        return await self._traced.load_adapter(path)
+
+    async def reload_weights(self, path: str) -> str:
+        return await self._traced.reload_weights(path)
+
+    async def close(self) -> None:
+        await self._traced.close()
+
+
+class _TracedGeneration:
+    """N candidates under way, each with a span until it ends."""
+
+    def __init__(self, traced: Generation, n: int, tracer: Tracer) -> None:
+        self._traced = traced
+        self._n = n
+        self._tracer = tracer
+        self._open: dict[int, Span] = {}
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._traced.prompt_tokens
+
+    async def __aenter__(self) -> Self:
+        with _span(self._tracer, "queue"):
+            await self._traced.__aenter__()
+        for index in range(self._n):
+            self._open[index] = self._tracer.start_span("generate", attributes={"nbest.candidate.index": index})
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._traced.__aexit__(kind, error, trace)
+        finally:
+            for index in list(self._open):
+                self._end(index, "cancelled")
+
+    async def __aiter__(self) -> AsyncIterator[list[Outcome]]:
+        async for outcomes in self._traced:
+            for one in outcomes:
+                if isinstance(one, FailedCandidate):
+                    fail(self._open[one.index], "candidate_failed")
+                    self._end(one.index, "failed")
+                elif one.finish_reason is not None:
+                    self._open[one.index].set_attributes(
+                        {"nbest.candidate.tokens": one.num_tokens, "nbest.candidate.finish_reason": one.finish_reason}
+                    )
+                    self._end(one.index, "completed")
+            yield outcomes
+
+    async def cancel(self, index: int) -> None:
+        await self._traced.cancel(index)
+        if index in self._open:
+            self._end(index, "cancelled")
+
+    def _end(self, index: int, outcome: str) -> None:
+        span = self._open.pop(index)
+        span.set_attribute("nbest.candidate.outcome", outcome)
+        span.end()
+
+
+class _TracedScorer:
+    """A scorer with a span for each candidate of a call; those of one call go side by side."""
+
+    def __init__(self, traced: Scorer, tracer: Tracer) -> None:
+        self._traced = traced
+        self._tracer = tracer
+
+    @property
+    def name(self) -> str:
+        return self._traced.name
+
+    @property
+    def needs(self) -> Needs:
+        return self._traced.needs
+
+    async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
+        asked: Attributes = {"nbest.reward_model": self.name, "nbest.score.group_size": len(candidates)}
+        spans = [
+            self._tracer.start_span("score", attributes={"nbest.candidate.index": one.index, **asked})
+            for one in candidates
+        ]
+        try:
+            with _told(*spans):
+                scores = await self._traced.score(prompt, candidates)
+            for span, reward in zip(spans, scores.rewards_N, strict=True):
+                if not math.isnan(reward):
+                    span.set_attribute("nbest.reward", reward)
+            return scores
+        finally:
+            for span in spans:
+                span.end()
+
+    async def close(self) -> None:
+        await self._traced.close()
+
+
+@contextmanager
+def _span(tracer: Tracer, name: str, attributes: Attributes | None = None) -> Iterator[Span]:
+    """A span round what is inside, which becomes the parent of the spans in there."""
+    with (
+        tracer.start_as_current_span(
+            name, attributes=attributes, record_exception=False, set_status_on_exception=False
+        ) as span,
+        _told(span),
+    ):
+        yield span
+
+
+@contextmanager
+def _told(*spans: Span) -> Iterator[None]:
+    """Marks the spans with the error that leaves, or as cancelled."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        for span in spans:
+            span.set_attribute("nbest.cancelled", True)
+        raise
+    except Exception as error:
+        code = error.code if isinstance(error, NbestError) else None
+        for span in spans:
+            fail(span, code or type(error).__name__)
+        raise
+
+
+def fail(span: Span, kind: str) -> None:
+    span.set_status(StatusCode.ERROR)
+    span.set_attribute("error.type", kind)
+
+
+def _asked(request: BestOfNRequest) -> Attributes:
+    sampling = request.sampling
+    optional = {
+        "gen_ai.request.max_tokens": sampling.max_tokens,
+        "gen_ai.request.seed": sampling.seed,
+        "nbest.deadline_s": request.deadline_s,
+        "nbest.stopping": request.stopping.policy,
+    }
+    return {
+        "gen_ai.provider.name": "nbest",
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "nbest.best_of": request.best_of,
+        "nbest.strategy": request.strategy,
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+
+
+def _account(result: BestOfNResult) -> Attributes:
+    winner = result.selection.winner
+    attributes: Attributes = {
+        "gen_ai.usage.input_tokens": result.prompt_tokens,
+        "gen_ai.usage.output_tokens": result.generated_tokens,
+        "nbest.scored_tokens": result.scored_tokens,
+        "nbest.candidate_s": result.candidate_s,
+        "nbest.completed": result.completed,
+        "nbest.failed": result.failed,
+        "nbest.cancelled_candidates": result.cancelled,
+        "nbest.candidates_not_drawn": result.not_drawn,
+        "nbest.stopped_by": result.stopped_by,
+        "nbest.ranked_by": result.ranked_by,
+        "nbest.winner.index": winner.candidate.index,
+    }
+    if result.reward_model is not None:
+        attributes["nbest.reward_model"] = result.reward_model
+    if winner.has_reward:
+        attributes["nbest.reward"] = winner.reward
+    return attributes

@@ -1,0 +1,177 @@
+"""The drawing of one request: all of it at once, or as its stopping policy decides.
+
+The waves of a policy are generations one after another for the same prompt. Candidate i has the seed of the request + i
+whichever wave it comes in, so a policy that stops after k has drawn just the first k of plain best-of-N.
+
+What a policy gives up is cancelled in the engine before anything else is waited for.
+"""
+
+import math
+import time
+from collections.abc import AsyncIterator, Collection
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from reranker.candidate import Candidate, FailedCandidate, Prompt
+from reranker.stopping import SpeculativeRejection, Stopping
+from server.generation.base import Generator, Outcome, SamplingParams
+from server.pipeline.scoring import Scoring
+
+
+class CandidateSampler:
+    """At most `most` candidates of one prompt. Iterate inside `async with`; leaving it cancels what still runs.
+
+    Whoever iterates starts the scoring of the candidates that have ended before asking for the next: the policy waits
+    for their rewards. Growing candidates are handed on with `growth` alone.
+
+    `candidate_s` are the seconds that each candidate was under way, added up. `cancelled_tokens` are those of
+    candidates that did not end, as far as they were watched.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        most: int,
+        stopping: Stopping,
+        scoring: Scoring,
+        *,
+        growth: bool,
+    ) -> None:
+        self.drawn = 0
+        self.candidate_s = 0.0
+        self._generator = generator
+        self._prompt = prompt
+        self._sampling = sampling
+        self._most = most
+        self._stopping = stopping
+        self._scoring = scoring
+        self._growth = growth
+        self._watches = growth or stopping.gives_up
+        self._is_open = False
+        self._first = 0  # of this wave
+        self._completed: list[int] = []
+        self._running: set[int] = set()
+        self._unended_tokens: dict[int, int] = {}  # index -> tokens so far, of those that grow or have been given up
+        self._counted_s = 0.0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._generation.prompt_tokens
+
+    @property
+    def _completed_of_wave(self) -> list[int]:
+        return [index for index in self._completed if index >= self._first]
+
+    @property
+    def cancelled_tokens(self) -> int:
+        return sum(self._unended_tokens.values())
+
+    async def __aenter__(self) -> Self:
+        await self._draw(await self._next_wave())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end_wave()
+
+    async def __aiter__(self) -> AsyncIterator[list[Outcome]]:
+        while True:
+            beginnings = _Beginnings(self._stopping.rejection, self._scoring)
+            async for outcomes in self._generation:
+                self._count()
+                news = [replace(one, index=self._first + one.index) for one in outcomes] if self._first else outcomes
+                for one in news:
+                    self._note(one)
+                    beginnings.note(one)
+                if told := [one for one in news if self._growth or _has_ended(one)]:
+                    yield told
+                for index in await beginnings.rejected(self._running, self._completed_of_wave):
+                    await self._generation.cancel(index - self._first)
+                    self._count()
+                    self._running.discard(index)
+                if await self._is_enough():
+                    break
+            await self._end_wave()
+            if not (wave := await self._next_wave()):
+                return
+            await self._draw(wave)
+
+    async def _next_wave(self) -> int:
+        if self._stopping.waves is None:
+            return self._most - self.drawn
+        rewards = await self._scoring.settled()
+        return self._stopping.waves.next_wave([rewards.get(index, math.nan) for index in range(self.drawn)])
+
+    async def _draw(self, wave: int) -> None:
+        seed = None if self._sampling.seed is None else self._sampling.seed + self.drawn
+        sampling = replace(self._sampling, seed=seed)
+        generation = self._generator.generate(self._prompt, sampling, wave, snapshots=self._watches)
+        await generation.__aenter__()
+        self._generation, self._is_open = generation, True
+        self._counted_s = time.perf_counter()
+        self._first, self.drawn = self.drawn, self.drawn + wave
+        self._running = set(range(self._first, self.drawn))
+
+    async def _end_wave(self) -> None:
+        """Cancels what still runs of it; once."""
+        is_open, self._is_open = self._is_open, False
+        try:
+            if is_open:
+                await self._generation.__aexit__(None, None, None)
+        finally:
+            self._count()
+            self._running.clear()
+
+    def _note(self, outcome: Outcome) -> None:
+        if _has_ended(outcome):
+            self._running.discard(outcome.index)
+            self._unended_tokens.pop(outcome.index, None)
+        if isinstance(outcome, Candidate):
+            if outcome.finish_reason:
+                self._completed.append(outcome.index)
+            else:
+                self._unended_tokens[outcome.index] = outcome.num_tokens
+
+    def _count(self) -> None:
+        before_s, self._counted_s = self._counted_s, time.perf_counter()
+        self.candidate_s += len(self._running) * (self._counted_s - before_s)
+
+    async def _is_enough(self) -> bool:
+        cut = self._stopping.stragglers
+        if cut is None:
+            return False
+        rewards = {} if cut.target_reward is None else await self._scoring.settled()
+        return cut.is_enough([rewards.get(index, math.nan) for index in self._completed], self.drawn)
+
+
+class _Beginnings:
+    """The beginnings of a wave's candidates, as all of them reach the lengths at which they are compared."""
+
+    def __init__(self, rejection: SpeculativeRejection | None, scoring: Scoring) -> None:
+        self._rejection = rejection
+        self._scoring = scoring
+        self._checkpoints = list(rejection.checkpoints) if rejection else []
+        self._reached: dict[int, Candidate] = {}
+
+    def note(self, outcome: Outcome) -> None:
+        if self._checkpoints and isinstance(outcome, Candidate) and outcome.num_tokens >= self._checkpoints[0]:
+            self._reached.setdefault(outcome.index, outcome)
+
+    async def rejected(self, running: Collection[int], completed: Collection[int]) -> list[int]:
+        """Those to give up now, of the ones that run; once for each checkpoint, when the last one has reached it."""
+        if self._rejection is None or not self._checkpoints or not running or not self._reached.keys() >= set(running):
+            return []
+        del self._checkpoints[0]
+        beginnings = [self._reached[index] for index in sorted(running)]
+        self._reached.clear()
+        growing = await self._scoring.beginnings(beginnings)
+        rewards = await self._scoring.settled()
+        return self._rejection.rejected(growing, [rewards.get(index, math.nan) for index in completed])
+
+
+def _has_ended(outcome: Outcome) -> bool:
+    return isinstance(outcome, FailedCandidate) or outcome.finish_reason is not None

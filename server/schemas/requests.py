@@ -1,0 +1,339 @@
+"""What clients send, and how it becomes a `BestOfNRequest`.
+
+The class bodies, here and in `schema_parts`, are the one table of OpenAI's fields; each is in one of three classes:
+
+    honoured    an ordinary field
+    no-op       marked `IgnoredField`; its type holds the only values allowed, those that ask for what happens anyway
+    refused     marked `IgnoredField` and typed None: there is no value that could be sent
+
+The mark carries the sentence for whoever sends anything else. Fields in none of the classes are refused as unknown, so
+nothing is silently ignored. null always means the default.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from reranker.candidate import Candidate, Prompt
+from reranker.stopping import Stopping
+from server.config import ConfigError, Settings
+from server.errors import BadRequestError
+from server.generation.base import SamplingParams
+from server.pipeline.best_of_n import BestOfNRequest
+from server.schemas.options import ChatMessage, NBestOptions, ResponseFormat, StoppingFields, StreamOptions
+from server.schemas.strict import (
+    EmptyList,
+    EmptyObject,
+    FieldHint,
+    IgnoredField,
+    OnlyFalse,
+    StrictModel,
+    parse_object,
+    validated,
+)
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""What OpenAI's /v1/completions does without max_tokens; chat goes on to the end of the context."""
+MAX_INT32 = 2**31 - 1
+"""Far past any context, and still a number to every engine."""
+MAX_SEED = 2**62
+"""Candidate i takes seed + i, which has to stay within 64 bits."""
+
+
+StopString = Annotated[str, Field(min_length=1)]
+StopStrings = Annotated[list[StopString], Field(max_length=4)]
+OneText = Annotated[list[str], Field(min_length=1, max_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class GenerationRequest(StrictModel, ABC):
+    """What both completion endpoints understand."""
+
+    model: str
+    best_of: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Candidates to generate; the default and the maximum are settings of the server."
+    )
+    n: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Choices to return, best first; at most best_of."
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = Field(
+        default=None, description="Most tokens of one candidate."
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: Annotated[StopStrings, BeforeValidator(_listed, json_schema_input_type=StopString | StopStrings)] | None = (
+        None
+    )
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
+        default=None,
+        description="Candidate i is drawn with seed + i, so that the same request gives the same candidates.",
+    )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = Field(default=None, description="Token id of the served model, as a string, to what is added to its logit.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    nbest: NBestOptions | None = None
+    user: Annotated[str | None, IgnoredField("users are not told apart; send any string or leave it out.")] = None
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def return_candidates(self) -> bool:
+        return self.nbest is not None and bool(self.nbest.return_candidates)
+
+    @property
+    def stream_candidates(self) -> bool:
+        return self.nbest is not None and bool(self.nbest.stream_candidates)
+
+    def plan(self, settings: Settings) -> BestOfNRequest:
+        """The request for the pipeline.
+
+        Raises:
+            BadRequestError: fields that are each valid contradict each other or the server's limits.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise BadRequestError("stream_options needs stream: true; send both or neither.", param="stream_options")
+        if self.stream_candidates and not self.stream:
+            raise BadRequestError(
+                "nbest.stream_candidates needs stream: true; send both, or ask for nbest.return_candidates.",
+                param="nbest.stream_candidates",
+            )
+        options = self.nbest or NBestOptions()
+        best_of = self._best_of(settings)
+        stopping = options.stopping_policy(best_of, self.num_choices)
+        if self.best_of is None and not {"stopping", "strategy", "reward_model"} & options.model_fields_set:
+            stopping = default_stopping(settings, best_of, self.num_choices)
+        if stopping.rejection is not None and settings.generator == "openai":
+            raise BadRequestError(
+                f"{stopping.policy} needs a generator that can stop one of several candidates, and an upstream server "
+                "cannot; leave stopping out, or use adaptive or straggler_cut.",
+                param="nbest.stopping.policy",
+            )
+        sampling = replace(self.sampling(), block_tokens=options.tokens_of_block(self.num_choices))
+        if sampling.block_tokens is not None:
+            _check_blocks(sampling, settings)
+        return BestOfNRequest(
+            prompt=self.internal_prompt(),
+            sampling=sampling,
+            best_of=best_of,
+            reward_model=options.reward_model,
+            strategy=options.strategy or "argmax",
+            selection=options.selection_options(),
+            deadline_s=options.deadline_s,
+            stopping=stopping,
+            on_reward_failure=options.on_reward_failure or "error",
+        )
+
+    @abstractmethod
+    def internal_prompt(self) -> Prompt:
+        """What is to be answered."""
+
+    def sampling(self) -> SamplingParams:
+        """How one candidate is drawn; the endpoints add what only they know."""
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            stop=tuple(self.stop or ()),
+            seed=self.seed,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
+            likelihood=self.return_candidates or self.stream_candidates,
+        )
+
+    def _best_of(self, settings: Settings) -> int:
+        n = self.num_choices
+        best_of = self.best_of or max(settings.default_best_of, n)
+        if best_of > settings.max_best_of:
+            param = "best_of" if self.best_of else "n"
+            raise BadRequestError(
+                f"{param} is over the {settings.max_best_of} candidates that a request may draw here; lower it.",
+                param=param,
+            )
+        if n > best_of:
+            raise BadRequestError(f"n={n} choices cannot come out of best_of={best_of}; raise best_of.", param="n")
+        return best_of
+
+
+def default_stopping(settings: Settings, best_of: int, n: int) -> Stopping:
+    """The policy for requests that leave it to the server.
+
+    Raises:
+        ConfigError: the setting holds none.
+    """
+    if settings.default_stopping is None:
+        return Stopping()
+    try:
+        return _stopping_fields(settings.default_stopping).internal(best_of, n)
+    except BadRequestError as error:
+        raise ConfigError(f"default_stopping cannot be used: {error.message}") from error
+
+
+@cache
+def _stopping_fields(text: str) -> StoppingFields:
+    return validated(parse_object(text.encode(), "setting"), StoppingFields)
+
+
+def _check_blocks(sampling: SamplingParams, settings: Settings) -> None:
+    """Refuses what a block cannot honour, as it knows the answer before it as a part of the prompt."""
+    if settings.generator == "openai":
+        raise BadRequestError(
+            "blockwise goes on from tokens, and an upstream server takes texts alone; choose another strategy.",
+            param="nbest.strategy",
+        )
+    if sampling.json_schema is not None:
+        raise BadRequestError(
+            "blockwise would begin the JSON anew in every block; leave response_format out, or choose argmax.",
+            param="response_format",
+        )
+    for param in ("presence_penalty", "frequency_penalty"):
+        if getattr(sampling, param):
+            raise BadRequestError(
+                f"{param} would count the tokens of a block alone under blockwise; leave it out, or choose argmax.",
+                param=param,
+            )
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = Field(
+        default=None, description="Newer name of max_tokens."
+    )
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+    tools: Annotated[
+        EmptyList | None,
+        IgnoredField("there is no tool parser here; leave it out, or shape the text by response_format."),
+    ] = None
+    tool_choice: Annotated[
+        Literal["none", "auto"] | None, IgnoredField("there are no tools to choose; leave it out.")
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, IgnoredField("there are no tools to call; leave it out.")] = None
+    functions: Annotated[EmptyList | None, IgnoredField("there is no function parser here; leave it out.")] = None
+    function_call: Annotated[
+        Literal["none", "auto"] | None, IgnoredField("there are no functions to call; leave it out.")
+    ] = None
+    modalities: Annotated[
+        list[Literal["text"]] | None, IgnoredField('only text is generated; send ["text"] or leave it out.')
+    ] = None
+    audio: Annotated[None, IgnoredField("only text is generated; leave it out.")] = None
+    store: Annotated[OnlyFalse | None, IgnoredField("answers are not stored; send false or leave it out.")] = None
+    metadata: Annotated[
+        dict[str, str] | None,
+        IgnoredField("it labels stored answers, of which there are none; send strings or nothing."),
+    ] = None
+    moderation: Annotated[None, IgnoredField("nothing is moderated here; leave it out.")] = None
+    prediction: Annotated[None, IgnoredField("predicted outputs are not used; leave it out.")] = None
+    prompt_cache_key: Annotated[
+        str | None, IgnoredField("prefixes are shared among all requests; send any string or leave it out.")
+    ] = None
+    prompt_cache_options: Annotated[
+        EmptyObject | None, IgnoredField("the prefix cache has no options; leave it out.")
+    ] = None
+    prompt_cache_retention: Annotated[
+        Literal["in_memory"] | None, IgnoredField("the prefix cache is in memory; send in_memory or leave it out.")
+    ] = None
+    reasoning_effort: Annotated[
+        Literal["none"] | None, IgnoredField("reasoning is not told apart from the answer; send none or leave it out.")
+    ] = None
+    safety_identifier: Annotated[
+        str | None, IgnoredField("users are not told apart; send any string or leave it out.")
+    ] = None
+    service_tier: Annotated[
+        Literal["auto", "default"] | None, IgnoredField("there is one tier; send auto or default, or leave it out.")
+    ] = None
+    verbosity: Annotated[
+        Literal["medium"] | None, IgnoredField("ask for length in a message and bound it by max_tokens; leave it out.")
+    ] = None
+    web_search_options: Annotated[None, IgnoredField("there is no web search here; leave it out.")] = None
+
+    def internal_prompt(self) -> Prompt:
+        return Prompt(messages=tuple(message.internal() for message in self.messages))
+
+    def sampling(self) -> SamplingParams:
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise BadRequestError(
+                "max_tokens and max_completion_tokens differ; send one of them.", param="max_completion_tokens"
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise BadRequestError("top_logprobs needs logprobs: true; send both or neither.", param="top_logprobs")
+        return replace(
+            super().sampling(),
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            json_schema=self.response_format.internal() if self.response_format else None,
+        )
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Annotated[
+        OneText,
+        BeforeValidator(_listed, json_schema_input_type=str | OneText),
+        FieldHint("one text a request: send each of several prompts, and token ids decoded, as a string of its own."),
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    echo: Annotated[OnlyFalse | None, IgnoredField("the prompt is not repeated in the text; leave it out.")] = None
+    suffix: Annotated[Literal[""] | None, IgnoredField("text is not inserted before a suffix; leave it out.")] = None
+
+    def internal_prompt(self) -> Prompt:
+        return Prompt(text=self.prompt[0])
+
+    def sampling(self) -> SamplingParams:
+        return replace(
+            super().sampling(), max_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS, logprobs=self.logprobs
+        )
+
+
+class AdapterRequest(StrictModel):
+    """POST /admin/adapter: serve this adapter from now on."""
+
+    path: str = Field(min_length=1, description="The adapter's directory, absolute or from --adapter-root.")
+
+
+class ScoreRequest(StrictModel):
+    """POST /v1/score: how good these candidates are as answers; give `messages` or `prompt`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    prompt: str | None = None
+    candidates: Annotated[list[str], Field(min_length=1)]
+    reward_model: str | None = Field(default=None, description="One of the served scorers; default: the first.")
+
+    def internal(self, settings: Settings) -> tuple[Prompt, list[Candidate]]:
+        """The prompt and its candidates, which have text and nothing else.
+
+        Raises:
+            BadRequestError: not exactly one of messages and prompt, or more candidates than the server allows.
+        """
+        if (self.messages is None) == (self.prompt is None):
+            raise BadRequestError("Give either messages or prompt, and exactly one of them.", param="messages")
+        if len(self.candidates) > settings.max_best_of:
+            raise BadRequestError(
+                f"At most {settings.max_best_of} candidates are scored in a request; send several.", param="candidates"
+            )
+        prompt = Prompt(messages=tuple(message.internal() for message in self.messages or ()), text=self.prompt)
+        return prompt, [
+            Candidate(index, text, num_tokens=0, finish_reason="stop") for index, text in enumerate(self.candidates)
+        ]

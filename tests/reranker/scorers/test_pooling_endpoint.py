@@ -1,0 +1,201 @@
+"""The pooling endpoint against a scripted HTTP server, with the bodies and replies of vLLM 0.32."""
+
+import json
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from transformers import AutoTokenizer
+
+from reranker.candidate import Candidate, Message, Prompt
+from reranker.models.reward_model import RewardModel
+from reranker.scorers.base import Scores, ScoringError
+from reranker.scorers.pooling_endpoint import PoolingEndpointScorer
+from reranker.scorers.spec import EndpointSpec, Route, ScorerSpecError
+from tests.support.tiny_models import CONTEXT_LENGTH, save_tiny_reward_model, tiny_tokenizer
+
+CHAT = Prompt(messages=(Message("user", "What is the capital of France?"),))
+TEXT = Prompt(text="The film was")
+SERVER = "http://pooling:8001"
+Body = dict[str, Any]
+
+
+class Server:
+    """A pooling server of `model` that answers each input with its length; `answer` replaces that."""
+
+    def __init__(self, root: str, max_model_len: int | None = CONTEXT_LENGTH) -> None:
+        self.card = {"id": "reward", "root": root, "max_model_len": max_model_len}
+        self.asked: list[tuple[str, Body]] = []
+        self.answer: Callable[[Body], httpx.Response] | None = None
+
+    def handle(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"object": "list", "data": [self.card]})
+        body = json.loads(request.content)
+        self.asked.append((request.url.path, body))
+        if self.answer:
+            return self.answer(body)
+        sizes = [float(len(one)) for one in body.get("input") or body["text_2"]]
+        numbers = {
+            "/classify": [
+                {"index": i, "label": "LABEL_0", "probs": [s], "num_classes": 1} for i, s in enumerate(sizes)
+            ],
+            "/pooling": [{"index": i, "object": "pooling", "data": [s]} for i, s in enumerate(sizes)],
+            "/score": [{"index": i, "object": "score", "score": s} for i, s in enumerate(sizes)],
+        }[request.url.path]
+        return httpx.Response(200, json={"data": numbers, "usage": {"prompt_tokens": 55, "total_tokens": 55}})
+
+
+Connect = Callable[..., Awaitable[PoolingEndpointScorer]]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    connected: list[PoolingEndpointScorer] = []
+
+    async def connect(server: Server, route: Route = "classify", tokenizer: str | None = None) -> PoolingEndpointScorer:
+        client = httpx.AsyncClient(transport=httpx.MockTransport(server.handle))
+        spec = EndpointSpec(SERVER, route, tokenizer)
+        connected.append(await PoolingEndpointScorer.connect("remote", spec, client=client))
+        return connected[-1]
+
+    yield connect
+    for scorer in connected:
+        await scorer.close()
+
+
+@pytest.fixture
+def reward_model(tmp_path: Path) -> str:
+    """A chat reward model whose tokenizer is not that of any policy here."""
+    tokenizer = tiny_tokenizer(adds_bos=True, corpus=["capital of France", "delight of the cast"])
+    return str(save_tiny_reward_model(tmp_path / "reward", tokenizer=tokenizer))
+
+
+def candidates(*texts: str) -> list[Candidate]:
+    return [Candidate(index, text, num_tokens=1) for index, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("route", ["classify", "pooling"])
+@pytest.mark.parametrize("prompt", [CHAT, TEXT])
+async def test_one_request_carries_the_tokens_the_model_itself_would_read(
+    connect: Connect, reward_model: str, route: Route, prompt: Prompt
+) -> None:
+    server = Server(reward_model)
+    scores = await (await connect(server, route)).score(prompt, candidates("Paris.", "It is Rome, of course."))
+    here = RewardModel.load(reward_model, device="cpu", dtype="float32")
+    expected = [list(here.render(prompt, text).token_ids) for text in ("Paris.", "It is Rome, of course.")]
+    assert server.asked == [(f"/{route}", {"model": "reward", "use_activation": False, "input": expected})]
+    assert scores == Scores(tuple(float(len(ids)) for ids in expected), scored_tokens=55)
+    bos = AutoTokenizer.from_pretrained(reward_model).bos_token_id
+    assert [ids.count(bos) for ids in expected] == [1, 1]
+
+
+async def test_a_pair_is_put_together_by_the_server(connect: Connect) -> None:
+    server = Server("/only/there")
+    scores = await (await connect(server, "score")).score(CHAT, candidates("Paris.", "Rome"))
+    pair = {"text_1": "What is the capital of France?", "text_2": ["Paris.", "Rome"]}
+    assert server.asked == [("/score", {"model": "reward", "use_activation": False} | pair)]
+    assert scores.rewards_N == (6.0, 4.0)
+
+
+async def test_without_the_tokenizer_texts_are_sent_and_the_log_says_so(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server("/only/there")
+    scorer = await connect(server)
+    assert "The tokenizer of /only/there at http://pooling:8001 cannot be loaded here" in caplog.text
+    turns = Prompt(messages=(Message("system", "Be brief."), *CHAT.messages))
+    await scorer.score(turns, candidates("Paris."))
+    await scorer.score(TEXT, candidates(" a delight"))
+    assert [body["input"] for _, body in server.asked] == [
+        ["system: Be brief.\n\nuser: What is the capital of France?\n\nassistant: Paris."],
+        ["The film was a delight"],
+    ]
+
+
+async def test_a_tokenizer_named_in_the_url_is_used_and_one_that_is_not_there_is_an_error(
+    connect: Connect, reward_model: str
+) -> None:
+    server = Server("/only/there")
+    await (await connect(server, tokenizer=reward_model)).score(CHAT, candidates("Paris."))
+    assert isinstance(server.asked[0][1]["input"][0][0], int)
+    with pytest.raises(ScorerSpecError, match="cannot load the tokenizer /nowhere"):
+        await connect(server, tokenizer="/nowhere")
+
+
+async def test_a_candidate_too_long_for_the_server_is_missing_and_not_sent(connect: Connect, reward_model: str) -> None:
+    server = Server(reward_model, max_model_len=40)
+    scorer = await connect(server)
+    missing, there = (await scorer.score(CHAT, candidates("x" * 60, "Paris."))).rewards_N
+    assert math.isnan(missing)
+    assert len(server.asked[0][1]["input"]) == 1
+    assert len(server.asked[0][1]["input"][0]) <= 40 == there  # the prompt was cut from the left to fit
+    with pytest.raises(ScoringError, match=r"the candidate alone is 6\d tokens"):
+        await scorer.score(CHAT, candidates("x" * 60))
+
+
+class TestReplies:
+    async def scored(self, connect: Connect, server: Server, route: Route = "classify") -> Scores:
+        return await (await connect(server, route)).score(TEXT, candidates("a", "b"))
+
+    def answering(self, status: int, content: Any) -> Server:
+        server = Server("/only/there")
+        server.answer = lambda body: httpx.Response(status, json=content)
+        return server
+
+    async def test_items_are_taken_by_their_index(self, connect: Connect) -> None:
+        items = [{"index": 1, "probs": [-2.5]}, {"index": 0, "probs": [4.0]}]
+        assert await self.scored(connect, self.answering(200, {"data": items})) == Scores((4.0, -2.5), scored_tokens=0)
+
+    async def test_of_a_number_for_each_token_the_last_counts(self, connect: Connect) -> None:
+        items = [{"index": 0, "data": [[1.0], [2.0]]}, {"index": 1, "data": 3.0}]
+        assert (await self.scored(connect, self.answering(200, {"data": items}), "pooling")).rewards_N == (2.0, 3.0)
+
+    async def test_null_is_missing(self, connect: Connect) -> None:
+        items = [{"index": 0, "score": None}, {"index": 1, "score": 3.0}]
+        missing, there = (await self.scored(connect, self.answering(200, {"data": items}), "score")).rewards_N
+        assert math.isnan(missing)
+        assert there == 3.0
+
+    @pytest.mark.parametrize(
+        ("status", "content", "told"),
+        [
+            (400, {"error": {"message": "context is 128"}}, r"http://pooling:8001 says: context is 128 \(status 400\)"),
+            (404, {"detail": "Not Found"}, r"says: Not Found \(status 404\)"),
+            (502, "bad gateway", r"says: .*bad gateway.* \(status 502\)"),
+            (200, {"data": [{"index": 0, "probs": [1.0]}]}, "http://pooling:8001/classify did not give 2 numbers"),
+            (200, {"data": [{"index": 0, "probs": [0.4, 0.6]}]}, "the model gives 2 numbers a text"),
+            (200, {"data": [{"index": 0, "probs": ["high"]}]}, "could not convert"),
+            (200, ["unexpected"], "did not give 2 numbers"),
+        ],
+    )
+    async def test_a_refusal_is_told_in_the_servers_words(
+        self, connect: Connect, status: int, content: Any, told: str
+    ) -> None:
+        server = self.answering(status, content)
+        with pytest.raises(ScoringError, match=told):
+            await self.scored(connect, server)
+        assert len(server.asked) == 1  # nothing is tried twice
+
+    async def test_a_server_that_has_gone_is_told(self, connect: Connect) -> None:
+        server = Server("/only/there")
+
+        def gone(body: Body) -> httpx.Response:
+            raise httpx.ConnectError("connection refused")
+
+        server.answer = gone
+        with pytest.raises(ScoringError, match="http://pooling:8001 does not answer: connection refused"):
+            await self.scored(connect, server)
+
+
+@pytest.mark.parametrize(
+    "reply", [httpx.Response(503), httpx.Response(200, text="hello"), httpx.Response(200, json={"data": []})]
+)
+async def test_a_server_that_serves_no_model_is_told_at_the_start(reply: httpx.Response) -> None:
+    client = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: reply))
+    with pytest.raises(ScorerSpecError, match=r"http://pooling:8001/v1/models does not say.*start that server first"):
+        await PoolingEndpointScorer.connect("remote", EndpointSpec(SERVER, "classify", None), client=client)
+    assert client.is_closed

@@ -1,0 +1,200 @@
+"""SPEC and what is made of it: the grammar, several scorers served at once, and the request that names one."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from reranker.candidate import Candidate, Message, Prompt
+from reranker.models.reward_model import RewardModel
+from reranker.scorers.base import Scorer
+from reranker.scorers.judge import Answer
+from reranker.scorers.registry import ScorerContext, make_scorers
+from reranker.scorers.spec import (
+    FORMS,
+    CascadeSpec,
+    EndpointSpec,
+    EnsembleSpec,
+    FunctionSpec,
+    JudgeSpec,
+    LikelihoodSpec,
+    RewardModelSpec,
+    ScorerSpecError,
+    parse,
+    parse_all,
+)
+from server.generation.base import SamplingParams
+from server.pipeline.best_of_n import BestOfN, BestOfNRequest
+from tests.support.doubles import ScriptedGenerator
+from tests.support.paths import ROOT
+from tests.support.serving import HELLO, app_over, client_of
+from tests.support.tiny_models import save_tiny_reward_model, tiny_tokenizer
+
+PROMPT = Prompt(messages=(Message("user", "How was the film?"),))
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("movie-sentiment", RewardModelSpec("movie-sentiment")),
+        ("org/reward", RewardModelSpec("org/reward")),
+        ("./logprob", RewardModelSpec("./logprob")),
+        ("vllm:http://gpu:8001", EndpointSpec("http://gpu:8001", "classify", None)),
+        ("vllm:http://gpu:8001/", EndpointSpec("http://gpu:8001", "classify", None)),
+        ("vllm:http://gpu:8001/v1/score", EndpointSpec("http://gpu:8001", "score", None)),
+        ("vllm:https://gpu/a/pooling#org/rm", EndpointSpec("https://gpu/a", "pooling", "org/rm")),
+        ("judge:self", JudgeSpec("self", pairwise=False)),
+        ("judge:org/large:fp8", JudgeSpec("org/large:fp8", pairwise=False)),
+        ("pairwise:judge:large", JudgeSpec("large", pairwise=True)),
+        ("python:checks/unit.py:passes", FunctionSpec("checks/unit.py", "passes")),
+        ("python:checks.unit:passes", FunctionSpec("checks.unit", "passes")),
+        ("logprob", LikelihoodSpec("logprob")),
+        ("self_certainty", LikelihoodSpec("self_certainty")),
+        ("ensemble:min:a,b", EnsembleSpec("min", ("a", "b"))),
+        ("ensemble:mean-std:0.5:a,b,c", EnsembleSpec("mean-std", ("a", "b", "c"), 0.5)),
+        ("cascade:4:a,b", CascadeSpec(4.0, ("a", "b"))),
+        ("cascade:0.25:a,b", CascadeSpec(0.25, ("a", "b"))),
+    ],
+)
+def test_what_a_spec_names(text: str, spec: object) -> None:
+    assert parse(text) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("vllm:gpu:8001", "needs an address, as in vllm:http://localhost:8001/classify"),
+        ("judge:", "needs a model"),
+        ("pairwise:large", "should read pairwise:judge:MODEL"),
+        ("pairwise:judge:", "should read pairwise:judge:MODEL"),
+        ("python:checks.py", "should read python:FILE.py:FUNCTION"),
+        ("python::f", "should read python:FILE.py:FUNCTION"),
+        ("python:checks/unit:f", "should read python:FILE.py:FUNCTION"),
+        ("logprob:sum", "takes nothing after the colon; leave sum out"),
+        ("ensemble:a,b", "should read ensemble:mean:NAME,NAME"),
+        ("ensemble:min:a", "two or more other served scorers"),
+        ("ensemble:min:a,a", "two or more other served scorers"),
+        ("cascade:a,b", "should read cascade:KEEP:CHEAP,DEAR"),
+        ("cascade:0:a,b", "should read cascade:KEEP:CHEAP,DEAR"),
+        ("cascade:1.5:a,b", "should read cascade:KEEP:CHEAP,DEAR"),
+        ("cascade:4:a,a", "should read cascade:KEEP:CHEAP,DEAR"),
+        ("cascade:4:a,b,c", "should read cascade:KEEP:CHEAP,DEAR"),
+        ("ensemble:mean-std:a,b", "K is 'a,b' and should be a number"),
+        ("ensemble:mean-std:-1:a,b", "K is '-1' and should be a number not below 0"),
+    ],
+)
+def test_a_spec_that_begins_like_a_form_must_go_on_like_it(text: str, told: str) -> None:
+    with pytest.raises(ScorerSpecError, match=told):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("specs", "told"),
+    [
+        ({"a": "logprob", "both": "ensemble:min:a,b"}, "no scorer 'b' is served; add it with --reward-model b=SPEC"),
+        ({"both": "ensemble:min:a,both", "a": "logprob"}, "'both', made of others, must come before this one"),
+        ({"a": "logprob", "x": "judge:"}, "x=judge: needs a model"),
+    ],
+)
+def test_names_must_fit_together(specs: dict[str, str], told: str) -> None:
+    with pytest.raises(ScorerSpecError, match=told):
+        parse_all(specs)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_every_form_is_documented(form: str) -> None:
+    assert f"`{form}" in (ROOT / "docs" / "scorers.md").read_text()
+
+
+@asynccontextmanager
+async def made(specs: Mapping[str, str], answer: str = '{"grade": 5}') -> AsyncIterator[dict[str, Scorer]]:
+    async def ask(question: Prompt, json_schema: dict[str, Any]) -> Answer:
+        return Answer(answer, num_tokens=10)
+
+    async with AsyncExitStack() as stack:
+        yield await make_scorers(
+            specs, ScorerContext(ask_model=lambda model: ask, device="cpu", reward_dtype="float32"), stack
+        )
+
+
+@pytest.fixture
+def specs(tmp_path: Path) -> dict[str, str]:
+    """One of each kind that needs no server; the reward model's tokenizer is not the policy's."""
+    (tmp_path / "checks.py").write_text("def short(prompt, completions):\n    return [-len(c) for c in completions]\n")
+    tokenizer = tiny_tokenizer(corpus=["a corpus of other words gives other tokens"])
+    return {
+        "both": "ensemble:min:short,likely",
+        "reward": str(save_tiny_reward_model(tmp_path / "reward", tokenizer=tokenizer)),
+        "short": f"python:{tmp_path}/checks.py:short",
+        "likely": "logprob",
+        "sure": "self_certainty",
+        "judge": "judge:large",
+        "duel": "pairwise:judge:large",
+        "all": "ensemble:mean-std:1:both,sure",
+        "two": "cascade:2:short,judge",
+    }
+
+
+async def test_several_are_served_at_once_and_a_request_names_one(specs: dict[str, str]) -> None:
+    texts = ["dull", "a delight from start to finish", "so so"]
+    async with made(specs) as scorers:
+        assert list(scorers) == list(specs)
+        served = BestOfN(ScriptedGenerator(texts), scorers)
+        names = [*specs, None]
+        results = await asyncio.gather(
+            *(
+                served.run(BestOfNRequest(PROMPT, SamplingParams(), 3, reward_model=name))
+                for name in names
+                if name != "duel"
+            )
+        )
+    by_name = {result.reward_model: result.selection for result in results}
+    assert results[-1].reward_model == "both"  # the first is the default
+    rewards = {name: {one.candidate.text: one.reward for one in by_name[name].ranking} for name in by_name}
+    assert rewards["short"] == {text: -len(text) for text in texts}
+    assert set(rewards["likely"].values()) == {-1.0}  # the double draws every word at −1 nat
+    assert set(rewards["judge"].values()) == {5.0}
+    assert [by_name[name].winner.candidate.text for name in ("short", "both", "all")] == ["dull"] * 3
+    here = RewardModel.load(specs["reward"], device="cpu", dtype="float32")
+    expected = here.score([here.render(PROMPT, text) for text in texts])
+    assert [rewards["reward"][text] for text in texts] == pytest.approx(expected, abs=1e-4)
+
+
+async def test_a_tournament_is_served_beside_them() -> None:
+    async with made({"duel": "pairwise:judge:large"}, answer='{"better": "A"}') as scorers:
+        scores = await scorers["duel"].score(PROMPT, [Candidate(i, t, num_tokens=1) for i, t in enumerate("ab")])
+    assert scores.rewards_N == (1.0, 0.5)
+
+
+async def test_over_http_a_score_request_names_one_and_the_models_are_listed(specs: dict[str, str]) -> None:
+    async with (
+        made(specs) as scorers,
+        client_of(app_over(BestOfN(ScriptedGenerator(["a b", "a"]), scorers))) as client,
+    ):
+        (model,) = (await client.get("/v1/models")).json()["data"]
+        assert model["reward_models"] == list(specs)
+        asked = {"prompt": "How was it?", "candidates": ["aa", "a"], "reward_model": "short"}
+        reply = (await client.post("/v1/score", json=asked)).json()
+        assert [one["score"] for one in reply["data"]] == [-2.0, -1.0]
+        body = HELLO | {"best_of": 2, "nbest": {"reward_model": "short", "return_candidates": True}}
+        reply = (await client.post("/v1/chat/completions", json=body)).json()
+        assert reply["choices"][0]["message"]["content"] == "a"
+        assert reply["choices"][0]["logprobs"] is None
+        unknown = await client.post("/v1/score", json=asked | {"candidates": ["a"], "reward_model": "likely"})
+        assert unknown.status_code == 503
+        assert "log-probabilities are known" in unknown.json()["error"]["message"]
+
+
+async def test_what_was_made_is_closed_when_a_later_one_cannot_be(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    (tmp_path / "checks.py").write_text(
+        f"import os, pathlib\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nf = len"
+    )
+    with pytest.raises(ScorerSpecError, match="nothing of nowhere cannot be used"):
+        async with made({"a": f"python:{tmp_path}/checks.py:f", "b": "python:nowhere:nothing"}):
+            pass
+    assert not psutil.pid_exists(int(pid_file.read_text()))

@@ -1,0 +1,84 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from reranker.candidate import Candidate, Message, Prompt
+from reranker.models.reward_model import RewardModel
+from reranker.scorers.reward_model import RewardModelScorer
+from tests.support.tiny_models import CONTEXT_LENGTH, Architecture, save_tiny_reward_model
+
+QUESTION = Prompt(messages=(Message("user", "What is the capital of France?"),))
+
+
+def candidates(*texts: str) -> list[Candidate]:
+    return [Candidate(index, text, num_tokens=1) for index, text in enumerate(texts)]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> RewardModel:
+    return RewardModel.load(str(save_tiny_reward_model(tmp_path)), device="cpu", dtype="float32")
+
+
+def scorer(model: RewardModel, batches: list[int] | None = None) -> RewardModelScorer:
+    heard = batches if batches is not None else []
+    return RewardModelScorer(
+        "tiny", model, max_batch_tokens=1000, max_wait_ms=1, on_batch=lambda sequences, _: heard.append(sequences)
+    )
+
+
+def tokens(model: RewardModel, *texts: str) -> tuple[int, list[int]]:
+    """(of the prompt, of each candidate)."""
+    rendered = [model.render(QUESTION, text) for text in texts]
+    return rendered[0].prompt_length, [len(one.token_ids) - one.prompt_length for one in rendered]
+
+
+async def test_a_shared_prompt_counts_once_and_a_candidate_drawn_twice_too(model: RewardModel) -> None:
+    batches: list[int] = []
+    scoring = scorer(model, batches)
+    scores = await scoring.score(QUESTION, candidates("Paris.", "Rome, I think.", "Paris."))
+    await scoring.close()
+    prompt, (paris, rome) = tokens(model, "Paris.", "Rome, I think.")
+    assert scores.rewards_N[0] == scores.rewards_N[2] != scores.rewards_N[1]
+    assert scores.scored_tokens == prompt + paris + rome
+    assert batches == [2]
+
+
+async def test_candidates_that_finish_later_find_their_prompt_computed(model: RewardModel) -> None:
+    scoring = scorer(model)
+    first = await scoring.score(QUESTION, candidates("Paris."))
+    later = await scoring.score(QUESTION, candidates("Rome, I think."))
+    await scoring.close()
+    prompt, (paris, rome) = tokens(model, "Paris.", "Rome, I think.")
+    assert (first.scored_tokens, later.scored_tokens) == (prompt + paris, rome)
+
+
+async def test_what_goes_on_from_a_beginning_costs_the_rest(model: RewardModel) -> None:
+    scoring, whole = scorer(model), "Paris is the capital of France, and has been for long."
+    beginning = replace(candidates(whole[:38])[0], is_beginning=True)
+    _, (begun, all_of_it) = tokens(model, beginning.text, whole)
+    await scoring.score(QUESTION, [beginning])
+    rest = await scoring.score(QUESTION, candidates(whole))
+    fresh = scorer(RewardModel.load(model.name, device="cpu", dtype="float32"))
+    assert rest.rewards_N == pytest.approx((await fresh.score(QUESTION, candidates(whole))).rewards_N, abs=1e-4)
+    assert all_of_it - begun <= rest.scored_tokens <= all_of_it - begun + 4  # but how the beginning was closed
+    await scoring.close()
+    await fresh.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+async def test_a_prompt_that_does_not_fit_is_cut_and_the_scores_say_by_how_much(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    model = RewardModel.load(str(save_tiny_reward_model(tmp_path, architecture)), device="cpu", dtype="float32")
+    prompt = Prompt(text="The film was dull. " * 60)
+    texts = [" great", " a delight from start to finish"]
+    rendered = [model.render(prompt, text) for text in texts]
+    assert [len(one.token_ids) for one in rendered] == [CONTEXT_LENGTH] * 2
+    scoring = scorer(model)
+    scores = await scoring.score(prompt, candidates(*texts))
+    short = await scoring.score(Prompt(text="The film was"), candidates(*texts))
+    await scoring.close()
+    assert scores.prompt_tokens_cut == rendered[1].cut_tokens > rendered[0].cut_tokens > 0
+    assert scores.rewards_N == pytest.approx([model.score([one])[0] for one in rendered], abs=1e-4)
+    assert short.prompt_tokens_cut == 0

@@ -1,0 +1,164 @@
+"""What `nbest calibrate` recommends, on pools whose best setting is known, and what it refuses."""
+
+import json
+import tomllib
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from reranker.stopping_replay import Pool
+from server.app import create_app
+from server.cli import CommandError, app
+from server.config import ConfigError, Settings, load_settings
+from server.observability.metrics import Metrics
+from server.offline.calibration import Target, calibrate, pools_of
+from server.offline.errors import OfflineError
+from server.offline.records import Result
+from server.schemas.requests import CompletionRequest
+from tests.server.offline.test_export import result
+
+ALIKE = [Pool([0.0, 1.0, 2.0, 3.0], [10, 10, 10, 10])] * 8
+"""For 0, 1, 2, 3 the best of n is worth 1.5, 2.3333, 2.75 and 3 on average."""
+
+
+@pytest.mark.parametrize(
+    ("target", "best_of"),
+    [
+        (Target(quality=0.0), 1),
+        (Target(quality=0.55), 2),  # 2.3333 is 0.5556 of the way from 1.5 to 3
+        (Target(quality=0.56), 3),
+        (Target(quality=1.0), 4),
+        (Target(tokens=29.0), 2),
+        (Target(tokens=30.0), 3),
+    ],
+)
+def test_the_cheapest_that_reaches_the_target_is_recommended(target: Target, best_of: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.offline.calibration.PRICES_IN_SD", ())
+        found = calibrate(ALIKE, target)
+    assert found["recommended"]["server"] == {"default_best_of": best_of}
+    assert found["recommended"]["tokens"]["mean"] == 10 * best_of
+    assert [one["reward"]["mean"] for one in found["plain"]] == pytest.approx([1.5, 7 / 3, 2.75, 3.0])
+
+
+def normal_pools(prompts: int, most: int) -> list[Pool]:
+    """Rewards such as the prior takes them for; only their mean differs from prompt to prompt."""
+    random = Random(0)
+    means = [random.gauss(0, 1) for _ in range(prompts)]
+    return [Pool([random.gauss(mean, 1.0) for _ in range(most)], [20] * most) for mean in means]
+
+
+def test_a_policy_is_recommended_where_it_is_cheaper_and_reaches_what_it_promises() -> None:
+    found = calibrate(normal_pools(60, 24), Target(quality=0.9))
+    best = found["recommended"]
+    policy = json.loads(best["server"]["default_stopping"])
+    assert policy["policy"] == "adaptive"
+    first, last = (found["plain"][place]["reward"]["mean"] for place in (0, -1))
+    assert best["reward"]["mean"] > first + 0.8 * (last - first)
+    plain = next(one for one in found["plain"] if one["reward"]["mean"] >= first + 0.9 * (last - first))
+    assert best["tokens"]["mean"] < plain["tokens"]
+
+
+def test_too_small_a_budget_is_told() -> None:
+    with pytest.raises(OfflineError, match="One candidate takes 10 tokens already, more than 3; allow more"):
+        calibrate(ALIKE, Target(tokens=3.0))
+
+
+def lines(*pools: list[float | None]) -> list[Result]:
+    return [Result.model_validate(result(line, pool)) for line, pool in enumerate(pools, start=1)]
+
+
+def test_pools_that_are_not_whole_are_left_out() -> None:
+    whole: list[list[float | None]] = [[1.0, 2.0]] * 8
+    assert len(pools_of(lines(*whole, [1.0], [1.0, None]))) == 8
+    with pytest.raises(OfflineError, match="7 prompts have all 2 candidates with a reward, and 8 are needed"):
+        pools_of(lines(*whole[:7], [3.0]))
+    with pytest.raises(OfflineError, match="A pool of one candidate tells nothing"):
+        pools_of(lines([1.0], [2.0]))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    pools = [[float(value) for value in pool.rewards_N] for pool in normal_pools(12, 8)]
+    (tmp_path / "run.json").write_text('{"runs": [{}]}')
+    records = [json.dumps(result(line, list(pool))) for line, pool in enumerate(pools, start=1)]
+    (tmp_path / "results.jsonl").write_text("".join(f"{record}\n" for record in records))
+    (tmp_path / "summary.json").write_text('{"this_run": {"generated_tokens": 600, "seconds": 60.0}}')
+    return tmp_path
+
+
+def calibrated(run: Path, *flags: str) -> str:
+    told = CliRunner().invoke(app, ["calibrate", str(run), *flags], catch_exceptions=False)
+    assert told.exit_code == 0
+    return told.output
+
+
+def test_the_command_writes_settings_that_a_server_takes(run: Path) -> None:
+    told = calibrated(run, "--quality", "0.9")
+    assert "best of 8" in told
+    assert f"nbest serve --config {run / 'settings.toml'}" in told
+    assert (run / "calibration.png").stat().st_size > 0
+    written = tomllib.loads((run / "settings.toml").read_text())
+    assert written == json.loads((run / "calibration.json").read_text())["recommended"]["server"]
+    assert load_settings({}, run / "settings.toml").default_best_of == written["default_best_of"]
+
+
+def test_seconds_are_tokens_at_the_speed_of_the_run(run: Path) -> None:
+    """A candidate is one token, and the run drew ten a second."""
+    calibrated(run, "--seconds", "0.3")
+    found = json.loads((run / "calibration.json").read_text())
+    assert found["target"] == {"tokens": 3.0}
+    assert found["recommended"]["tokens"]["mean"] <= 3.3
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "Give one of --quality, --tokens and --seconds"),
+        (["--quality", "0.9", "--tokens", "5"], "Give one of"),
+        (["--seconds", "1"], "does not tell how fast the run was; give --tokens instead"),
+    ],
+)
+def test_what_it_cannot_do_is_told(flags: list[str], told: str, run: Path) -> None:
+    (run / "summary.json").unlink()
+    with pytest.raises(CommandError, match=told):
+        CliRunner().invoke(app, ["calibrate", str(run), *flags], catch_exceptions=False)
+
+
+def test_a_directory_of_something_else_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="is not the output of nbest batch"):
+        CliRunner().invoke(app, ["calibrate", str(tmp_path), "--quality", "1"], catch_exceptions=False)
+
+
+DEFAULT = '{"policy": "adaptive", "price": 0.1}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "policy"),
+    [
+        ({}, "adaptive"),
+        ({"nbest": {"return_candidates": True}}, "adaptive"),
+        ({"best_of": 4}, None),
+        ({"nbest": {"stopping": {"policy": "none"}}}, None),
+        ({"nbest": {"strategy": "majority"}}, None),
+        ({"nbest": {"reward_model": "other"}}, None),
+    ],
+)
+def test_the_default_policy_holds_where_a_request_leaves_all_of_it_open(fields: Any, policy: str | None) -> None:
+    asked = CompletionRequest.model_validate({"model": "m", "prompt": "x"} | fields)
+    assert asked.plan(Settings(default_stopping=DEFAULT)).stopping.policy == policy
+
+
+@pytest.mark.parametrize(
+    ("default", "told"),
+    [("adaptive", "not valid JSON"), ('{"policy": "adaptive", "checkpoints": [4]}', "checkpoints goes with")],
+)
+def test_a_default_policy_that_is_none_is_refused_before_anything_is_loaded(default: str, told: str) -> None:
+    def start() -> Any:
+        raise AssertionError("nothing is started")
+
+    with pytest.raises(ConfigError, match=f"default_stopping cannot be used.*{told}"):
+        create_app(start, Settings(default_stopping=default), Metrics())

@@ -1,0 +1,88 @@
+"""DPO reaches what it should where it can be computed: a policy whose every answer can be listed.
+
+The policy is a tiny Llama that learns with all its weights through `train_dpo`, as `nbest train dpo --full` does. Its
+vocabulary has five tokens, EOS among them, and an answer is at most two tokens long: it ends by itself, or it is cut
+there. That makes 1 + 4 + 4 * 4 = 21 answers, whose probabilities sum to 1 whatever the weights.
+
+Rewards are logarithms of whole numbers, r = log w. Then Bradley and Terry's model says that answer i is preferred to j
+with probability w_i / (w_i + w_j), so a file in which i is chosen over j in w_i lines and j over i in w_j lines holds
+these preferences exactly, and no sampling noise.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from math import log
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from tests.support.enumerable import distribution, optimum, symbol_tokenizer, total_variation
+from tests.support.tiny_models import save_tiny_policy
+from training.policy.dpo import DPOTraining, train_dpo
+from training.policy.finetune import RunOptions
+
+SYMBOLS = "abcd"
+PROMPT = "ab"
+BETA = 0.5
+COMPARED_WITH = 4
+"""Answers that each is compared with, at least; a connected graph of comparisons is all that the optimum needs."""
+
+
+ANSWERS = ["", *SYMBOLS, *("".join(pair) for pair in itertools.product(SYMBOLS, repeat=2))]
+
+
+def token_ids(answer: str) -> list[int]:
+    """As the policy says it: closed by EOS where it is not cut."""
+    own = [SYMBOLS.index(symbol) for symbol in answer]
+    return own if finish_reason(answer) == "length" else [*own, len(SYMBOLS)]
+
+
+def finish_reason(answer: str) -> str:
+    return "length" if len(answer) == 2 else "stop"
+
+
+def preferences(weights: list[int], rng: random.Random) -> Iterator[dict[str, str]]:
+    """Exact preferences between each answer and some others."""
+    compared: set[tuple[int, int]] = set()
+    for one in range(len(ANSWERS)):
+        others = [other for other in range(len(ANSWERS)) if other != one]
+        compared |= {(min(one, other), max(one, other)) for other in rng.sample(others, COMPARED_WITH)}
+    for pair in sorted(compared):
+        for chosen, rejected in (pair, pair[::-1]):
+            yield from [
+                {
+                    "prompt": PROMPT,
+                    "chosen": ANSWERS[chosen],
+                    "rejected": ANSWERS[rejected],
+                    "chosen_finish_reason": finish_reason(ANSWERS[chosen]),
+                    "rejected_finish_reason": finish_reason(ANSWERS[rejected]),
+                }
+            ] * weights[chosen]
+
+
+def test_dpo_with_exact_preferences_reaches_the_optimum_of_rlhf(tmp_path: Path) -> None:
+    """pi_ref * exp(r / beta) / Z; total variation below .03."""
+    rng = random.Random(0)
+    weights = [rng.choice([1, 2, 3]) for _ in ANSWERS]
+    base = save_tiny_policy(tmp_path / "base", tokenizer=symbol_tokenizer(SYMBOLS))
+    data = tmp_path / "preferences.jsonl"
+    lines = [json.dumps(line) + "\n" for line in preferences(weights, rng)]
+    data.write_text("".join(lines))
+    settings = DPOTraining(
+        base_model=str(base),
+        full=True,
+        beta=BETA,
+        epochs=120,
+        batch_size=len(lines),
+        learning_rate=1e-2,
+        dtype="float32",
+    )
+    written = train_dpo(data, tmp_path / "out", settings, RunOptions(progress=False), holdout=0)
+    prompt_ids, answers = [SYMBOLS.index(symbol) for symbol in PROMPT], [token_ids(answer) for answer in ANSWERS]
+    reference = distribution(AutoModelForCausalLM.from_pretrained(base), prompt_ids, answers)
+    reached = distribution(AutoModelForCausalLM.from_pretrained(written), prompt_ids, answers)
+    goal = optimum(reference, [log(weight) for weight in weights], BETA)
+    assert total_variation(reference, goal) > 0.2, "there would be nothing to learn"
+    assert total_variation(reached, goal) < 0.03

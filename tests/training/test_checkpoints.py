@@ -1,0 +1,100 @@
+"""Interrupted and resumed is the same as never interrupted; and what must not be resumed is not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.tiny_models import save_tiny_policy
+from training.checkpoints import CheckpointError, start
+from training.reward.train import Method, RewardTrainer, RewardTraining, train_reward
+
+
+class PowerCutError(Exception):
+    """Stands for whatever ends a run."""
+
+
+def cut_power_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_loss = RewardTrainer.compute_loss
+
+    def compute(trainer: RewardTrainer, *arguments: Any, **more: Any) -> torch.Tensor:
+        if trainer.state.global_step == step:
+            raise PowerCutError
+        return compute_loss(trainer, *arguments, **more)
+
+    monkeypatch.setattr(RewardTrainer, "compute_loss", compute)
+
+
+def write_ratings(path: Path, count: int) -> Path:
+    path.write_text(
+        "".join(json.dumps({"text": f"film {i} " + "great " * (i % 7), "rating": i % 7}) + "\n" for i in range(count))
+    )
+    return path
+
+
+def settings(base: Path, method: Method = "lora", **more: Any) -> RewardTraining:
+    fixed: dict[str, Any] = {
+        "style": "document",
+        "epochs": 2,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "dtype": "float32",
+    }
+    return RewardTraining(base_model=str(base), method=method, **(fixed | more))
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "cut"),
+    [
+        ("lora", 46, 15),  # 12 steps an epoch: goes on at 10, within the first epoch
+        ("lora", 46, 22),  # at 20, within the second
+        ("full", 40, 17),  # 10 steps an epoch: between two epochs
+    ],
+)
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    method: Method, rows: int, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = settings(save_tiny_policy(tmp_path / "base"), method)
+    data, held_out = write_ratings(tmp_path / "train.jsonl", rows), write_ratings(tmp_path / "test.jsonl", 10)
+
+    def train(out: str, *, resume: bool) -> None:
+        train_reward(
+            data, tmp_path / out, run, validation_data=held_out, checkpoint_every=10, resume=resume, progress=False
+        )
+
+    train("whole", resume=False)
+    with monkeypatch.context() as patch:
+        cut_power_at(cut, patch)
+        with pytest.raises(PowerCutError):
+            train("cut", resume=False)
+    with pytest.raises(CheckpointError, match="go on from the last with --resume"):
+        train("cut", resume=False)
+    train("cut", resume=True)
+
+    weights = {"lora": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}[method]
+    for file in (weights, "metrics.csv", f"{weights.partition('/')[0]}/reward_config.json"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def save_checkpoint(directory: Path, step: int, state: str = "{}") -> Path:
+    checkpoint = directory / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(state)
+    return checkpoint
+
+
+def test_the_last_complete_checkpoint_is_taken(tmp_path: Path) -> None:
+    assert start(tmp_path / "run", {"seed": 0}, resume=True) is None
+    save_checkpoint(tmp_path / "run", 9)
+    last = save_checkpoint(tmp_path / "run", 10)
+    save_checkpoint(tmp_path / "run", 11, state='{"global_st')
+    assert start(tmp_path / "run", {"seed": 0}, resume=True) == last
+
+
+def test_another_run_does_not_go_on_from_these_checkpoints(tmp_path: Path) -> None:
+    start(tmp_path / "run", {"seed": 0, "epochs": 1.0}, resume=False)
+    save_checkpoint(tmp_path / "run", 10)
+    with pytest.raises(CheckpointError, match="a run with another seed: resume it as it was begun"):
+        start(tmp_path / "run", {"seed": 1, "epochs": 1.0}, resume=True)

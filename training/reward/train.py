@@ -1,0 +1,348 @@
+"""Trains a reward model on preferences.
+
+The loss is Bradley and Terry's (1952): the better of two texts wins with probability sigma(r_better - r_worse), and
+-log of that is minimised, as for InstructGPT (arXiv 2203.02155, section 3.5). Like there, every text of a batch is
+computed once and compared with all texts it can be compared with: a batch of B rated texts gives up to B(B-1)/2
+comparisons for B forward passes. A batch of pairs is the same thing with one comparison in each pair, and a margin
+that the better one should win by where the data has one (Llama 2, arXiv 2307.09288, section 3.2.2).
+
+What learns is the scalar head, and, with the method `lora`, low-rank adapters in the linear layers of the trunk
+(arXiv 2106.09685), which is frozen itself; with the method `full`, the whole trunk. The head starts at a standard
+deviation of 1/sqrt(d + 1), so that first rewards are of order one (arXiv 2403.17031, 4.1). The loop is transformers'
+Trainer.
+
+`num_layers` cuts the trunk: the reward model reads its lowest layers only. The upper layers of a language model serve
+to say the next word; probes find what a text means below them, and a trunk that ends there is also cheaper.
+
+OUT/adapter is a PEFT directory that `RewardModel.load` reads, OUT/model (method `full`) one of transformers; either
+appears whole or not at all. The order of the data depends on the seed and the epoch alone, so a run that goes on from a
+checkpoint ends where it would have ended without the interruption.
+"""
+
+import hashlib
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from reranker.models.bundled import resolve
+from reranker.models.device import Precision, takes_bfloat16
+from reranker.models.rendering import Rendered, RenderingStyle, pad
+from reranker.models.reward_model import RewardConfig, RewardModelError, forward_rewards, load_classifier, make_renderer
+from training import checkpoints
+from training.atomic_directory import appearing_whole
+from training.data.data_source import Source
+from training.data.preferences import (
+    DataError,
+    Example,
+    has_comparison,
+    hold_out,
+    ordered_pairs,
+    read_rows,
+    render_rows,
+)
+from training.metrics_log import LOG_EVERY_STEPS, MetricsLog
+from training.reward.evaluate import score_all
+from training.reward.pair_accuracy import PairAccuracy, pair_accuracy
+
+Method = Literal["lora", "head", "full"]
+
+NORMALISATION_TEXTS = 1024
+"""Trained texts whose rewards give mean and deviation: the mean is then known to 3% of a deviation."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardTraining:
+    """Everything that decides the result of a run.
+
+    `batch_size` counts rows: rated texts, or pairs. `min_gap` is the least difference of two ratings that makes a
+    comparison; pairs always count. `center` weighs the penalty that keeps rewards around zero. `lora_layers`: how many
+    of the layers read, from the top, get adapters; None for all. `dtype` is what the trunk computes in; the weights
+    that learn stay in float32.
+    """
+
+    base_model: str = "smollm2-135m-instruct"
+    method: Method = "lora"
+    style: RenderingStyle = "chat"
+    num_layers: int | None = None
+    lora_layers: int | None = None
+    lora_rank: int = 8
+    epochs: float = 1.0
+    batch_size: int = 32
+    learning_rate: float = 3e-4
+    warmup_fraction: float = 0.05
+    min_gap: float = 1.0
+    center: float = 0.0
+    max_length: int | None = None
+    dtype: Precision = "auto"
+    seed: int = 0
+
+    @property
+    def weights_name(self) -> str:
+        """The directory of the run that holds the reward model."""
+        return "model" if self.method == "full" else "adapter"
+
+
+def bradley_terry_loss(
+    rewards_N: torch.Tensor,
+    better_K: torch.Tensor,
+    worse_K: torch.Tensor,
+    *,
+    margins_K: torch.Tensor | float = 0.0,
+    center: float = 0.0,
+) -> torch.Tensor:
+    """Mean of -log sigma(r_better - r_worse - margin) over K comparisons in nats; 0 where a batch holds none.
+
+    The loss does not change when all rewards move together. `center` adds center * mean((r_better + r_worse)^2), which
+    pulls them to zero (arXiv 2312.09244); TRL calls it `center_rewards_coefficient` and suggests 0.01.
+    """
+    if len(better_K) == 0:
+        return rewards_N.sum() * 0.0
+    better_rewards_K, worse_rewards_K = rewards_N[better_K], rewards_N[worse_K]
+    loss = -F.logsigmoid(better_rewards_K - worse_rewards_K - margins_K).mean()
+    return loss + center * (better_rewards_K + worse_rewards_K).square().mean()
+
+
+def train_reward(
+    train_data: Source,
+    out: Path,
+    settings: RewardTraining,
+    *,
+    validation_data: Source | None = None,
+    holdout: float = 0.1,
+    checkpoint_every: int = 500,
+    resume: bool = False,
+    progress: bool = True,
+) -> PairAccuracy | None:
+    """Trains on preferences (see `training.data.preferences`); writes the reward model and its metrics into `out`.
+
+    After every epoch the pair accuracy is measured on the validation data or, without any, on the share `holdout` of
+    the rows, which is not trained on; the last measurement is returned, None if there was nothing held out. Every
+    `checkpoint_every` steps all that is needed to go on is saved; with `resume` the run goes on from there, and starts
+    at the beginning where nothing was saved yet.
+
+    Raises:
+        training.data.preferences.DataError: rows that cannot be used, found before the first step.
+        training.data.data_source.DataSourceError: there is no such data.
+        training.checkpoints.CheckpointError: `out` holds checkpoints that this run cannot go on from.
+        reranker.models.reward_model.RewardModelError: the base model cannot be loaded, or training diverged;
+            nothing is saved.
+    """
+    rows = read_rows(train_data)
+    rows, held_out = (rows, read_rows(validation_data)) if validation_data else hold_out(rows, holdout)
+    for part, name in ((rows, "trained on"), (held_out, "held out")):
+        if (part or name == "trained on") and not has_comparison(part, settings.min_gap):
+            raise DataError(
+                validation_data if validation_data and part is held_out else train_data,
+                [(1, f"no two texts of the rows {name} compare: there are too few, or ratings too alike")],
+            )
+    if settings.batch_size == 1 and all(len(row.texts) == 1 for row in rows):
+        raise DataError(
+            train_data,
+            [(1, "rated texts compare within a batch, and a batch of 1 has nothing to compare; choose a larger one")],
+        )
+    set_seed(settings.seed)
+    base = resolve(settings.base_model)
+    classifier = load_classifier(base, new_head=True, num_layers=settings.num_layers)
+    renderer = make_renderer(base, classifier, settings.style)
+    renderer.max_length = min(renderer.max_length, settings.max_length or renderer.max_length)
+    examples = render_rows(rows, renderer, train_data)
+    validation = render_rows(held_out, renderer, validation_data or train_data)
+
+    model = _trainable(classifier, settings)
+    pad_id = renderer.tokenizer.pad_token_id or 0
+    classifier.config.pad_token_id = pad_id
+    run = asdict(settings) | {"data": hashlib.sha256(repr((rows, held_out)).encode()).hexdigest()}
+    checkpoint = checkpoints.start(out / "checkpoints", run, resume=resume)
+
+    last_validation: PairAccuracy | None = None
+
+    def validate() -> dict[str, float]:
+        nonlocal last_validation
+        rewards = iter(_scores(model, [r for example in validation for r in example.rendered], pad_id, settings))
+        rewards_by_row = [tuple(next(rewards) for _ in example.rendered) for example in validation]
+        last_validation = pair_accuracy(rewards_by_row, validation, min_gap=settings.min_gap)
+        return {"validation_pair_accuracy": last_validation.accuracy}
+
+    log = MetricsLog(out, ("validation_pair_accuracy",), validate if validation else None)
+    trainer = RewardTrainer(
+        settings,
+        model=model,
+        args=_training_arguments(out, settings, checkpoint_every, progress=progress),
+        train_dataset=examples,
+        data_collator=lambda batch: collate(batch, pad_id, settings.min_gap),
+        callbacks=[log],
+    )
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    config = _measured_config(model, examples, pad_id, settings)
+    _save(model, renderer.tokenizer if settings.method == "full" else None, config, out / settings.weights_name)
+    shutil.rmtree(out / "checkpoints")
+    return last_validation
+
+
+def _training_arguments(
+    out: Path, settings: RewardTraining, checkpoint_every: int, *, progress: bool
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_fraction,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=settings.seed,
+        logging_steps=LOG_EVERY_STEPS,
+        save_steps=checkpoint_every,
+        save_total_limit=2,
+        report_to="none",  # training.metrics_log does it
+        logging_nan_inf_filter=False,  # a loss that is no number is told as it is
+        remove_unused_columns=False,
+        disable_tqdm=not progress,
+        dataloader_pin_memory=False,
+    )
+
+
+class RewardTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """transformers' loop with the Bradley-Terry loss, in batches of texts of like length: little padding."""
+
+    def __init__(self, settings: RewardTraining, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._settings = settings
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+        examples = train_dataset or self.train_dataset
+        steps_per_epoch = math.ceil(len(examples) / self._settings.batch_size)
+        return _LengthGrouped(
+            [max(len(r.token_ids) for r in example.rendered) for example in examples],
+            self._settings,
+            epoch=lambda: int(self.state.global_step) // steps_per_epoch,
+        )
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], **_: Any) -> torch.Tensor:
+        rewards_N = _forward(model, inputs, self._settings)
+        return bradley_terry_loss(
+            rewards_N,
+            inputs["better"],
+            inputs["worse"],
+            margins_K=inputs["margins"],
+            center=self._settings.center,
+        )
+
+
+class _LengthGrouped(LengthGroupedSampler):  # type: ignore[misc]  # transformers is untyped here
+    """transformers' sampler, in an order that depends on seed and epoch and not on what was drawn before."""
+
+    def __init__(self, lengths: list[int], settings: RewardTraining, epoch: Callable[[], int]) -> None:
+        super().__init__(settings.batch_size, lengths=lengths)
+        self._seed = settings.seed
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self._seed + self._epoch())
+        return iter(super().__iter__())
+
+
+def collate(batch: Sequence[Example], pad_id: int, min_gap: float) -> dict[str, torch.Tensor]:
+    """One padded batch of every text of the examples, and the comparisons among them."""
+    input_ids_N_T, attention_mask_N_T = pad([r for example in batch for r in example.rendered], pad_id)
+    ratings_N = torch.tensor([rating for example in batch for rating in example.ratings])
+    groups_N = torch.tensor([example.group for example in batch for _ in example.ratings])
+    margins_N = torch.tensor([example.margin for example in batch for _ in example.ratings])
+    better_K, worse_K = ordered_pairs(ratings_N, groups_N, min_gap)
+    return {
+        "input_ids": input_ids_N_T,
+        "attention_mask": attention_mask_N_T,
+        "better": better_K,
+        "worse": worse_K,
+        "margins": margins_N[better_K],
+    }
+
+
+def _trainable(classifier: Any, settings: RewardTraining) -> Any:
+    """The classifier with a fresh head that learns and, by the method, adapters or the whole trunk; all else frozen."""
+    head = getattr(classifier, "score", None)
+    if head is None:
+        raise RewardModelError(f"{settings.base_model} is an encoder, and reward training adapts decoders; choose one")
+    torch.nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)
+    if settings.method == "full":
+        return classifier
+    layers = next(part for part in classifier.base_model.children() if isinstance(part, torch.nn.ModuleList))
+    linear = {name.rpartition(".")[2] for name, part in layers.named_modules() if isinstance(part, torch.nn.Linear)}
+    adapted = range(max(0, len(layers) - (settings.lora_layers or len(layers))), len(layers))
+    model = get_peft_model(
+        classifier,
+        LoraConfig(
+            task_type="SEQ_CLS",  # the head learns and is saved beside the adapters
+            target_modules=sorted(linear) if settings.method == "lora" else DUMMY_TARGET_MODULES,
+            layers_to_transform=list(adapted) if settings.method == "lora" else None,
+            r=settings.lora_rank,
+            lora_alpha=2 * settings.lora_rank,
+        ),
+    )
+    # The name, not the directory of this machine it was resolved to: the adapter is read on others.
+    model.peft_config["default"].base_model_name_or_path = settings.base_model
+    return model
+
+
+def _forward(model: Any, inputs: dict[str, torch.Tensor], settings: RewardTraining) -> torch.Tensor:
+    device = inputs["input_ids"].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=takes_bfloat16(settings.dtype, device)):
+        classifier = model if settings.method == "full" else model.get_base_model()
+        return forward_rewards(classifier, inputs["input_ids"], inputs["attention_mask"])
+
+
+def _measured_config(model: Any, examples: list[Example], pad_id: int, settings: RewardTraining) -> RewardConfig:
+    """How the model is to be used, with mean and deviation of its rewards on some of the texts it was trained on."""
+    trained = [rendered for example in examples for rendered in example.rendered]
+    sample = random.Random(settings.seed).sample(trained, min(len(trained), NORMALISATION_TEXTS))
+    rewards_N = torch.tensor(_scores(model, sample, pad_id, settings))
+    if not rewards_N.isfinite().all():
+        raise RewardModelError("training diverged, so its rewards are no numbers; train with a lower learning rate")
+    return RewardConfig(
+        settings.base_model,
+        settings.style,
+        settings.num_layers,
+        reward_mean=float(rewards_N.mean()),
+        reward_std=float(rewards_N.std()),
+    )
+
+
+@torch.inference_mode()
+def _scores(model: Any, rendered_N: list[Rendered], pad_id: int, settings: RewardTraining) -> list[float]:
+    """Rewards by the model as it is now, which is in training before and after."""
+    device = next(model.parameters()).device
+
+    def score(batch: list[Rendered]) -> list[float]:
+        input_ids_N_T, attention_mask_N_T = pad(batch, pad_id)
+        inputs = {"input_ids": input_ids_N_T.to(device), "attention_mask": attention_mask_N_T.to(device)}
+        return [float(reward) for reward in _forward(model, inputs, settings)]
+
+    model.eval()
+    rewards_N = score_all(score, rendered_N)
+    model.train()
+    return rewards_N
+
+
+def _save(model: Any, tokenizer: Any | None, config: RewardConfig, directory: Path) -> None:
+    """The weights, whole or not at all; with the tokenizer where they stand without their base model."""
+    with appearing_whole(directory) as unfinished:
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        config.save(unfinished)
