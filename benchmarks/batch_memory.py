@@ -38,9 +38,9 @@ class Forgetful(ScriptedGenerator):
     """Remembers no request: what it holds would count as memory of the run."""
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> ScriptedGeneration:
-        return ScriptedGeneration(self, sampling, n, snapshots)
+        return ScriptedGeneration(self, sampling, n, stream_partial)
 
 
 def write_input(path: Path, lines: int) -> None:

@@ -89,7 +89,7 @@ class FixedRateEngine(FixedWeights):
             self.sequences = [one for one in self.sequences if one.tokens_left]
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> "FixedRateGeneration":
         return FixedRateGeneration(self, sampling.max_tokens or 1, n)
 

@@ -48,14 +48,14 @@ class SlotGenerator(ScriptedGenerator):
         self._slots = asyncio.Semaphore(SLOTS)
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> ScriptedGeneration:
         return SlotGeneration(self, sampling, n, self._slots)
 
 
 class SlotGeneration(ScriptedGeneration):
     def __init__(self, generator: SlotGenerator, sampling: SamplingParams, n: int, slots: asyncio.Semaphore) -> None:
-        super().__init__(generator, sampling, n, snapshots=False)
+        super().__init__(generator, sampling, n, stream_partial=False)
         self._slots = slots
         self._seed = sampling.seed or 0
 

@@ -218,7 +218,7 @@ class Endpoints:
         """What a reward model thinks of given candidates."""
         asked = await self._read(request, ScoreRequest)
         scorer = self._lifecycle.pipeline.scorer(asked.reward_model)
-        prompt, candidates = asked.internal(self._settings)
+        prompt, candidates = asked.to_prompt_and_candidates(self._settings)
         account: Account = request.scope[ACCOUNT]
         scores = await until_disconnect(request.receive, self._score(account, scorer, prompt, candidates))
         self._metrics.observe_scored_tokens(scores.scored_tokens)
@@ -300,7 +300,7 @@ class Endpoints:
         return scores
 
     async def _complete(self, request: Request, asked: GenerationRequest, reply: Reply) -> Response:
-        plan = asked.plan(self._settings)
+        plan = asked.to_request(self._settings)
         pipeline = self._lifecycle.pipeline
         _check_served(pipeline, asked.model, plan.reward_model)
         run = partial(self._run, request.scope[ACCOUNT], pipeline, plan)
@@ -350,7 +350,9 @@ class Endpoints:
                     listener(outcome)
 
             try:
-                result = await pipeline.run(plan, heard, listener, growth=listener is not None, queued_s=queued_s)
+                result = await pipeline.run(
+                    plan, heard, listener, stream_partial=listener is not None, queued_s=queued_s
+                )
             except RewardError:
                 self._metrics.observe_reward_failure("error")
                 raise

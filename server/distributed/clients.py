@@ -71,9 +71,9 @@ class RemoteGenerator:
         return cls(handle, await _answer(handle.model.remote))
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> "RemoteGeneration":
-        return RemoteGeneration(self.handle, prompt, sampling, n, snapshots)
+        return RemoteGeneration(self.handle, prompt, sampling, n, stream_partial)
 
     async def check_ready(self) -> None:
         refusal = await answer_soon(self.handle.check_ready.remote, "generator")
@@ -135,12 +135,12 @@ class RemoteGeneration:
     """
 
     def __init__(
-        self, handle: DeploymentHandle, prompt: Prompt, sampling: SamplingParams, n: int, snapshots: bool
+        self, handle: DeploymentHandle, prompt: Prompt, sampling: SamplingParams, n: int, stream_partial: bool
     ) -> None:
         self.prompt_tokens = 0
         self._handle = handle
         self._id = uuid.uuid4().hex
-        self._asked = (prompt, sampling, n, snapshots)
+        self._asked = (prompt, sampling, n, stream_partial)
         self._outcomes = OutcomeQueue(n)
         self._groups: Any = None
         self._reading: asyncio.Task[None] | None = None

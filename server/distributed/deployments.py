@@ -83,16 +83,16 @@ class GeneratorReplica:
         return self._generator.model
 
     async def generate(
-        self, request_id: str, prompt: Prompt, sampling: SamplingParams, n: int, snapshots: bool
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, n: int, stream_partial: bool
     ) -> AsyncIterator[OutcomeGroup | NbestError]:
         """Groups of outcomes, the first of them empty; closing the stream cancels what still runs."""
         try:
-            async with self._generator.generate(prompt, sampling, n, snapshots=snapshots) as generation:
+            async with self._generator.generate(prompt, sampling, n, stream_partial=stream_partial) as generation:
                 self._under_way[request_id] = generation
                 yield OutcomeGroup([], generation.prompt_tokens)
                 async for outcomes in generation:
                     yield OutcomeGroup(latest(outcomes), generation.prompt_tokens)
-                    if snapshots:
+                    if stream_partial:
                         await asyncio.sleep(SNAPSHOT_INTERVAL_S)
         except NbestError as error:
             yield error

@@ -79,7 +79,7 @@ class Generation(Protocol):
         """Cancels what still runs; returns when the engine has been told."""
 
     def __aiter__(self) -> AsyncIterator[list[Outcome]]:
-        """Lists of candidates as they finish or fail (with `snapshots`, also as they grow), until all have."""
+        """Lists of candidates as they finish or fail (with `stream_partial`, also as they grow), until all have."""
 
     async def cancel(self, index: int) -> None:
         """Stops the work on one candidate; it will not be yielded any more. Does nothing once it has finished."""
@@ -92,8 +92,8 @@ class Generator(Protocol):
     def model(self) -> str:
         """The name under which the policy is served."""
 
-    def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False) -> Generation:
-        """N candidates for one prompt; with `snapshots`, growing candidates are handed on too (finish_reason None)."""
+    def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False) -> Generation:
+        """N candidates for one prompt; with `stream_partial` also as they grow (finish_reason None)."""
 
     async def check_ready(self) -> None:
         """Returns if a request could be answered now.

@@ -44,9 +44,9 @@ class OpenAIGenerator(FixedWeights):
         return cls(model, client, upstream_model=upstream_model)
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> "OpenAIGeneration":
-        return OpenAIGeneration(self, prompt, sampling, n, snapshots)
+        return OpenAIGeneration(self, prompt, sampling, n, stream_partial)
 
     async def check_ready(self) -> None:
         try:
@@ -100,14 +100,14 @@ class OpenAIGeneration:
     """One streamed upstream request for all candidates, and more where it gave too few."""
 
     def __init__(
-        self, generator: OpenAIGenerator, prompt: Prompt, sampling: SamplingParams, n: int, snapshots: bool
+        self, generator: OpenAIGenerator, prompt: Prompt, sampling: SamplingParams, n: int, stream_partial: bool
     ) -> None:
         self.prompt_tokens = 0
         self._generator = generator
         self._prompt = prompt
         self._sampling = sampling
         self._n = n
-        self._snapshots = snapshots
+        self._stream_partial = stream_partial
         self._outcomes = OutcomeQueue(n)
         self._filling: asyncio.Task[None] | None = None
 
@@ -167,7 +167,7 @@ class OpenAIGeneration:
                             choice.index, _Growing(first + choice.index, self._sampling.logprobs is not None)
                         )
                         one.extend(choice)
-                        if (choice.finish_reason or self._snapshots) and one.index < self._n:
+                        if (choice.finish_reason or self._stream_partial) and one.index < self._n:
                             self._outcomes.put(one.candidate(choice.finish_reason))
         except openai.APIError as error:
             raise _translated(error) from error

@@ -70,9 +70,9 @@ class EngineSupervisor(ABC):
         """
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> "SupervisedGeneration":
-        return SupervisedGeneration(self, prompt, sampling, n, snapshots)
+        return SupervisedGeneration(self, prompt, sampling, n, stream_partial)
 
     async def check_ready(self) -> None:
         await self.engine.check_ready()
@@ -194,11 +194,11 @@ class SupervisedGeneration:
     """N candidates that survive the death of one engine."""
 
     def __init__(
-        self, engines: EngineSupervisor, prompt: Prompt, sampling: SamplingParams, n: int, snapshots: bool
+        self, engines: EngineSupervisor, prompt: Prompt, sampling: SamplingParams, n: int, stream_partial: bool
     ) -> None:
         self._engines = engines
         self._ask: Callable[[Generator], Generation] = lambda engine: engine.generate(
-            prompt, sampling, n, snapshots=snapshots
+            prompt, sampling, n, stream_partial=stream_partial
         )
         self._ended: set[int] = set()  # finished, failed or cancelled: not drawn again
         self._grown = False

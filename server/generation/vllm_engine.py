@@ -279,9 +279,9 @@ class VllmGenerator:
                 pass
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> "VllmGeneration":
-        return VllmGeneration(self, prompt, sampling, n, snapshots)
+        return VllmGeneration(self, prompt, sampling, n, stream_partial)
 
     async def check_ready(self) -> None:
         try:
@@ -423,13 +423,13 @@ class VllmGeneration:
     """N engine requests for one prompt; each has a task that reads its outputs."""
 
     def __init__(
-        self, generator: VllmGenerator, prompt: Prompt, sampling: SamplingParams, n: int, snapshots: bool
+        self, generator: VllmGenerator, prompt: Prompt, sampling: SamplingParams, n: int, stream_partial: bool
     ) -> None:
         self.prompt_tokens = 0
         self._generator = generator
         self._prompt = prompt
         self._sampling = sampling
-        self._kind = RequestOutputKind.DELTA if snapshots else RequestOutputKind.FINAL_ONLY
+        self._kind = RequestOutputKind.DELTA if stream_partial else RequestOutputKind.FINAL_ONLY
         self._n = n
         self._outcomes = OutcomeQueue(n)
         self._readers: dict[int, asyncio.Task[None]] = {}

@@ -98,7 +98,7 @@ class _TracedBestOfN(BestOfN):
         on_candidate: Callable[[Outcome], None] | None = None,
         on_reward: Callable[[ScoredCandidate], None] | None = None,
         *,
-        growth: bool = True,
+        stream_partial: bool = True,
         queued_s: float = 0.0,
     ) -> BestOfNResult:
         _ended_now(self._tracer, "admission", queued_s)
@@ -106,7 +106,9 @@ class _TracedBestOfN(BestOfN):
         model = self.generator.model
         asked = {"gen_ai.operation.name": operation, "gen_ai.request.model": model, **_asked(request)}
         with _span(self._tracer, f"{operation} {model}", asked) as span:
-            result = await super().run(request, on_candidate, on_reward, growth=growth, queued_s=queued_s)
+            result = await super().run(
+                request, on_candidate, on_reward, stream_partial=stream_partial, queued_s=queued_s
+            )
             _ended_now(self._tracer, "select", result.timings.select, {"nbest.strategy": result.strategy})
             span.set_attributes(_account(result))
         return result
@@ -130,8 +132,10 @@ class _TracedGenerator:
     def model(self) -> str:
         return self._traced.model
 
-    def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False) -> Generation:
-        return _TracedGeneration(self._traced.generate(prompt, sampling, n, snapshots=snapshots), n, self._tracer)
+    def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False) -> Generation:
+        return _TracedGeneration(
+            self._traced.generate(prompt, sampling, n, stream_partial=stream_partial), n, self._tracer
+        )
 
     async def check_ready(self) -> None:
         await self._traced.check_ready()

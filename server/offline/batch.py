@@ -134,7 +134,7 @@ def drawing_models(pipeline: BestOfN) -> Models:
     """Tasks are requests to the pipeline."""
 
     async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
-        return await pipeline.run(task.request, heard, growth=False)
+        return await pipeline.run(task.request, heard, stream_partial=False)
 
     return Models(answer, pipeline.generator.check_ready)
 
@@ -146,7 +146,7 @@ async def _reranking(settings: Settings, console: Console) -> AsyncIterator[Mode
     async with loaded(scorers_alone, ", ".join(settings.reward_models), console) as scorers:
 
         async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
-            return await BestOfN(FixedCandidates(task.given), scorers).run(task.request, heard, growth=False)
+            return await BestOfN(FixedCandidates(task.given), scorers).run(task.request, heard, stream_partial=False)
 
         yield Models(answer, FixedCandidates(()).check_ready)
 

@@ -16,7 +16,7 @@ class FixedCandidates(FixedWeights):
         self._candidates = candidates
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> "FixedGeneration":
         return FixedGeneration(self._candidates[:n])
 

@@ -134,7 +134,7 @@ class BatchTasks:
             raise BadRequestError(f"The model {asked.model!r} is not the one here, {self.model}.", param="model")
         if asked.stream:
             raise BadRequestError("Nothing is streamed offline; leave stream out.", param="stream")
-        request = asked.plan(self.settings)
+        request = asked.to_request(self.settings)
         if request.strategy == "blockwise":
             raise BadRequestError(
                 "A run keeps whole candidates, and blockwise leaves one; ask nbest serve, or choose another strategy.",
@@ -187,7 +187,7 @@ class RerankTasks:
             texts = [known.text if known else text for known, text in zip(told, listed or [], strict=True)]
             document = document | {"candidates": texts}
         asked = validated(document, ScoreRequest)
-        prompt, texts_alone = asked.internal(self.settings)
+        prompt, texts_alone = asked.to_prompt_and_candidates(self.settings)
         options = origin.nbest or NBestOptions()
         if options.stopping is not None and options.stopping.policy != "none":
             raise BadRequestError(
@@ -204,7 +204,7 @@ class RerankTasks:
             best_of=len(texts_alone),
             reward_model=asked.reward_model or options.reward_model,
             strategy=options.strategy or "argmax",
-            selection=options.selection_options(),
+            selection=options.to_selection(),
             deadline_s=options.deadline_s,
             on_reward_failure=options.on_reward_failure or "error",
         )

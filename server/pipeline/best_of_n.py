@@ -113,13 +113,13 @@ class BestOfN:
         on_candidate: Callable[[Outcome], None] | None = None,
         on_reward: Callable[[ScoredCandidate], None] | None = None,
         *,
-        growth: bool = True,
+        stream_partial: bool = True,
         queued_s: float = 0.0,
     ) -> BestOfNResult:
         """Answers one request: each candidate is scored as soon as it has finished, while others are still written.
 
-        `on_candidate` hears of every candidate that finishes or fails, and with `growth` for `best_of` 1 also of its
-        growth, which costs the engine a message a token; `on_reward` hears of every candidate that has been scored.
+        `on_candidate` hears of every candidate that finishes or fails, and with `stream_partial` for `best_of` 1 also of its
+        stream_partial, which costs the engine a message a token; `on_reward` hears of every candidate that has been scored.
         `queued_s` is how long the request has waited for admission before; it counts towards its deadline and its
         timings.
         Cancelling this coroutine cancels the candidates in the engine.
@@ -132,10 +132,16 @@ class BestOfN:
         scorer = None if request.strategy in WITHOUT_REWARDS else self.scorer(request.reward_model)
         _check_stopping(request.stopping, scorer)
         scoring = Scoring(scorer, request.prompt, on_reward)
-        growth = growth and on_candidate is not None and request.best_of == 1
+        stream_partial = stream_partial and on_candidate is not None and request.best_of == 1
         sampling = sampling_for(scorer, request.sampling, ranks_by_logprob=request.on_reward_failure == "logprob")
         drawing = CandidateSampler(
-            self.generator, request.prompt, sampling, request.best_of, request.stopping, scoring, growth=growth
+            self.generator,
+            request.prompt,
+            sampling,
+            request.best_of,
+            request.stopping,
+            scoring,
+            stream_partial=stream_partial,
         )
         completed: list[Candidate] = []
         failed: list[FailedCandidate] = []

@@ -23,7 +23,7 @@ class CandidateSampler:
     """At most `most` candidates of one prompt. Iterate inside `async with`; leaving it cancels what still runs.
 
     Whoever iterates starts the scoring of the candidates that have ended before asking for the next: the policy waits
-    for their rewards. Growing candidates are handed on with `growth` alone.
+    for their rewards. Growing candidates are handed on with `stream_partial` alone.
 
     `candidate_s` are the seconds that each candidate was under way, added up. `cancelled_tokens` are those of
     candidates that did not end, as far as they were watched.
@@ -38,7 +38,7 @@ class CandidateSampler:
         stopping: Stopping,
         scoring: Scoring,
         *,
-        growth: bool,
+        stream_partial: bool,
     ) -> None:
         self.drawn = 0
         self.candidate_s = 0.0
@@ -48,8 +48,8 @@ class CandidateSampler:
         self._most = most
         self._stopping = stopping
         self._scoring = scoring
-        self._growth = growth
-        self._watches = growth or stopping.gives_up
+        self._stream_partial = stream_partial
+        self._watches = stream_partial or stopping.gives_up
         self._is_open = False
         self._first = 0  # of this wave
         self._completed: list[int] = []
@@ -87,7 +87,7 @@ class CandidateSampler:
                 for one in news:
                     self._note(one)
                     beginnings.note(one)
-                if told := [one for one in news if self._growth or _has_ended(one)]:
+                if told := [one for one in news if self._stream_partial or _has_ended(one)]:
                     yield told
                 for index in await beginnings.rejected(self._running, self._completed_of_wave):
                     await self._generation.cancel(index - self._first)
@@ -109,7 +109,7 @@ class CandidateSampler:
     async def _draw(self, wave: int) -> None:
         seed = None if self._sampling.seed is None else self._sampling.seed + self.drawn
         sampling = replace(self._sampling, seed=seed)
-        generation = self._generator.generate(self._prompt, sampling, wave, snapshots=self._watches)
+        generation = self._generator.generate(self._prompt, sampling, wave, stream_partial=self._watches)
         await generation.__aenter__()
         self._generation, self._is_open = generation, True
         self._counted_s = time.perf_counter()

@@ -54,7 +54,7 @@ class ChatMessage(StrictModel):
     function_call: Annotated[None, IgnoredField("function calls are not rendered here; send text only.")] = None
     tool_call_id: Annotated[None, IgnoredField("there is no tool parser here; send text only.")] = None
 
-    def internal(self) -> Message:
+    def to_message(self) -> Message:
         role = "system" if self.role == "developer" else self.role
         return Message(role, "\n".join(part.text for part in self.content))
 
@@ -76,7 +76,7 @@ class ResponseFormat(StrictModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
-    def internal(self) -> dict[str, Any] | None:
+    def to_json_schema(self) -> dict[str, Any] | None:
         """The JSON schema of `SamplingParams`: None for free text, {} for any JSON object."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise BadRequestError(
@@ -105,7 +105,7 @@ class PriorFields(StrictModel):
     sd: float = Field(gt=0, le=MAX_PRIOR, description="Standard deviation of one prompt's rewards.")
     sd_weight: int = Field(ge=0, le=MAX_PRIOR, description="So many rewards tell a prompt's deviation as well.")
 
-    def internal(self) -> Prior:
+    def to_prior(self) -> Prior:
         return Prior(**self.model_dump())
 
 
@@ -162,7 +162,7 @@ class StoppingFields(StrictModel):
         default=None, description="straggler_cut: the share of candidates to wait for. Default: 1."
     )
 
-    def internal(self, best_of: int, n: int) -> Stopping:
+    def to_stopping(self, best_of: int, n: int) -> Stopping:
         """The policy for `best_of` candidates of which `n` are asked for.
 
         Raises:
@@ -187,7 +187,7 @@ class StoppingFields(StrictModel):
         if self.price is not None and self.quantile is not None:
             raise BadRequestError("Give a price or a quantile, not both.", param="nbest.stopping.quantile")
         quantile = DEFAULT_QUANTILE if self.price is None and self.quantile is None else self.quantile
-        prior = self.prior.internal() if self.prior else UNKNOWN
+        prior = self.prior.to_prior() if self.prior else UNKNOWN
         return AdaptiveN(best_of, n, self.price, quantile, self.target_reward, self.wave or WAVE, prior)
 
     def _rejection(self, n: int) -> SpeculativeRejection:
@@ -269,7 +269,7 @@ class NBestOptions(StrictModel):
         "been scored.",
     )
 
-    def stopping_policy(self, best_of: int, n: int) -> Stopping:
+    def to_stopping(self, best_of: int, n: int) -> Stopping:
         """The stopping policy.
 
         Raises:
@@ -277,7 +277,7 @@ class NBestOptions(StrictModel):
         """
         if self.stopping is None:
             return Stopping()
-        policy = self.stopping.internal(best_of, n)
+        policy = self.stopping.to_stopping(best_of, n)
         if policy.reads_rewards and (self.strategy or "argmax") != "argmax":
             raise BadRequestError(
                 f"{policy.policy} looks for the highest reward, and the strategy {self.strategy} for something else; "
@@ -312,7 +312,7 @@ class NBestOptions(StrictModel):
             raise BadRequestError(f"blockwise ends with one answer, not with n={n}; leave n out.", param="n")
         return self.block_tokens or DEFAULT_BLOCK_TOKENS
 
-    def selection_options(self) -> SelectionOptions:
+    def to_selection(self) -> SelectionOptions:
         """The options of the strategy.
 
         Raises:

@@ -100,7 +100,7 @@ class GenerationRequest(StrictModel, ABC):
     def stream_candidates(self) -> bool:
         return self.nbest is not None and bool(self.nbest.stream_candidates)
 
-    def plan(self, settings: Settings) -> BestOfNRequest:
+    def to_request(self, settings: Settings) -> BestOfNRequest:
         """The request for the pipeline.
 
         Raises:
@@ -115,7 +115,7 @@ class GenerationRequest(StrictModel, ABC):
             )
         options = self.nbest or NBestOptions()
         best_of = self._best_of(settings)
-        stopping = options.stopping_policy(best_of, self.num_choices)
+        stopping = options.to_stopping(best_of, self.num_choices)
         if self.best_of is None and not {"stopping", "strategy", "reward_model"} & options.model_fields_set:
             stopping = default_stopping(settings, best_of, self.num_choices)
         if stopping.rejection is not None and settings.generator == "openai":
@@ -124,26 +124,26 @@ class GenerationRequest(StrictModel, ABC):
                 "cannot; leave stopping out, or use adaptive or straggler_cut.",
                 param="nbest.stopping.policy",
             )
-        sampling = replace(self.sampling(), block_tokens=options.tokens_of_block(self.num_choices))
+        sampling = replace(self.to_sampling(), block_tokens=options.tokens_of_block(self.num_choices))
         if sampling.block_tokens is not None:
             _check_blocks(sampling, settings)
         return BestOfNRequest(
-            prompt=self.internal_prompt(),
+            prompt=self.to_prompt(),
             sampling=sampling,
             best_of=best_of,
             reward_model=options.reward_model,
             strategy=options.strategy or "argmax",
-            selection=options.selection_options(),
+            selection=options.to_selection(),
             deadline_s=options.deadline_s,
             stopping=stopping,
             on_reward_failure=options.on_reward_failure or "error",
         )
 
     @abstractmethod
-    def internal_prompt(self) -> Prompt:
+    def to_prompt(self) -> Prompt:
         """What is to be answered."""
 
-    def sampling(self) -> SamplingParams:
+    def to_sampling(self) -> SamplingParams:
         """How one candidate is drawn; the endpoints add what only they know."""
         return SamplingParams(
             max_tokens=self.max_tokens,
@@ -180,7 +180,7 @@ def default_stopping(settings: Settings, best_of: int, n: int) -> Stopping:
     if settings.default_stopping is None:
         return Stopping()
     try:
-        return _stopping_fields(settings.default_stopping).internal(best_of, n)
+        return _stopping_fields(settings.default_stopping).to_stopping(best_of, n)
     except BadRequestError as error:
         raise ConfigError(f"default_stopping cannot be used: {error.message}") from error
 
@@ -267,10 +267,10 @@ class ChatCompletionRequest(GenerationRequest):
     ] = None
     web_search_options: Annotated[None, IgnoredField("there is no web search here; leave it out.")] = None
 
-    def internal_prompt(self) -> Prompt:
-        return Prompt(messages=tuple(message.internal() for message in self.messages))
+    def to_prompt(self) -> Prompt:
+        return Prompt(messages=tuple(message.to_message() for message in self.messages))
 
-    def sampling(self) -> SamplingParams:
+    def to_sampling(self) -> SamplingParams:
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise BadRequestError(
                 "max_tokens and max_completion_tokens differ; send one of them.", param="max_completion_tokens"
@@ -278,10 +278,10 @@ class ChatCompletionRequest(GenerationRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise BadRequestError("top_logprobs needs logprobs: true; send both or neither.", param="top_logprobs")
         return replace(
-            super().sampling(),
+            super().to_sampling(),
             max_tokens=self.max_completion_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            json_schema=self.response_format.internal() if self.response_format else None,
+            json_schema=self.response_format.to_json_schema() if self.response_format else None,
         )
 
 
@@ -298,12 +298,12 @@ class CompletionRequest(GenerationRequest):
     echo: Annotated[OnlyFalse | None, IgnoredField("the prompt is not repeated in the text; leave it out.")] = None
     suffix: Annotated[Literal[""] | None, IgnoredField("text is not inserted before a suffix; leave it out.")] = None
 
-    def internal_prompt(self) -> Prompt:
+    def to_prompt(self) -> Prompt:
         return Prompt(text=self.prompt[0])
 
-    def sampling(self) -> SamplingParams:
+    def to_sampling(self) -> SamplingParams:
         return replace(
-            super().sampling(), max_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS, logprobs=self.logprobs
+            super().to_sampling(), max_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS, logprobs=self.logprobs
         )
 
 
@@ -321,7 +321,7 @@ class ScoreRequest(StrictModel):
     candidates: Annotated[list[str], Field(min_length=1)]
     reward_model: str | None = Field(default=None, description="One of the served scorers; default: the first.")
 
-    def internal(self, settings: Settings) -> tuple[Prompt, list[Candidate]]:
+    def to_prompt_and_candidates(self, settings: Settings) -> tuple[Prompt, list[Candidate]]:
         """The prompt and its candidates, which have text and nothing else.
 
         Raises:
@@ -333,7 +333,7 @@ class ScoreRequest(StrictModel):
             raise BadRequestError(
                 f"At most {settings.max_best_of} candidates are scored in a request; send several.", param="candidates"
             )
-        prompt = Prompt(messages=tuple(message.internal() for message in self.messages or ()), text=self.prompt)
+        prompt = Prompt(messages=tuple(message.to_message() for message in self.messages or ()), text=self.prompt)
         return prompt, [
             Candidate(index, text, num_tokens=0, finish_reason="stop") for index, text in enumerate(self.candidates)
         ]

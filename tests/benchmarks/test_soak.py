@@ -42,10 +42,10 @@ class Short(ScriptedGenerator):
     model = MODEL
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> ScriptedGeneration:
         self.refusal = ContextLengthError("Too long.") if len(prompt.text or "") > 2000 else None
-        return super().generate(prompt, sampling, n, snapshots=snapshots)
+        return super().generate(prompt, sampling, n, stream_partial=stream_partial)
 
 
 def test_a_right_answer_has_no_mistakes() -> None:

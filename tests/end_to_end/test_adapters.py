@@ -114,7 +114,7 @@ async def test_a_swap_changes_the_next_request_and_reuses_nothing_of_the_one_bef
 async def test_a_request_under_way_keeps_its_version(world: World) -> None:
     before = await world.generator.load_adapter(str(world.first))
     sampling = SamplingParams(max_tokens=60, temperature=1.0, seed=0, logit_bias=((0, -100.0),))
-    async with world.generator.generate(Prompt(text="The"), sampling, 4, snapshots=True) as generation:
+    async with world.generator.generate(Prompt(text="The"), sampling, 4, stream_partial=True) as generation:
         looks = aiter(generation)
         await anext(looks)
         after = await world.generator.load_adapter(str(world.second))

@@ -34,13 +34,15 @@ class Lent:
         self._pipeline = served.pipelines[0]
         self._loop = served.loops[0]
 
-    async def run(self, request: BestOfNRequest, heard: Callable[[Outcome], None], *, growth: bool) -> BestOfNResult:
+    async def run(
+        self, request: BestOfNRequest, heard: Callable[[Outcome], None], *, stream_partial: bool
+    ) -> BestOfNResult:
         here = asyncio.get_running_loop()
 
         def told(outcome: Outcome) -> None:
             here.call_soon_threadsafe(heard, outcome)
 
-        running = self._pipeline.run(request, told, growth=growth)
+        running = self._pipeline.run(request, told, stream_partial=stream_partial)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(running, self._loop))
 
 

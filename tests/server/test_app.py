@@ -307,9 +307,9 @@ async def test_a_plain_answer_asks_the_engine_for_no_snapshots(monkeypatch: pyte
     generator = ScriptedGenerator(FILMS)
     generate = generator.generate
 
-    def noting(*args: Any, snapshots: bool) -> Any:
-        asked.append(snapshots)
-        return generate(*args, snapshots=snapshots)
+    def noting(*args: Any, stream_partial: bool) -> Any:
+        asked.append(stream_partial)
+        return generate(*args, stream_partial=stream_partial)
 
     monkeypatch.setattr(generator, "generate", noting)
     async with client_over(generator) as client:

@@ -44,10 +44,10 @@ class ScriptedGenerator:
         self.running: set[ScriptedGeneration] = set()
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> "ScriptedGeneration":
         self.calls.append((prompt, sampling, n))
-        return ScriptedGeneration(self, sampling, n, snapshots)
+        return ScriptedGeneration(self, sampling, n, stream_partial)
 
     async def load_adapter(self, path: str) -> str:
         if self.refusal is not None:
@@ -77,10 +77,10 @@ class ScriptedGeneration:
 
     prompt_tokens = 7
 
-    def __init__(self, generator: ScriptedGenerator, sampling: SamplingParams, n: int, snapshots: bool) -> None:
+    def __init__(self, generator: ScriptedGenerator, sampling: SamplingParams, n: int, stream_partial: bool) -> None:
         self._generator = generator
         self._sampling = sampling
-        self._snapshots = snapshots
+        self._stream_partial = stream_partial
         self._awaited = set(range(n))  # neither ended nor cancelled, as far as the reader knows
         self._writers: dict[int, asyncio.Task[None]] = {}
         # None: look again, one was cancelled
@@ -133,7 +133,7 @@ class ScriptedGeneration:
         beginning = self._sampling.after.text.split(" ") if self._sampling.after else []
         words = [*beginning, *text.split(" ")[begun:]]
         written = words[: begun + self._sampling.most_new_tokens(MAX_MODEL_LEN - begun)]
-        if self._snapshots:
+        if self._stream_partial:
             for count in range(begun + 1, len(written)):
                 self._outcomes.put_nowait(self._candidate(index, words[:count], None))
                 await asyncio.sleep(self._generator.word_delay_s)

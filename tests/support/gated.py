@@ -62,8 +62,10 @@ class GatedGeneration(ScriptedGeneration):
 
 
 class GatedGenerator(ScriptedGenerator):
-    def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False) -> GatedGeneration:
-        return GatedGeneration(self, sampling, n, snapshots)
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
+    ) -> GatedGeneration:
+        return GatedGeneration(self, sampling, n, stream_partial)
 
 
 class GatedScorer(ScriptedScorer):

@@ -45,10 +45,10 @@ class Dies(ScriptedGenerator):
         super().__init__(["never"], delays_s={0: 600})
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> ScriptedGeneration:
         asyncio.get_running_loop().call_later(0.2, os._exit, 1)
-        return super().generate(prompt, sampling, n, snapshots=snapshots)
+        return super().generate(prompt, sampling, n, stream_partial=stream_partial)
 
 
 class DyingScorer(ScriptedScorer):
@@ -136,12 +136,12 @@ class Scripts:
     def __init__(self, witness: Witness) -> None:
         self._witness = witness
 
-    def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False) -> Generation:
+    def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False) -> Generation:
         script = prompt.text or prompt.messages[0].content
         generator = SCRIPTS[script]()
         generator.cancelled = _Told(self._witness, script)
         self._witness.tell("started", script, n)
-        return generator.generate(prompt, sampling, n, snapshots=snapshots)
+        return generator.generate(prompt, sampling, n, stream_partial=stream_partial)
 
     async def load_adapter(self, path: str) -> str:
         if path.endswith("unfit"):

@@ -31,13 +31,13 @@ class SeededGenerator(ScriptedGenerator):
         self.delay_s = delay_s
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> ScriptedGeneration:
         self.calls.append((prompt, sampling, n))
         seeds = [(sampling.seed or 0) + index for index in range(n)]
         words = [f"{prompt.text} {'x' * (seed * 2654435761 % 97)}" for seed in seeds]
         delays_s = {index: self.delay_s * (seed % 3) for index, seed in enumerate(seeds)}
-        return ScriptedGeneration(ScriptedGenerator(words, delays_s=delays_s), sampling, n, snapshots)
+        return ScriptedGeneration(ScriptedGenerator(words, delays_s=delays_s), sampling, n, stream_partial)
 
 
 @contextmanager

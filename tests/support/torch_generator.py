@@ -44,7 +44,7 @@ class TorchGenerator:
         self._prefixes: dict[str, Any] = {}
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> "TorchGeneration":
         self.asked.append(prompt)
         return TorchGeneration(self, prompt, sampling, n)

@@ -33,13 +33,13 @@ class Mortal(SeededGenerator):
         self._deadly = deadly
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> ScriptedGeneration:
         grave = self._graves / (prompt.text or "")
         if prompt.text in self._deadly and not grave.exists():
             grave.touch()
             os._exit(1)
-        return super().generate(prompt, sampling, n, snapshots=snapshots)
+        return super().generate(prompt, sampling, n, stream_partial=stream_partial)
 
 
 @asynccontextmanager

@@ -180,7 +180,7 @@ async def test_one_candidate_is_cancelled_in_the_replica_that_has_it(server: Ser
 async def test_growth_travels_in_groups(server: Server) -> None:
     """500 tokens come in far fewer messages, of which each tells the whole text so far."""
     generator = await RemoteGenerator.connect(generator_handle())
-    async with generator.generate(Prompt(text="chatters"), SamplingParams(), 1, snapshots=True) as generation:
+    async with generator.generate(Prompt(text="chatters"), SamplingParams(), 1, stream_partial=True) as generation:
         groups = [group async for group in generation]
     assert len(groups) < 250
     (last,) = groups[-1]

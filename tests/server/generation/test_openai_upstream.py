@@ -92,7 +92,9 @@ async def test_a_server_that_gives_nothing_fails_every_candidate() -> None:
 async def test_snapshots_grow() -> None:
     generator, _ = upstream(lambda body: streamed(piece(0, "a"), piece(0, "b", "stop")))
     seen = [
-        (one.text, one.finish_reason) for one in await drawn(generator, 1, snapshots=True) if isinstance(one, Candidate)
+        (one.text, one.finish_reason)
+        for one in await drawn(generator, 1, stream_partial=True)
+        if isinstance(one, Candidate)
     ]
     assert seen == [("a", None), ("ab", "stop")]
 

@@ -43,14 +43,14 @@ class HeldGenerator(ScriptedGenerator):
         self.idle = asyncio.Event()
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> ScriptedGeneration:
-        return HeldGeneration(self, sampling, n, snapshots)
+        return HeldGeneration(self, sampling, n, stream_partial)
 
 
 class HeldGeneration(ScriptedGeneration):
-    def __init__(self, generator: HeldGenerator, sampling: SamplingParams, n: int, snapshots: bool) -> None:
-        super().__init__(generator, sampling, n, snapshots)
+    def __init__(self, generator: HeldGenerator, sampling: SamplingParams, n: int, stream_partial: bool) -> None:
+        super().__init__(generator, sampling, n, stream_partial)
         self._released = generator.released
         self._idle = generator.idle
         self._last = n - 1

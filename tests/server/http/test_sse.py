@@ -31,7 +31,7 @@ def text_reply(**fields: Any) -> Reply:
 
 
 def run_of(generator: ScriptedGenerator, scorer: ScriptedScorer, best_of: int, **fields: Any) -> Run:
-    plan = ChatCompletionRequest.model_validate(HELLO | {"best_of": best_of} | fields).plan(Settings())
+    plan = ChatCompletionRequest.model_validate(HELLO | {"best_of": best_of} | fields).to_request(Settings())
 
     async def run(listener: Callable[[News], None]) -> BestOfNResult:
         return await pipeline(generator, scorer).run(plan, listener, listener)

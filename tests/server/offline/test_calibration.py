@@ -149,7 +149,7 @@ DEFAULT = '{"policy": "adaptive", "price": 0.1}'
 )
 def test_the_default_policy_holds_where_a_request_leaves_all_of_it_open(fields: Any, policy: str | None) -> None:
     asked = CompletionRequest.model_validate({"model": "m", "prompt": "x"} | fields)
-    assert asked.plan(Settings(default_stopping=DEFAULT)).stopping.policy == policy
+    assert asked.to_request(Settings(default_stopping=DEFAULT)).stopping.policy == policy
 
 
 @pytest.mark.parametrize(

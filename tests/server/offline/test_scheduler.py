@@ -43,7 +43,7 @@ class Watching:
         self.run = Run(answer or self.answer, self.check_ready, self.directory, self, in_flight=IN_FLIGHT)
 
     async def answer(self, task: Task, heard: OnCandidate) -> BestOfNResult:
-        return await self.pipeline.run(task.request, heard, growth=False)
+        return await self.pipeline.run(task.request, heard, stream_partial=False)
 
     async def check_ready(self) -> None:
         if self._not_ready:

@@ -45,7 +45,7 @@ def asked(nbest: dict[str, Any] = BLOCKWISE, **fields: Any) -> dict[str, Any]:
 async def answered(served: BestOfN, **fields: Any) -> tuple[BestOfNResult, list[str]]:
     """The result, and the texts told on the way."""
     told: list[Candidate] = []
-    plan = ChatCompletionRequest.model_validate(asked(**fields)).plan(Settings())
+    plan = ChatCompletionRequest.model_validate(asked(**fields)).to_request(Settings())
     result = await blockwise.answer(served.run, plan, told.append)
     assert not any(one.finish_reason for one in told)
     return result, [one.text for one in told]
@@ -84,7 +84,7 @@ async def test_the_answer_ends_where_max_tokens_does(max_tokens: int, text: str)
 )
 async def test_what_ends_a_later_block_leaves_the_answer_so_far(error: NbestError, stopped_by: str) -> None:
     _, served = scripted()
-    plan = ChatCompletionRequest.model_validate(asked()).plan(Settings())
+    plan = ChatCompletionRequest.model_validate(asked()).to_request(Settings())
     plan = replace(plan, deadline_s=50.0)
     deadlines: list[float | None] = []
 
@@ -107,7 +107,7 @@ async def test_a_first_block_that_fails_fails_the_request() -> None:
     async def run_block(request: BestOfNRequest, *, queued_s: float) -> BestOfNResult:
         raise DeadlineError("late")
 
-    plan = ChatCompletionRequest.model_validate(asked()).plan(Settings())
+    plan = ChatCompletionRequest.model_validate(asked()).to_request(Settings())
     with pytest.raises(DeadlineError):
         await blockwise.answer(run_block, plan)
 
@@ -184,14 +184,14 @@ async def test_whole_it_is_the_same_answer() -> None:
 )
 def test_what_does_not_go_with_blocks_is_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(BadRequestError) as refused:
-        ChatCompletionRequest.model_validate(asked(**fields)).plan(Settings())
+        ChatCompletionRequest.model_validate(asked(**fields)).to_request(Settings())
     assert refused.value.param == param
 
 
 def test_an_upstream_server_cannot_go_on_from_tokens() -> None:
     settings = Settings(generator="openai", base_url="http://up/v1", model="m", reward_models={"r": "python:f.py:f"})
     with pytest.raises(BadRequestError, match="texts alone"):
-        ChatCompletionRequest.model_validate(asked()).plan(settings)
+        ChatCompletionRequest.model_validate(asked()).to_request(settings)
 
 
 def test_offline_runs_refuse_it() -> None:

@@ -21,14 +21,14 @@ class BySeed(ScriptedGenerator):
     """Draws the text at the place of the seed, as an engine gives equal seeds equal texts."""
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, snapshots: bool = False
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> ScriptedGeneration:
         self.calls.append((prompt, sampling, n))
         shifted = copy.copy(self)  # what was cancelled and called is shared
         first = sampling.seed or 0
         shifted.texts = [self.texts[(first + index) % len(self.texts)] for index in range(n)]
         shifted.delays_s = {index: self.delays_s[first + index] for index in range(n) if first + index in self.delays_s}
-        return ScriptedGeneration(shifted, sampling, n, snapshots)
+        return ScriptedGeneration(shifted, sampling, n, stream_partial)
 
     @property
     def waves(self) -> list[tuple[int | None, int]]:

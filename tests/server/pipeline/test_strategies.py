@@ -21,7 +21,7 @@ def test_the_examples_of_a_strategy_are_taken(strategy: Strategy) -> None:
     examples = re.findall(r"^```json\n(.*?)^```", SECTIONS[strategy], re.MULTILINE | re.DOTALL)
     assert examples
     for example in examples:
-        planned = ChatCompletionRequest.model_validate(json.loads(example)).plan(Settings())
+        planned = ChatCompletionRequest.model_validate(json.loads(example)).to_request(Settings())
         assert planned.strategy == strategy
         assert (planned.selection == SelectionOptions()) == (not OPTIONS_OF[strategy])
 

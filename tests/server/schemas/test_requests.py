@@ -108,7 +108,7 @@ def ask(model: type[GenerationRequest], fields: dict[str, Any]) -> GenerationReq
 
 
 def plan(model: type[GenerationRequest], **fields: Any) -> BestOfNRequest:
-    return ask(model, fields).plan(SETTINGS)
+    return ask(model, fields).to_request(SETTINGS)
 
 
 def fields_of(params: Any) -> set[str]:
@@ -363,7 +363,7 @@ class TestStoppingOptions:
         options = {"stopping": {"policy": policy, "checkpoints": [8]}}
         asked = ChatCompletionRequest.model_validate(CHAT | {"nbest": options})
         with pytest.raises(BadRequestError, match="use adaptive or straggler_cut"):
-            asked.plan(upstream)
+            asked.to_request(upstream)
 
 
 class TestSelectionOptions:
@@ -470,15 +470,15 @@ def test_several_prompts_and_token_ids_are_refused(prompt: Any) -> None:
 class TestScore:
     def test_candidates_keep_their_order(self) -> None:
         asked = ScoreRequest.model_validate({"prompt": "Once", "candidates": ["a", "b"]})
-        prompt, candidates = asked.internal(SETTINGS)
+        prompt, candidates = asked.to_prompt_and_candidates(SETTINGS)
         assert prompt == Prompt(text="Once")
         assert [(one.index, one.text) for one in candidates] == [(0, "a"), (1, "b")]
 
     @pytest.mark.parametrize("fields", [{}, {"prompt": "Once", "messages": CHAT["messages"]}])
     def test_either_messages_or_prompt(self, fields: dict[str, Any]) -> None:
         with pytest.raises(BadRequestError, match="exactly one"):
-            ScoreRequest.model_validate({"candidates": ["a"], **fields}).internal(SETTINGS)
+            ScoreRequest.model_validate({"candidates": ["a"], **fields}).to_prompt_and_candidates(SETTINGS)
 
     def test_more_candidates_than_a_request_may_draw(self) -> None:
         with pytest.raises(BadRequestError, match="At most 8"):
-            ScoreRequest.model_validate({"prompt": "Once", "candidates": ["a"] * 9}).internal(SETTINGS)
+            ScoreRequest.model_validate({"prompt": "Once", "candidates": ["a"] * 9}).to_prompt_and_candidates(SETTINGS)
