@@ -49,7 +49,7 @@ docs: $(READY)  ## write the pages of docs/ that are made from code
 	@$(BIN)/python -m scripts.docs
 
 bench: setup  ## measure the short benchmarks anew, and redraw the figures and tables
-	@for name in overhead router scoring blockwise latency plot; do $(BIN)/python -m benchmarks.$$name || exit; done
+	@for name in scoring_overhead router_overhead scoring blockwise latency plot; do $(BIN)/python -m benchmarks.$$name || exit; done
 	@$(BIN)/python -m scripts.docs
 
 lock: $(READY)  ## resolve requirements/cpu.in into cpu.txt

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.provenance import birth
+from benchmarks.provenance import provenance
 
 PHASES = ("rollout_s", "learning_s", "sync_s")
 
@@ -27,7 +27,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/rl_run.json"),
 ) -> None:
     """What a run held in memory, and where its time went."""
-    found = account(json.loads((run / "memory.json").read_text()), steps_of(run)) | {"measured": birth()}
+    found = account(json.loads((run / "memory.json").read_text()), steps_of(run)) | {"provenance": provenance()}
     results.write_text(json.dumps(found, indent=1) + "\n")
     typer.echo(json.dumps(found))
 

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.arithmetic_verifier import __file__ as verifier_file
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in
 from benchmarks.word_problems import ANSWER_REGEX, WordProblem, word_problems
 from reranker import estimators, selection
@@ -238,7 +238,7 @@ def evaluate(out: Path) -> dict[str, Any]:
     greedy = [float(is_right(pool["greedy"], pool["answer"])) for pool in pools]
     rows = preferences(read_lines(out / "train.jsonl"))
     return {
-        "birth": birth_certificate(flags={"nbest train reward": " ".join(RECIPE)}),
+        "provenance": provenance(flags={"nbest train reward": " ".join(RECIPE)}),
         "policy": MODEL,
         "problems": {"seed": PROBLEMS_SEED, "train": NUM_TRAIN, "pairs": len(rows), "test": len(pools)},
         "pool": TEST_POOL,

@@ -6,7 +6,7 @@ of the process's resident memory. Every second line has a `custom_id`, since tho
 
     python -m benchmarks.batch_memory [--lines 10000 100000 1000000]
 
-Writes benchmarks/results/many_lines.json; the last line of output is the same JSON.
+Writes benchmarks/results/batch_memory.json; the last line of output is the same JSON.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in
 from reranker.candidate import Prompt
 from server.generation.base import SamplingParams
@@ -84,7 +84,7 @@ def main() -> None:
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         runs.append(json.loads(told.splitlines()[-1]))
         print(runs[-1], file=sys.stderr)
-    hand_in("many_lines", {"runs": runs, "birth": birth_certificate()})
+    hand_in("batch_memory", {"runs": runs, "provenance": provenance()})
 
 
 if __name__ == "__main__":

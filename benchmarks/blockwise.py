@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.film_reviews import OPENINGS
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in, mean_with_interval, paired_ratio
 from reranker.candidate import Candidate, Prompt
 from server import factory
@@ -82,7 +82,7 @@ async def measure(openings: list[str], best_of: int, max_tokens: int, blocks: li
                 if number >= 0:  # the first one warms up
                     answered[way].append(one)
     return {
-        "birth": birth_certificate(flags=settings.model_dump(exclude={"api_key", "judge_api_key"}, mode="json")),
+        "provenance": provenance(flags=settings.model_dump(exclude={"api_key", "judge_api_key"}, mode="json")),
         "prompts": len(openings),
         "best_of": best_of,
         "max_tokens": max_tokens,

@@ -36,7 +36,7 @@ from benchmarks.policy_evaluation import (
     sample,
     write_openings,
 )
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in
 
 ROUNDS = 2
@@ -74,7 +74,7 @@ def evaluate(out: Path, policies: dict[str, tuple[str, Path]]) -> dict[str, Any]
     base = pools.pop("base")
     rejection = json.loads((out / "rejection" / "summary.json").read_text())
     return {
-        "birth": birth_certificate(flags={"nbest improve": " ".join(IMPROVE), "nbest train dpo": " ".join(DPO)}),
+        "provenance": provenance(flags={"nbest improve": " ".join(IMPROVE), "nbest train dpo": " ".join(DPO)}),
         "policy": MODEL,
         "reward_model": "movie-sentiment",
         "prompts": {"train": len(training_openings.OPENINGS), "held_out": len(base)},

@@ -35,7 +35,7 @@ from rich.console import Console
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.overload import open_loop
 from benchmarks.prices import Prices
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.server_processes import nbest_serve
 from benchmarks.stats import hand_in, percentiles
 
@@ -227,7 +227,7 @@ async def measure(*, short: bool, ray: bool, prices: Prices) -> dict[str, Any]:
                 "length": await sweep([Case(max_tokens=some) for some in (16, 64, 256)]),
                 "goodput": await goodput(client, machine, prices, seconds),
             }
-    return {"birth": birth_certificate(flags={"server": " ".join(flags)}), "prices": asdict(prices), **found}
+    return {"provenance": provenance(flags={"server": " ".join(flags)}), "prices": asdict(prices), **found}
 
 
 def main() -> None:

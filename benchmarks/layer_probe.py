@@ -16,7 +16,7 @@ from transformers import AutoModel
 
 from benchmarks.movie_ratings import write_splits
 from benchmarks.movie_sentiment import RECIPE
-from benchmarks.provenance import birth
+from benchmarks.provenance import provenance
 from reranker.models.bundled import resolve
 from reranker.models.device import computes_bfloat16
 from reranker.models.rendering import Rendered, pad, scored_index
@@ -53,7 +53,12 @@ def main(
         rewards_N = probe(states_N_D[: len(train)], ratings_N, states_N_D[len(train) :])
         measured = pair_accuracy([(reward,) for reward in rewards_N.tolist()], validation, min_gap=RECIPE.min_gap)
         table[layer] = round(100 * measured.accuracy, 2)
-    found = {"validation_pair_accuracy_by_layer": table, "train_texts": len(train), "ridge": RIDGE} | birth()
+    found = {
+        "validation_pair_accuracy_by_layer": table,
+        "train_texts": len(train),
+        "ridge": RIDGE,
+        "provenance": provenance(),
+    }
     results.write_text(json.dumps(found, indent=2) + "\n")
     typer.echo(json.dumps(found))
 

@@ -21,7 +21,7 @@ import typer
 from peft import get_peft_model
 
 from benchmarks.account import spread
-from benchmarks.provenance import birth
+from benchmarks.provenance import provenance
 from reranker.models.device import pick_device
 from training.policy.finetune import TrainablePolicy
 from training.rl.config import PPOTraining
@@ -54,7 +54,7 @@ def main(
             f"update of {SETTINGS.epochs} passes": shares(seconds, passes=SETTINGS.epochs, readings=True),
         },
         "device": str(device),
-        "measured": birth(),
+        "provenance": provenance(),
     }
     results.write_text(json.dumps(found, indent=1) + "\n")
     typer.echo(json.dumps(found))

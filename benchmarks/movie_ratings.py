@@ -11,7 +11,6 @@ The same people rated snippets of three other domains, which nothing here is tra
 learnt from films carries.
 """
 
-import hashlib
 import io
 import json
 import re
@@ -21,6 +20,8 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from reranker.fsio import sha256_of, text_hash
 
 REQUIREMENT = "vaderSentiment==3.3.2"
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -57,7 +58,7 @@ def fetch_sdist(directory: Path) -> Path:
             subprocess.run([*command, "--dest", str(directory), REQUIREMENT], check=True)
         except subprocess.CalledProcessError as error:
             raise RuntimeError(f"pip could not download {REQUIREMENT}; its own message stands above") from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     if digest != SDIST_SHA256:
         raise RuntimeError(f"{path} is not the expected file (sha256 {digest}); delete it and run again")
     return path
@@ -134,7 +135,7 @@ def _write(path: Path, texts: list[RatedText]) -> Path:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(_normalised(text).encode()).digest()[:8])
+    return text_hash(_normalised(text))
 
 
 def _normalised(text: str) -> str:

@@ -23,7 +23,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.linear_head import ScoreRows, train_linear_head
 from benchmarks.movie_ratings import REQUIREMENT, SDIST_SHA256, drawn, unseen, write_other_domains, write_splits
-from benchmarks.provenance import birth
+from benchmarks.provenance import provenance
 from reranker.models.bundled import PRETRAINED_REWARDS
 from reranker.models.reward_model import RewardModel
 from training.data.preferences import PreferenceRow, read_rows
@@ -67,7 +67,7 @@ def install(adapter: Path, run: dict[str, Any]) -> None:
     for file in adapter.iterdir():
         shutil.copyfile(file, target / file.name)
     (target / "training.json").write_text(
-        json.dumps({"recipe": asdict(RECIPE), "run": run} | birth(PACKAGES), indent=2) + "\n"
+        json.dumps({"recipe": asdict(RECIPE), "run": run, "provenance": provenance(packages=PACKAGES)}, indent=2) + "\n"
     )
 
 
@@ -99,7 +99,7 @@ def evaluate(splits: dict[str, Path], other_domains: dict[str, Path], domain_sni
         "test": measure(read_rows(splits["test"]), splits["test"]),
         "other_domains": {name: measure_domain(path) for name, path in other_domains.items()},
         "adapter": json.loads((PRETRAINED_REWARDS[NAME] / "training.json").read_text()),
-        "evaluated": birth(PACKAGES),
+        "provenance": provenance(packages=PACKAGES),
     }
 
 

@@ -32,7 +32,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.film_reviews import OPENINGS
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in, paired_ratio
 from benchmarks.word_problems import word_problems
 from reranker.candidate import Prompt
@@ -211,7 +211,7 @@ async def measure(rounds: int, best_of: int, prompts: int) -> dict[str, Any]:
             for name, work in works(prompts).items()
         }
     return {
-        "birth": birth_certificate(flags=settings.model_dump(exclude={"api_key", "judge_api_key"}, mode="json")),
+        "provenance": provenance(flags=settings.model_dump(exclude={"api_key", "judge_api_key"}, mode="json")),
         "prompts": prompts,
         "best_of": best_of,
         "works": by_work,

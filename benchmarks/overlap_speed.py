@@ -19,7 +19,7 @@ import torch
 import typer
 
 from benchmarks.account import PHASES, Step, spread, steps_of
-from benchmarks.provenance import birth
+from benchmarks.provenance import provenance
 from reranker.models.device import pick_device
 from reranker.models.shared_trunk import SharedTrunk
 from server.config import Settings
@@ -57,7 +57,7 @@ def main(
         "epochs": settings.epochs,
         **figures(measured),
         "device": pick_device("auto"),
-        "measured": birth(),
+        "provenance": provenance(),
     }
     results.write_text(json.dumps(found, indent=1) + "\n")
     typer.echo(json.dumps(found))

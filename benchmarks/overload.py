@@ -36,7 +36,7 @@ import httpx
 import psutil
 import uvicorn
 
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in, percentiles
 from reranker.candidate import Candidate, Prompt
 from server import factory
@@ -297,7 +297,7 @@ def main() -> None:
     p95_s = [load["p95_s"] for load in result["loads"].values()]
     if None not in p95_s:
         result["p95_ratio_last_to_first"] = round(p95_s[-1] / p95_s[0], 3)
-    hand_in(flags.name, {**result, **birth_certificate(vars(flags))})
+    hand_in(flags.name, {**result, "provenance": provenance(vars(flags))})
 
 
 if __name__ == "__main__":

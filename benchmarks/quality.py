@@ -17,7 +17,7 @@ from rich.progress import track
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.film_reviews import OPENINGS
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in, mean_with_interval
 from reranker.candidate import Prompt
 from server import factory
@@ -66,7 +66,7 @@ async def measure(first_seed: int) -> dict[str, Any]:
     single_sd = statistics.stdev(pooled)
     means = {best_of: statistics.fmean(one["reward"] for one in winners[best_of]) for best_of in BEST_OF}
     return {
-        "birth": birth_certificate(flags=settings.model_dump(exclude={"api_key"}, mode="json")),
+        "provenance": provenance(flags=settings.model_dump(exclude={"api_key"}, mode="json")),
         "policy": settings.model,
         "reward_model": reward_model,
         "prompts": len(OPENINGS),

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 import ray.data
 
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in
 from reranker.candidate import Candidate, Prompt
 from server.config import Settings
@@ -133,7 +133,7 @@ async def measure() -> dict[str, Any]:
         "best_of": BEST_OF,
         "workers": WORKERS,
         "places_a_worker": SLOTS,
-        "birth": birth_certificate(packages=("nbest", "ray")),
+        "provenance": provenance(packages=("nbest", "ray")),
     }
 
 

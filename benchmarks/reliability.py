@@ -26,7 +26,7 @@ import psutil
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.provenance import RESULTS, birth_certificate
+from benchmarks.provenance import RESULTS, provenance
 from benchmarks.stats import hand_in
 from server.config import Settings
 from tests.end_to_end.process import nbest_serve
@@ -158,8 +158,8 @@ def main() -> None:
     path = RESULTS / "reliability.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     for fault in flags.faults or measures:
-        result[fault] = measures[fault]() | {"birth": birth_certificate(flags=vars(flags))}
-    result["birth"] = birth_certificate(flags=vars(flags))
+        result[fault] = measures[fault]() | {"provenance": provenance(flags=vars(flags))}
+    result["provenance"] = provenance(flags=vars(flags))
     hand_in("reliability", result)
 
 

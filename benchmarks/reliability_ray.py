@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.provenance import RESULTS, birth_certificate
+from benchmarks.provenance import RESULTS, provenance
 from benchmarks.reliability import TOGETHER, WORK, ask_all, counted
 from benchmarks.stats import hand_in
 from server.config import Settings
@@ -97,8 +97,8 @@ def main() -> None:
     with Nodes.joined(SETTINGS) as nodes, nodes.serving(application(SETTINGS), SETTINGS) as url:
         assert eventually(lambda: is_ready(url), START_TIMEOUT_S)
         for fault in flags.faults or FAULTS:
-            faults[fault] = lost(url, nodes, fault) | {"birth": birth_certificate(flags=vars(flags))}
-            hand_in("reliability_ray", {"faults": faults, "birth": birth_certificate(flags=vars(flags))})
+            faults[fault] = lost(url, nodes, fault) | {"provenance": provenance(flags=vars(flags))}
+            hand_in("reliability_ray", {"faults": faults, "provenance": provenance(flags=vars(flags))})
 
 
 if __name__ == "__main__":

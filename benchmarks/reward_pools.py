@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import training_openings
 from benchmarks.policy_evaluation import MODEL, nbest, write_openings
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in
 from reranker.candidate import Candidate
 from reranker.models.bundled import resolve
@@ -98,7 +98,7 @@ def main() -> None:
     hand_in(
         "reward_pools",
         {
-            "birth": birth_certificate(),
+            "provenance": provenance(),
             "policy": MODEL,
             "reward_model": results[0].reward_model,
             "max_tokens": MAX_TOKENS,

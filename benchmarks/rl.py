@@ -32,7 +32,7 @@ from benchmarks.policy_evaluation import (
     sample,
     write_openings,
 )
-from benchmarks.provenance import RESULTS, birth_certificate
+from benchmarks.provenance import RESULTS, provenance
 from benchmarks.stats import hand_in
 
 RECIPES = {
@@ -68,7 +68,7 @@ def measure(out: Path, method: str, seed: int) -> dict[str, Any]:
     pools = read(out, run.name, str(run / "model"), run / "samples")
     steps = steps_of(run)
     return {
-        "birth": birth_certificate(flags={"nbest train": " ".join((method, *COMMON, *RECIPES[method]))}),
+        "provenance": provenance(flags={"nbest train": " ".join((method, *COMMON, *RECIPES[method]))}),
         "seconds": {name: sum(row[name] for row in steps) for name in SECONDS},
         "held_out": measured(pools, 1),
         "distinct_first_words": distinct(pools),
@@ -95,7 +95,7 @@ def main() -> None:
         for method in arguments.methods:
             runs.setdefault(method, {})[str(seed)] = measure(out, method, seed)
             result = {
-                "birth": birth_certificate(flags={}),
+                "provenance": provenance(flags={}),
                 "policy": MODEL,
                 "reward_model": "movie-sentiment",
                 "prompts": {"train": len(training_openings.OPENINGS), "held_out": len(base)},

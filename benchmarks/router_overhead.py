@@ -7,11 +7,10 @@ one task a candidate, is.
 
     python -m benchmarks.router_overhead
 
-Writes benchmarks/results/router.json; the last line of output is the same JSON.
+Writes benchmarks/results/router_overhead.json; the last line of output is the same JSON.
 """
 
 import argparse
-import json
 import multiprocessing
 import socket
 import statistics
@@ -23,7 +22,8 @@ from typing import Any
 import httpx
 import uvicorn
 
-from benchmarks.provenance import RESULTS, birth_certificate
+from benchmarks.provenance import provenance
+from benchmarks.stats import hand_in
 from server.app import create_app
 from server.config import Settings
 from server.observability.metrics import Metrics
@@ -97,10 +97,8 @@ def main() -> None:
         server.terminate()
         server.join()
 
-    result = {"cpu_ms_per_request": cpu_ms, "requests": CASES, **birth_certificate(vars(flags))}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "router.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    result = {"cpu_ms_per_request": cpu_ms, "requests": CASES, "provenance": provenance(vars(flags))}
+    hand_in("router_overhead", result)
 
 
 if __name__ == "__main__":

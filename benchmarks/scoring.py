@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.server_processes import vllm_serve
 from benchmarks.stats import hand_in, paired_ratio
 from reranker.models.bundled import resolve
@@ -122,7 +122,7 @@ async def measure(rounds: int) -> dict[str, Any]:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default"),
         "vllm": " ".join(VLLM_FLAGS),
     }
-    return {"birth": birth_certificate(flags=flags), "best_of": BEST_OF, "rounds": rounds, "cases": cases}
+    return {"provenance": provenance(flags=flags), "best_of": BEST_OF, "rounds": rounds, "cases": cases}
 
 
 async def _measure_case(by_name: dict[str, Way], prompt_tokens: int, candidate_tokens: int, rounds: int) -> Any:

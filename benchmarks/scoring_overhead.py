@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.film_reviews import OPENINGS
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in, paired_ratio
 from reranker.candidate import Prompt
 from server import factory
@@ -62,7 +62,7 @@ async def measure(rounds: int, max_tokens: int) -> dict[str, Any]:
             prompt_tokens = generation.prompt_tokens
     stages = ("queue", "generate", "score", "select", "total")
     return {
-        "birth": birth_certificate(flags=settings.model_dump(exclude={"api_key"}, mode="json")),
+        "provenance": provenance(flags=settings.model_dump(exclude={"api_key"}, mode="json")),
         "best_of": BEST_OF,
         "prompt_tokens": prompt_tokens,
         "max_tokens": max_tokens,
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--max-tokens", type=int, default=64)
     arguments = parser.parse_args()
-    hand_in("overhead", asyncio.run(measure(arguments.rounds, arguments.max_tokens)))
+    hand_in("scoring_overhead", asyncio.run(measure(arguments.rounds, arguments.max_tokens)))
 
 
 if __name__ == "__main__":

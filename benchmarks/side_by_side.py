@@ -32,7 +32,7 @@ from rich.console import Console
 from benchmarks.baselines.process import Peer, PeerError, environment
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.offline import NEVER_ENDING, Transformers, Work
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.server_processes import nbest_serve, vllm_serve
 from benchmarks.stats import hand_in, paired_ratio
 from reranker.models.bundled import resolve
@@ -191,7 +191,7 @@ async def measure(rounds: int, at_once: int, wanted: list[str]) -> dict[str, Any
                         tokens[name] += drawn
     names = [name for name in names if name not in left_out]
     return {
-        "birth": birth_certificate(flags=settings.model_dump(exclude={"api_key", "judge_api_key"}, mode="json")),
+        "provenance": provenance(flags=settings.model_dump(exclude={"api_key", "judge_api_key"}, mode="json")),
         "best_of": BEST_OF,
         "max_tokens": MAX_TOKENS,
         "at_once": at_once,

@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from benchmarks.stats import hand_in
 from tests.end_to_end.process import ENGINE_CORE, ServeProcess, nbest_serve
 
@@ -282,7 +282,7 @@ def soak(flags: argparse.Namespace) -> dict[str, Any]:
         recovery_s = served.metric("nbest_engine_recovery_seconds_sum") / (restarts or 1)
         code, left = served.stop()
     return {
-        "birth": birth_certificate(flags=vars(flags) | {"serve": " ".join(FLAGS)}),
+        "provenance": provenance(flags=vars(flags) | {"serve": " ".join(FLAGS)}),
         "minutes": flags.minutes,
         "requests": dict(tally.requests),
         "answers": dict(sorted(tally.answers.items())),

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.provenance import RESULTS, birth_certificate
+from benchmarks.provenance import RESULTS, provenance
 from benchmarks.stats import hand_in
 from reranker.estimators import bootstrap_mean, expected_max
 from reranker.reward_posterior import UNKNOWN, Prior
@@ -234,7 +234,7 @@ def measure(orders: int) -> dict[str, Any]:
         "arithmetic": {"adaptive": known, "adaptive without a prior": unknown},
     }
     return {
-        "birth": birth_certificate(),
+        "provenance": provenance(),
         "prompts": {name: len(some) for name, some in pools.items()},
         "unit": {"film reviews": "tokens", "arithmetic": "candidates"},
         "pool": most,
@@ -260,7 +260,7 @@ def measure(orders: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--orders", type=int, default=6, help="random orders of each pool")
-    hand_in("frugal", measure(parser.parse_args().orders))
+    hand_in("stopping", measure(parser.parse_args().orders))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rich.progress import track
 
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.prices import Prices
-from benchmarks.provenance import RESULTS, birth_certificate
+from benchmarks.provenance import RESULTS, provenance
 from benchmarks.stats import hand_in
 from benchmarks.stopping import BARS, PLAIN_N, frontier, ratio_with_interval
 from reranker.candidate import Prompt
@@ -86,7 +86,7 @@ def _way(name: Policy, setting: dict[str, Any], most: int, prior: Prior) -> Way:
 
 
 async def measure(first_seed: int, prompts: int, prices: Prices) -> dict[str, Any]:
-    recorded = json.loads((RESULTS / "frugal.json").read_text())
+    recorded = json.loads((RESULTS / "stopping.json").read_text())
     max_tokens = json.loads((RESULTS / "reward_pools.json").read_text())["max_tokens"]
     prior = Prior(**recorded["prior"]["film reviews"])
     asked = ways(recorded, prior)
@@ -103,7 +103,7 @@ async def measure(first_seed: int, prompts: int, prices: Prices) -> dict[str, An
     for way, of_way in zip(asked, results, strict=True):
         curves[way.curve].append({"best_of": way.best_of} | cost(of_way, prices))
     return {
-        "birth": birth_certificate(flags=settings.model_dump(exclude={"api_key"}, mode="json")),
+        "provenance": provenance(flags=settings.model_dump(exclude={"api_key"}, mode="json")),
         "policy": settings.model,
         "reward_model": reward_model,
         "prompts": prompts,
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(OPENINGS), help="how many openings to answer")
     Prices.add_flags(parser)
     given = parser.parse_args()
-    hand_in("frugal_live", asyncio.run(measure(given.seed, given.prompts, Prices.given(given))))
+    hand_in("stopping_live", asyncio.run(measure(given.seed, given.prompts, Prices.given(given))))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import model_card, reliability, tables_latency, tables_rl
-from scripts.markdown import with_extremes
+from scripts.markdown import machine, table, with_extremes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -68,8 +68,8 @@ def quality() -> str:
     )
 
 
-def overhead() -> str:
-    found = result("overhead")
+def scoring_overhead() -> str:
+    found = result("scoring_overhead")
     ratio, stages = found["with_scoring_over_without"], found["with_scoring_s"]
     return (
         f"`best_of={found['best_of']}` with scoring takes **{ratio['median']:.2f} times** the seconds of the same "
@@ -117,9 +117,9 @@ def scoring() -> str:
     )
 
 
-def router() -> str:
+def router_overhead() -> str:
     """CPU milliseconds of the server's process a request, scripted generator and scorer."""
-    found = result("router")
+    found = result("router_overhead")
     names = {
         "n1": "best_of 1",
         "n16": "best_of 16",
@@ -266,24 +266,41 @@ def _offline_rows(name: str, work: Any) -> str:
     )
 
 
-def many_lines() -> str:
-    runs = ", ".join(f"{one['peak_mib']:.0f} MiB for {one['lines']:,} lines" for one in result("many_lines")["runs"])
+def batch_memory() -> str:
+    runs = ", ".join(f"{one['peak_mib']:.0f} MiB for {one['lines']:,} lines" for one in result("batch_memory")["runs"])
     peaks = f"The peak of the command's memory, with a generator that takes no time: {runs}"
     return f"{peaks} (`benchmarks/batch_memory.py`).\n"
 
 
-def births() -> str:
-    """Where each figure comes from."""
-    lines = ["| result | command | commit | date | machine |\n|---|---|---|---|---|\n"]
-    for path in sorted(RESULTS.glob("*.json")):
-        found = json.loads(path.read_text())
-        birth = found.get("birth", found)
-        if "commit" in birth:
-            lines.append(
-                f"| [{path.stem}](../benchmarks/results/{path.name}) | `{birth['command']}` | "
-                f"`{birth['commit'][:9]}` | {birth['date'][:10]} | {birth['cpu']}, {birth['cores']} cores |\n"
-            )
-    return "".join(lines)
+RENAMED = {
+    "frugal": "stopping",
+    "frugal_live": "stopping_live",
+    "many_lines": "batch_memory",
+    "overhead": "scoring_overhead",
+    "router": "router_overhead",
+}
+"""Modules of benchmarks/ that recorded commands name -> what they are called now."""
+
+
+def provenance() -> str:
+    """The command, commit, date and machine of every result."""
+    rows = [
+        (
+            f"[{path.stem}](../benchmarks/results/{path.name})",
+            f"`{source['command']}`" if "command" in source else "",
+            f"`{source['commit'][:9]}`",
+            source["date"][:10],
+            machine(source),
+        )
+        for path in sorted(RESULTS.glob("*.json"))
+        for source in [json.loads(path.read_text())["provenance"]]
+    ]
+    renamed = [(f"`benchmarks.{old}`", f"`benchmarks.{new}`") for old, new in RENAMED.items()]
+    return (
+        table(("result", "command", "commit", "date", "machine"), rows)
+        + "\nA command is valid at its commit; these modules have been renamed since:\n\n"
+        + table(("in a command", "now"), renamed)
+    )
 
 
 def tree() -> str:
@@ -313,9 +330,9 @@ def first_sentence(module: Path) -> str | None:
     return re.split(r"(?<=[.:])\s", docstring.replace("\n", " "))[0].rstrip(".:") if docstring else None
 
 
-def frugal() -> str:
+def stopping() -> str:
     """What each stopping policy draws at plain best-of-16's reward, by the settings chosen on other prompts."""
-    found = result_if_there("frugal")
+    found = result_if_there("stopping")
     if found is None:
         return NOT_MEASURED
     rows = []
@@ -338,9 +355,9 @@ def frugal() -> str:
     )
 
 
-def frugal_waves() -> str:
+def stopping_waves() -> str:
     """The share of tokens at equal reward by the size of a wave."""
-    found = result_if_there("frugal")
+    found = result_if_there("stopping")
     if found is None:
         return NOT_MEASURED
     waves = list(next(iter(found["share_by_wave"].values())))
@@ -351,9 +368,9 @@ def frugal_waves() -> str:
     return f"| candidates of a wave | {' | '.join(waves)} |\n|---|{'---|' * len(waves)}\n" + "".join(rows)
 
 
-def frugal_live() -> str:
+def stopping_live() -> str:
     """The same on the running engine."""
-    found = result_if_there("frugal_live")
+    found = result_if_there("stopping_live")
     if found is None:
         return NOT_MEASURED
     rows = [
@@ -390,21 +407,21 @@ def blockwise(found: Any) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "figures": quality,
     "quality": quality,
-    "overhead": overhead,
+    "scoring-overhead": scoring_overhead,
     "prefill": prefill,
     "scoring": scoring,
-    "router": router,
+    "router-overhead": router_overhead,
     "card-accuracy": card(model_card.accuracy),
     "card-by-gap": card(model_card.by_gap),
     "card-counts": card(model_card.counts),
     "arithmetic": arithmetic,
     "improve": improve,
-    "many-lines": many_lines,
+    "batch-memory": batch_memory,
     "offline": offline,
     "rl": rl,
-    "frugal": frugal,
-    "frugal-waves": frugal_waves,
-    "frugal-live": frugal_live,
+    "stopping": stopping,
+    "stopping-waves": stopping_waves,
+    "stopping-live": stopping_live,
     "rlhf-pipeline": if_measured("rlhf_pipeline", rlhf_pipeline),
     "blockwise": if_measured("blockwise", blockwise),
     "side-by-side": if_measured("side_by_side", tables_latency.side_by_side),
@@ -417,7 +434,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rl-time": if_measured("rl_run", tables_rl.time),
     "rl-speed": if_measured("rl_speed", tables_rl.speed),
     "rl-overlap": if_measured("rl_overlap", tables_rl.overlap),
-    "births": births,
+    "provenance": provenance,
     "tree": tree,
 }
 

@@ -1,6 +1,7 @@
 """Markdown from data."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def with_extremes(ratio: Mapping[str, float]) -> str:
@@ -13,3 +14,9 @@ def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     heading = tuple(heading)
     lines = [heading, ["---"] * len(heading), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def machine(provenance: Mapping[str, Any]) -> str:
+    """The machine of a result: CPU, cores and instruction sets, as far as they are recorded."""
+    cores = [f"{provenance['cores']} cores"] if "cores" in provenance else []
+    return ", ".join([provenance["cpu"], *cores, *provenance.get("instruction_sets", ())])

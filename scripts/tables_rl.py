@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from scripts.markdown import with_extremes
+from scripts.markdown import machine, with_extremes
 
 PARAMETERS = {
     "base": "base: of the policy, of its reference and of the reward model",
@@ -35,7 +35,7 @@ def memory(found: dict[str, Any]) -> str:
         + row("instead: and a value model", 4 * base)
         + row("peak of resident memory, with activations and libraries", found["peak_rss_bytes"])
         + row("the engine's processes: its copy of the base, keys and values, libraries", found["engine_rss_bytes"])
-        + f"\n{_born(found)}\n"
+        + f"\n{_provenance(found)}\n"
     )
 
 
@@ -70,7 +70,7 @@ def time(found: dict[str, Any]) -> str:
         "| share of the wall-clock | |\n|---|---|\n"
         f"| rollout | {share['rollout']} |\n| … in which a scorer was at it | {share['reward']} |\n"
         f"| learning | {share['learning']} |\n| weight sync | {share['sync']} |\n"
-        f"\n{found['steps']} steps of {found['seconds_a_step']:.0f} seconds. {_born(found)}\n"
+        f"\n{found['steps']} steps of {found['seconds_a_step']:.0f} seconds. {_provenance(found)}\n"
     )
 
 
@@ -83,7 +83,7 @@ def speed(found: dict[str, Any]) -> str:
         "| the learner's tokens a second, of a bare loop's | median (extremes) |\n|---|---|\n"
         + "".join(rows)
         + f"\n{rounds} rounds in turn, {found['completions']} completions of {found['completion_tokens']} tokens after "
-        f"prompts of {low} to {high}, on {found['device']}. {_born(found)}\n"
+        f"prompts of {low} to {high}, on {found['device']}. {_provenance(found)}\n"
     )
 
 
@@ -104,7 +104,7 @@ def overlap(found: dict[str, Any]) -> str:
         + "".join(row(way, one) for way, one in found["ways"].items())
         + f"\nOverlapping, a step is {ratio['median']:.2f} times as fast ({ratio['low']:.2f} … {ratio['high']:.2f}; "
         f"{ratio['rounds']} rounds by turns). {found['completions']} completions of {found['completion_tokens']} "
-        f"tokens a step, {found['epochs']} passes, on {found['device']}. {_born(found)}\n"
+        f"tokens a step, {found['epochs']} passes, on {found['device']}. {_provenance(found)}\n"
     )
 
 
@@ -114,6 +114,6 @@ def _adapter_parameters(rank: int) -> int:
     return LAYERS * rank * of_layer
 
 
-def _born(found: dict[str, Any]) -> str:
-    birth = found["measured"]
-    return f"Measured {birth['date']} at commit `{birth['commit'][:9]}` on {birth['machine']}."
+def _provenance(found: dict[str, Any]) -> str:
+    source = found["provenance"]
+    return f"Measured {source['date'][:10]} at commit `{source['commit'][:9]}` on {machine(source)}."

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.plot import against_kl
 from benchmarks.policy_evaluation import MEASURES, JudgedSample, Pools, best_of, best_of_n, distinct, measured, read
-from benchmarks.provenance import birth_certificate
+from benchmarks.provenance import provenance
 from examples.rlhf_pipeline.size import N, Size
 from examples.rlhf_pipeline.stages import POLICIES
 from reranker.estimators import Interval, bootstrap_mean
@@ -62,7 +62,7 @@ def compare(out: Path, size: Size, *, dtype: str, seed: int) -> str:
     of_start = read(out, "start", start, out / "pool", start)
     pools = {name: read(out, name, str(out / name / "model"), out / name / "samples", start) for name in POLICIES}
     result = {
-        "birth": birth_certificate(flags=asdict(size) | {"dtype": dtype, "seed": seed}),
+        "provenance": provenance(flags=asdict(size) | {"dtype": dtype, "seed": seed}),
         "policy": "smollm2-135m-instruct after SFT",
         "reward_model": "film, trained here",
         "prompts": {"train": size.training_prompts, "held_out": len(of_start)},
