@@ -13,7 +13,6 @@ process, and the next run clears away what was left.
 import importlib.util
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 from rich.console import Console
 
+from reranker.fsio import atomic_directory
 from reranker.progress_bar import ProgressBar
 
 CONVERSION = "r1"
@@ -116,11 +116,11 @@ def prepare(name: str, progress: bool = True) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.with_suffix(".lock")):
         if not directory.is_dir():
-            unfinished = directory.with_suffix(".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with _steps(f"Preparing {name} (once)", 3, shown=progress) as step_done:
+            with (
+                atomic_directory(directory) as unfinished,
+                _steps(f"Preparing {name} (once)", 3, shown=progress) as step_done,
+            ):
                 _convert(model, source, unfinished, step_done)
-            unfinished.rename(directory)
     return directory
 
 

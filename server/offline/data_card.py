@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from server.offline.inputs import sha256_of
+from reranker.fsio import sha256_of
 from server.offline.run_directory import write_whole
 
 if TYPE_CHECKING:

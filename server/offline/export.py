@@ -11,7 +11,6 @@ held, a few bytes a row.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from random import Random
 from typing import Any, Literal
 
 from reranker.candidate import Prompt
+from reranker.fsio import atomic_write
 from reranker.scorers.prompt_text import prompt_text
 from server.offline import data_card
 from server.offline.errors import OfflineError
@@ -214,13 +214,9 @@ def _digest(columns: dict[str, Any]) -> bytes:
 
 def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """The rows as JSON lines; the file is there whole or as it was before."""
-    incoming = path.with_name(f"{path.name}.incoming")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with incoming.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        incoming.replace(path)
+        with atomic_write(path) as file:
+            file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
     except OSError as error:
         raise OfflineError(f"{path} cannot be written: {error.strerror}; make room, or give another --out") from error

@@ -5,7 +5,6 @@ whether a run goes on with the same input, the second how long it takes. Standar
 kept as a file in the output directory first; a run of it can then be taken up again like any other.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from reranker.fsio import atomic_write, sha256_of
 from reranker.parquet import TableError, table_rows
 from server.offline.errors import OfflineError
 
@@ -70,28 +70,19 @@ def spool(stream: BinaryIO, directory: Path) -> Path:
     Raises:
         OfflineError: it is another one, or it cannot be written.
     """
-    path, incoming = directory / SPOOL, directory / f"{SPOOL}.incoming"
+    path = directory / SPOOL
     try:
-        with incoming.open("wb") as file:
+        with atomic_write(path) as file:
             shutil.copyfileobj(stream, file, CHUNK_BYTES)
             file.flush()
-            os.fsync(file.fileno())
-        if path.exists() and sha256_of(path) != sha256_of(incoming):
-            incoming.unlink()
-            raise OfflineError(
-                f"{directory} was begun with other lines from stdin; give {path} as the input to go on with those, or "
-                "another --out"
-            )
-        incoming.replace(path)
+            if path.exists() and sha256_of(path) != sha256_of(Path(file.name)):
+                raise OfflineError(
+                    f"{directory} was begun with other lines from stdin; give {path} as the input to go on with those, "
+                    "or another --out"
+                )
     except OSError as error:
-        raise OfflineError(f"stdin cannot be kept in {incoming}: {os.strerror(error.errno or 0)}; make room") from error
+        raise OfflineError(f"stdin cannot be kept in {path}: {os.strerror(error.errno or 0)}; make room") from error
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """The digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _table_length(path: Path) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic_core import from_json
 
+from reranker.fsio import atomic_write
 from server.offline.custom_ids import LineSet
 from server.offline.errors import OfflineError
 from server.offline.journal import Journal, recover
@@ -150,12 +151,8 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OfflineError: it cannot be written.
     """
-    incoming = path.with_name(f"{path.name}.incoming")
     try:
-        with incoming.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        incoming.replace(path)
+        with atomic_write(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise OfflineError(f"{path} cannot be written: {os.strerror(error.errno or 0)}; make room") from error

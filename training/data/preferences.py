@@ -18,7 +18,6 @@ All become `Example`s: texts, their ratings, and a group within which texts may 
 own with an infinite gap; all rated texts are one group. Every row is checked before any is used.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from reranker.candidate import Message, Prompt
+from reranker.fsio import share_of
 from reranker.models.rendering import Rendered, Renderer, RenderingError
 from training.data.data_source import Source, read_records
 
@@ -134,8 +134,7 @@ def hold_out(rows: list[PreferenceRow], fraction: float) -> tuple[list[Preferenc
     held: list[PreferenceRow] = []
     for row in rows:
         identity = repr(row.prompt) if row.prompt != Prompt(text="") else "\n".join(row.texts)
-        place = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) / 2**64
-        (held if place < fraction else kept).append(row)
+        (held if share_of(identity) < fraction else kept).append(row)
     return kept, held
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from reranker.fsio import share_of
 from training.atomic_directory import appearing_whole
 from training.checkpoints import require_same_run, write_run
 from training.data.data_source import Source, read_records
@@ -183,8 +184,8 @@ def _write_prompts(
     if not held_out:
         everything = parts["train.jsonl"]
         parts = {
-            "train.jsonl": [line for line in everything if _place(line) >= holdout],
-            "held-out.jsonl": [line for line in everything if _place(line) < holdout],
+            "train.jsonl": [line for line in everything if _share(line) >= holdout],
+            "held-out.jsonl": [line for line in everything if _share(line) < holdout],
         }
     for name, lines in parts.items():
         if not lines:
@@ -220,7 +221,6 @@ def _read(source: Source) -> list[dict[str, Any]]:
     return lines
 
 
-def _place(line: dict[str, Any]) -> float:
-    """A number from 0 to 1 that depends on what is asked alone."""
-    asked = json.dumps([line.get("prompt"), line.get("messages")])
-    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:8]) / 2**64
+def _share(line: dict[str, Any]) -> float:
+    """A number in [0, 1) that depends on the prompt or messages of a line alone."""
+    return share_of(json.dumps([line.get("prompt"), line.get("messages")]))
