@@ -9,7 +9,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-deps
 TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 
-.PHONY: help setup models serve test check docs bench lock clean
+.PHONY: help setup models serve test check docs site bench lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,15 +38,19 @@ serve: setup  ## serve on 127.0.0.1:8000 until Ctrl-C
 test: setup  ## run every test
 	@$(BIN)/python -m pytest
 
-check: $(READY)  ## style, types, import fences, and whether the generated pages are up to date
+check: $(READY)  ## style, types, import fences, generated pages, links of the documentation
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest --quiet tests/test_layering.py
 	@$(BIN)/python -m scripts.docs --check
+	@$(BIN)/python -m scripts.site --check
 
 docs: $(READY)  ## write the pages of docs/ that are made from code
 	@$(BIN)/python -m scripts.docs
+
+site: $(READY)  ## build docs/ as a web site in build/site/html
+	@$(BIN)/python -m scripts.site
 
 bench: setup  ## measure the short benchmarks anew, and redraw the figures and tables
 	@for name in scoring_overhead router_overhead scoring blockwise latency plot; do $(BIN)/python -m benchmarks.$$name || exit; done

@@ -3,7 +3,6 @@
 The prose of those pages is written by hand; each `<!-- name -->` … `<!-- /name -->` in it is filled from here.
 """
 
-import ast
 import json
 import re
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from scripts.markdown import machine, table, with_extremes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("server", "reranker", "training", "benchmarks", "examples", "scripts")
 
 
 def filled(page: Path) -> str:
@@ -303,33 +301,6 @@ def provenance() -> str:
     )
 
 
-def tree() -> str:
-    """Every module and the first sentence it says of itself."""
-    lines: list[str] = []
-    for package in PACKAGES:
-        lines.append(f"{package}/")
-        lines += [
-            f"  {path.relative_to(ROOT / package)!s:<32} {sentence}"
-            for path in sorted((ROOT / package).rglob("*.py"), key=lambda path: (len(path.parts), path))
-            if (sentence := first_sentence(path))
-        ]
-    lines += [
-        f"{name:<34} {what}"
-        for name, what in {
-            "tests/": "one file a module; end_to_end/ runs the real engine through the official client",
-            "docs/": "pages, most of them written by make docs; decisions/ says why",
-            "requirements/": "the pinned packages of the CPU installation",
-            "deploy/, Dockerfile": "running it elsewhere",
-        }.items()
-    ]
-    return "```\n" + "\n".join(lines) + "\n```\n"
-
-
-def first_sentence(module: Path) -> str | None:
-    docstring = ast.get_docstring(ast.parse(module.read_text()))
-    return re.split(r"(?<=[.:])\s", docstring.replace("\n", " "))[0].rstrip(".:") if docstring else None
-
-
 def stopping() -> str:
     """What each stopping policy draws at plain best-of-16's reward, by the settings chosen on other prompts."""
     found = result_if_there("stopping")
@@ -435,7 +406,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rl-speed": if_measured("rl_speed", tables_rl.speed),
     "rl-overlap": if_measured("rl_overlap", tables_rl.overlap),
     "provenance": provenance,
-    "tree": tree,
 }
 
 
