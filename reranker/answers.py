@@ -1,10 +1,10 @@
-"""The answer in a candidate's text, in a form in which equal answers are equal strings.
+"""The answer in a candidate's text, normalised so that equal answers are equal strings.
 
-    text -> extract (regular expression, JSON pointer, or the whole text) -> canonical -> what is voted on
+    text -> extract (regular expression, JSON pointer, or the whole text) -> canonical -> the string that gets the vote
 
-Both the text and the pattern come from outside. Patterns run on RE2, whose time is linear in the text and whose memory
-is bounded, so that no pattern can hang; it has no lookaround and no backreferences in exchange. Numbers and formulas
-are compared by their exact value (`expressions`), everything else by its letters.
+Both the text and the pattern are untrusted. Patterns run on RE2, whose time is linear in the text and whose memory is
+bounded, so no pattern can hang; in exchange RE2 has no lookaround and no backreferences. Numbers and formulas are
+compared by their exact value (`expressions`), everything else by its letters.
 """
 
 import json
@@ -16,23 +16,23 @@ from typing import Any
 import re2
 
 MAX_PATTERN_BYTES = 2**20
-"""Of RE2's compiled program; an ordinary pattern takes a few hundred."""
+"""Most memory of RE2's compiled program; an ordinary pattern takes a few hundred bytes."""
 
 Extract = Callable[[str], str | None]
-"""Finds the answer in a text; None where there is none."""
+"""Returns the answer in a text, or None if the text has none."""
 
 
 class AnswerError(ValueError):
-    """A pattern or pointer that cannot be used; the message is a clause that says why."""
+    """A pattern or pointer that cannot be used; the message is a clause with the reason."""
 
 
 def by_regex(pattern: str) -> Extract:
-    """Finds what the one group of a pattern holds where the pattern first matches.
+    """Extracts the single group of a pattern at the pattern's first match.
 
-    For the last match let the pattern begin with (?s:.*).
+    A pattern that begins with (?s:.*) extracts the last match instead.
 
     Raises:
-        AnswerError: not a pattern of RE2, too large, or not with exactly one group.
+        AnswerError: the pattern is not valid in RE2, is too large, or does not have exactly one group.
     """
     options = re2.Options()
     options.log_errors = False
@@ -42,7 +42,7 @@ def by_regex(pattern: str) -> Extract:
     except re2.error as error:
         raise AnswerError(f"RE2 cannot read it ({error.args[0].decode(errors='replace')})") from None
     if compiled.groups != 1:
-        raise AnswerError(f"it has {compiled.groups} groups, and exactly one has to hold the answer")
+        raise AnswerError(f"it has {compiled.groups} groups, and it needs exactly one, which holds the answer")
 
     def extract(text: str) -> str | None:
         match = compiled.search(text)
@@ -52,15 +52,15 @@ def by_regex(pattern: str) -> Extract:
 
 
 def by_json_pointer(pointer: str) -> Extract:
-    """Finds the value that a JSON pointer (RFC 6901) leads to in a text that is JSON; "" is the whole document.
+    """Extracts the value at a JSON pointer (RFC 6901) from a text that is JSON; "" points at the whole document.
 
-    A string answers by its content, anything else by its JSON; null is no answer.
+    The answer is the content of a string, and the JSON of any other value. null is no answer.
 
     Raises:
-        AnswerError: not a JSON pointer.
+        AnswerError: the text is not a JSON pointer.
     """
     if not re.fullmatch(r"(/([^~]|~[01])*)?", pointer, re.DOTALL):
-        raise AnswerError("a JSON pointer is empty or begins with /, and names write ~ as ~0 and / as ~1")
+        raise AnswerError("a JSON pointer is empty or begins with /; within a name ~ is written ~0 and / is written ~1")
     steps = [step.replace("~1", "/").replace("~0", "~") for step in pointer.split("/")[1:]]
 
     def extract(text: str) -> str | None:
@@ -74,22 +74,21 @@ def by_json_pointer(pointer: str) -> Extract:
 
 
 def whole_text(text: str) -> str:
-    """All of a candidate is its answer."""
+    """Takes the whole text of a candidate as its answer."""
     return text
 
 
 def canonical(answer: str) -> str | None:
-    """The normal form of an answer: the exact value of a number or formula, or else its words.
+    """The normal form of an answer: the exact value of a number or formula, otherwise its words.
 
-    Dollar signs, LaTeX's brackets round text and formulas, outer brackets and a final full stop do not count, nor does
-    case in words. Two
-    answers with the same normal form are equal; None is an answer without content.
+    Dollar signs, LaTeX's brackets around text and formulas, outer brackets, a final full stop and the case of words do
+    not count. Two answers with the same normal form are equal. None stands for an answer without content.
     """
     bare = re.sub(r"\\?\$|\\[()\[\]]", " ", answer)
     bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf) ?\{([^{}]*)\}", r"\1", bare)
-    bare = re.sub(r"\\boxed ?\{([^{}]*)\}", r"\1", bare)  # a second pass, since it may stand around the first
+    bare = re.sub(r"\\boxed ?\{([^{}]*)\}", r"\1", bare)  # after \text, because \boxed may enclose it
     bare = bare.strip().removesuffix(".").strip()
-    from reranker.expressions import value_of  # SymPy takes half a second to import, and only voting needs it
+    from reranker.expressions import value_of  # imported here: SymPy takes half a second, and only voting needs it
 
     return value_of(bare) or " ".join(bare.casefold().strip("()").split()) or None
 

@@ -1,6 +1,6 @@
-"""What travels from the prompt to the winner.
+"""The data types of a request, from the prompt to the winner.
 
-Every stage adds a layer and changes nothing beneath it:
+Each stage wraps the objects of the stage before and does not change them:
 
     Prompt -> Candidate (generation) -> ScoredCandidate (scoring) -> Selection (selection)
 """
@@ -22,19 +22,19 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is to be answered: a conversation, or a text to be continued; exactly one of the two."""
+    """The input of a request: either a conversation to reply to or a text to continue."""
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.messages) == (self.text is not None):
-            raise ValueError("a prompt is either messages or text, and exactly one of them")
+            raise ValueError("a prompt needs exactly one of messages and text")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token, its log-probability in nats, and the most likely tokens at its place, best first."""
+    """One generated token, its log-probability in nats, and the most likely tokens at its position, best first."""
 
     token: str
     logprob: float
@@ -45,11 +45,12 @@ class TokenLogprob:
 class Candidate:
     """One sample of the policy.
 
-    `index` is its place among the N of its request; its seed is the request's seed + index. `finish_reason` is None
-    while it is still being generated: such a snapshot holds all text and tokens so far. `token_ids` is empty and
-    `cumulative_logprob` (nats, over the generated tokens) None where an upstream server does not tell them.
-    `is_beginning`: others may go on from it, so a scorer does well to keep what it computed.
-    `weights_version` names the adapter or the reloaded weights that drew it; None for the model as it was started.
+    `index` is its position among the N candidates of its request; its seed is the request's seed + index.
+    `finish_reason` is None while the candidate is still being generated: such a snapshot holds all text and tokens so
+    far. If an upstream server does not return them, `token_ids` is empty and `cumulative_logprob` (nats, over the
+    generated tokens) is None. `is_beginning` marks a candidate that later candidates may continue, so that caching its
+    keys and values saves a scorer work. `weights_version` names the adapter or the reloaded weights that generated it;
+    None stands for the weights that the server started with.
     """
 
     index: int
@@ -64,7 +65,7 @@ class Candidate:
 
     @property
     def mean_logprob(self) -> float:
-        """Mean log-probability a token in nats; NaN where unknown or without tokens."""
+        """Mean log-probability per token in nats; NaN if it is unknown or there are no tokens."""
         if self.cumulative_logprob is None or self.num_tokens == 0:
             return math.nan
         return self.cumulative_logprob / self.num_tokens
@@ -72,7 +73,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class FailedCandidate:
-    """A candidate that will never finish, and why."""
+    """A candidate that will never finish, with the reason."""
 
     index: int
     reason: str
@@ -80,7 +81,7 @@ class FailedCandidate:
 
 @dataclass(frozen=True, slots=True)
 class ScoredCandidate:
-    """A candidate and its reward: higher is better, unbounded, not comparable between scorers, NaN where missing."""
+    """A candidate and its reward: higher is better, unbounded, not comparable between scorers, NaN if missing."""
 
     candidate: Candidate
     reward: float

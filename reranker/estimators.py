@@ -1,8 +1,8 @@
-"""What best-of-n is worth and how far it moves: in closed form where there is one, each function with its paper.
+"""Estimators of best-of-n: expected reward, accuracy and KL from the policy, each with the paper it comes from.
 
-The estimators answer for every n from one scored pool of N >= n samples a prompt: the mean over all C(N, n) ways to
-have drawn only n of them. That is unbiased, and far less noisy than drawing n samples anew. Each is about one prompt;
-`bootstrap_mean` puts an interval round the mean over prompts.
+Each estimates, for any n, from one scored pool of N >= n samples of a prompt: the mean over all C(N, n) subsets of n
+samples. That is unbiased, and far less noisy than drawing n new samples. The mean is in closed form where one is known.
+Each function is about one prompt; `bootstrap_mean` adds a confidence interval to the mean over prompts.
 """
 
 import math
@@ -25,15 +25,15 @@ def expected_max(scores_N: Sequence[float], n: int) -> float:
     arXiv 2112.09332).
 
     Raises:
-        ValueError: not 1 <= n <= N, or a score is NaN, of which only the caller knows what it is worth.
+        ValueError: not 1 <= n <= N, or a score is NaN; only the caller can say what a missing score is worth.
     """
     return expected_value_of_best(scores_N, scores_N, n)
 
 
 def expected_value_of_best(rewards_N: Sequence[float], values_N: Sequence[float], n: int) -> float:
-    """The expected true value of the winner: best-of-n by `rewards_N`, paid in `values_N`.
+    """The expected value of the winner, where the winner has the highest of `rewards_N` and counts with `values_N`.
 
-    Falls with n where the reward is over-optimised (Gao et al. 2022, arXiv 2210.10760). As in `selection.argmax` a
+    It falls with n where the reward is over-optimised (Gao et al. 2022, arXiv 2210.10760). As in `selection.argmax` a
     missing reward (NaN) never wins and ties go to the lowest index.
 
     Raises:
@@ -44,7 +44,7 @@ def expected_value_of_best(rewards_N: Sequence[float], values_N: Sequence[float]
         raise ValueError("a value is NaN; say what it is worth")
     worst_first = sorted(
         zip(rewards_N, values_N, range(size), strict=True),
-        key=lambda one: (-math.inf if math.isnan(one[0]) else one[0], not math.isnan(one[0]), -one[2]),
+        key=lambda row: (-math.inf if math.isnan(row[0]) else row[0], not math.isnan(row[0]), -row[2]),
     )
     ways = math.comb(size, n)
     return math.fsum(math.comb(rank, n - 1) / ways * value for rank, (_, value, _) in enumerate(worst_first))
@@ -53,7 +53,7 @@ def expected_value_of_best(rewards_N: Sequence[float], values_N: Sequence[float]
 def pass_at_n(num_samples: int, num_correct: int, n: int) -> float:
     """The probability that at least one of n samples is correct: 1 − C(N−c, n) / C(N, n).
 
-    Chen et al. 2021, arXiv 2107.03374, whose pass@k this is: what a perfect verifier would reach.
+    This is pass@k of Chen et al. 2021, arXiv 2107.03374: the accuracy of best-of-n with a perfect verifier.
 
     Raises:
         ValueError: not 1 <= n <= N, or not 0 <= c <= N.
@@ -67,21 +67,21 @@ def pass_at_n(num_samples: int, num_correct: int, n: int) -> float:
 def majority_at_n(answers_N: Sequence[Hashable | None], correct: Hashable, n: int) -> float:
     """The probability that `selection.majority` over n of the answers returns the correct one; exact, no sampling.
 
-    maj@n of Wang et al. 2022, arXiv 2203.11171. None has no vote, and n of them are not correct. Of t answers with
-    equally many votes each is as likely as any to have been drawn first. The subsets in which the correct answer has
-    v votes and no other has more are counted by adding one answer after the other.
+    This is maj@n of Wang et al. 2022, arXiv 2203.11171. None has no vote; a draw of n times None is not correct. Of t
+    answers with the most votes, each was drawn first with probability 1/t. The function counts the subsets in which
+    the correct answer has v votes and no other answer has more, adding one distinct answer at a time.
 
     Raises:
         ValueError: not 1 <= n <= N, or the correct answer is None.
     """
     size = _pool_size(answers_N, n)
     if correct is None:
-        raise ValueError("None stands for no answer and cannot be correct")
+        raise ValueError("None stands for no answer and cannot be the correct one")
     others = Counter(answers_N)
-    silent, voters = others.pop(None, 0), others.pop(correct, 0)
+    unanswered, voters = others.pop(None, 0), others.pop(correct, 0)
     won = Fraction(0)
     for votes in range(1, min(voters, n) + 1):
-        ways = Counter({(drawn, 0): math.comb(silent, drawn) for drawn in range(min(silent, n - votes) + 1)})
+        ways = Counter({(drawn, 0): math.comb(unanswered, drawn) for drawn in range(min(unanswered, n - votes) + 1)})
         for count in others.values():
             extended: Counter[tuple[int, int]] = Counter()
             for (drawn, tied), before in ways.items():
@@ -103,11 +103,11 @@ def expected_value_of_selected(
     draws: int = 1000,
     seed: int = 0,
 ) -> float:
-    """The expected value of the winner of any strategy over n of the pool, weighted-maj@n for one.
+    """The expected value of the winner that any `select` strategy picks from n of the pool; for example weighted-maj@n.
 
-    `values` tells by index what a candidate is worth. Monte Carlo: the mean over `draws` random subsets, the same for
-    the same seed, with a standard error of at most half the range of the values / √draws. Exact where there are no more
-    subsets than that. Among ties the pool's lowest index wins.
+    `values` maps the index of a candidate to its value. The estimate is Monte Carlo: the mean over `draws` random
+    subsets, the same for the same seed, with a standard error of at most half the range of the values / √draws. It is
+    exact if there are no more than `draws` subsets. Among ties the pool's lowest index wins.
 
     Raises:
         ValueError: not 1 <= n <= N.
@@ -133,14 +133,14 @@ class Interval:
 def bootstrap_mean(
     values_P: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """The mean over prompts with its percentile bootstrap interval (Efron 1979): prompts are drawn anew, not samples.
+    """The mean over prompts with its percentile bootstrap interval (Efron 1979); prompts are resampled, not samples.
 
     Raises:
         ValueError: there are no values.
     """
     values = np.asarray(values_P, dtype=np.float64)
     if values.size == 0:
-        raise ValueError("the mean of no prompts is not known")
+        raise ValueError("there are no prompts to take the mean of")
     generator = np.random.default_rng(seed)
     means = [values[generator.integers(values.size, size=values.size)].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -148,14 +148,14 @@ def bootstrap_mean(
 
 
 def kl_upper_bound(n: int) -> float:
-    """How far best-of-n can move from the policy it samples: KL(best-of-n || policy) <= log n − (n−1)/n, in nats.
+    """The upper bound of the KL divergence in nats: KL(best-of-n || policy) <= log n − (n−1)/n.
 
     Beirami et al. 2024, arXiv 2401.01879; equality needs a reward without ties and answers that are each improbable.
 
-    It holds for every rule that returns one of n independent samples, voting and soft selection included. A set of
-    answers with probability a under the policy is met by n samples, and so returned, with at most 1 − (1−a)^n, which
-    best-of-n reaches for its top answers. So the density ratio of best-of-n majorises that of any other rule, and the
-    KL, convex in it, is the largest.
+    The bound holds for every rule that returns one of n independent samples, voting and soft selection included. A set
+    of answers with probability a under the policy contains one of n samples, and so the returned one, with probability
+    at most 1 − (1−a)^n. Best-of-n reaches that for the sets of its top answers. So the density ratio of best-of-n
+    majorises that of any other rule, and its KL, which is convex in the ratio, is the largest.
 
     Raises:
         ValueError: n is below 1.
@@ -166,10 +166,10 @@ def kl_upper_bound(n: int) -> float:
 
 
 def best_of_n_distribution(policy_K: Sequence[float], rewards_K: Sequence[float], n: int) -> list[float]:
-    """What best-of-n returns from a policy over K answers (Beirami et al. 2024, arXiv 2401.01879).
+    """The distribution of best-of-n over the K answers of a policy (Beirami et al. 2024, arXiv 2401.01879).
 
     P(k) = F(k)^n − F(k−)^n, where F(k) is the policy's probability of a reward up to that of k, and F(k−) that of a
-    smaller one. Answers of equal reward share what falls to them as they do in the policy.
+    smaller one. Answers of equal reward share their probability in proportion to the policy's.
 
     Raises:
         ValueError: n is below 1, lengths differ, a reward is NaN or the policy does not sum to 1.
@@ -181,9 +181,9 @@ def best_of_n_distribution(policy_K: Sequence[float], rewards_K: Sequence[float]
         mass[reward] += probability
     below, share = 0.0, {}
     for reward in sorted(mass):
-        upto = below + mass[reward]
-        share[reward] = (upto**n - below**n) / mass[reward] if mass[reward] else 0.0
-        below = upto
+        up_to = below + mass[reward]
+        share[reward] = (up_to**n - below**n) / mass[reward] if mass[reward] else 0.0
+        below = up_to
     return [probability * share[reward] for probability, reward in zip(policy_K, rewards_K, strict=True)]
 
 

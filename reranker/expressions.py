@@ -1,12 +1,12 @@
-r"""The value of a short mathematical expression, as people and language models write it: 1/2, 0.5, \frac{1}{2}, 50%.
+r"""The exact value of a short mathematical expression, however it is written: 1/2, 0.5, \frac{1}{2}, 50%.
 
-The text is untrusted. A grammar reads it (LALR: linear time, and nothing happens that the grammar does not name), and
-SymPy computes it exactly, one operation at a time, each bounded before it is done: no number of more than `MAX_BITS`
-bits, no sum of more than `MAX_TERMS` terms, no root of a degree above `MAX_ROOT`. What is longer, larger or not in the
-grammar has no value here.
+The text is untrusted. A grammar parses it (LALR: linear time, and only the operations in the grammar run), and SymPy
+computes it exactly, one operation at a time. Each operation is bounded before it runs: no number of more than
+`MAX_BITS` bits, no sum of more than `MAX_TERMS` terms, no root of a degree above `MAX_ROOT`. An expression that is
+longer, larger or not in the grammar has no value here.
 
-The grammar is cautious: a run of letters is a word and not a product, so that Paris is not pairs, and what is read in
-two ways by two readers (1 1/2, 2^3^2) is not read at all.
+The grammar is cautious. A run of letters is a word and not a product, so "Paris" does not equal "pairs". An ambiguous
+notation (1 1/2, 2^3^2) is not parsed at all.
 """
 
 from functools import lru_cache
@@ -16,11 +16,11 @@ import sympy
 from lark import Lark, LarkError, Transformer, v_args
 
 MAX_CHARS = 100
-"""An answer, not a derivation."""
+"""Longest text that is parsed: an answer, not a derivation."""
 MAX_BITS = 2048
 MAX_TERMS = 64
 MAX_ROOT = 10
-"""All are far above what a person would write as an answer; the slowest of 40,000 random texts took half a second."""
+"""Bounds far above the answers that people write; the slowest of 40,000 random texts took half a second."""
 
 GRAMMAR = r"""
 ?start: [LETTER "="] sum -> value
@@ -70,12 +70,12 @@ FRACTION_OF_DIGITS: /\\[dt]?frac[0-9][0-9]/
 
 
 class _OutOfBoundsError(ValueError):
-    """An operation without a value, or whose value would be too large."""
+    """An operation that has no value, or a value beyond the bounds."""
 
 
 @v_args(inline=True)
-class _Exactly(Transformer[object, sympy.Expr]):
-    """Computes bottom-up; every value is expanded, so that equal polynomials look equal."""
+class _ExactEvaluator(Transformer[object, sympy.Expr]):
+    """Computes bottom-up; every value is expanded, so that equal polynomials have the same form."""
 
     def value(self, _name: object, value: sympy.Expr) -> sympy.Expr:
         return value
@@ -128,7 +128,7 @@ class _Exactly(Transformer[object, sympy.Expr]):
 
 def _power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
     if not isinstance(exponent, sympy.Rational):
-        raise _OutOfBoundsError("only numbers are raised to")
+        raise _OutOfBoundsError("the exponent is not a number")
     if base.is_zero and exponent <= 0:
         raise _OutOfBoundsError("zero to the power of zero or less")
     largest = max((_bits(number) for number in base.atoms(sympy.Rational)), default=1)
@@ -143,7 +143,7 @@ def _bits(number: sympy.Rational) -> int:
 
 
 def _terms(value: sympy.Expr) -> int:
-    """An upper bound: the terms of all sums in it, those under roots and in denominators too, multiplied out."""
+    """An upper bound of the terms once multiplied out, counting the sums under roots and in denominators too."""
     return prod(len(node.args) for node in sympy.preorder_traversal(value) if node.is_Add)
 
 
@@ -152,14 +152,14 @@ def _check_terms(terms: int) -> None:
         raise _OutOfBoundsError("the sum has too many terms")
 
 
-_PARSER = Lark(GRAMMAR, parser="lalr", transformer=_Exactly())
+_PARSER = Lark(GRAMMAR, parser="lalr", transformer=_ExactEvaluator())
 
 
 @lru_cache(maxsize=4096)
 def value_of(text: str) -> str | None:
-    """The exact value in a normal form, the same for all ways to write it; None where the text has none.
+    """The exact value in a normal form, the same for all ways to write it; None if the text has no value.
 
-    A letter alone, with or without brackets, is a choice rather than a variable and has no value.
+    A single letter, with or without brackets, is a multiple-choice answer and not a variable, so it has no value.
     """
     if len(text) > MAX_CHARS:
         return None

@@ -1,4 +1,4 @@
-"""The progress bar of everything long that the commands do."""
+"""The progress bar of the long-running commands."""
 
 from types import TracebackType
 from typing import Self
@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressBar:
-    """`done` of `total` steps, the time left, and a text beside it; silent where `console` is not a terminal."""
+    """`done` of `total` steps, the remaining time, and a text beside it; silent if `console` is not a terminal."""
 
     def __init__(self, console: Console, total: int, done: int = 0, *, title: str = "", shown: bool = True) -> None:
         self._progress = Progress(
@@ -32,9 +32,9 @@ class ProgressBar:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the bar was made."""
+        """Seconds since the bar was created."""
         return self._progress.tasks[self._task].elapsed or 0.0
 
     def advance(self, text: str = "") -> None:
-        """One step is done; `text` replaces the text beside the bar."""
+        """Counts one more step as done; `text` replaces the text beside the bar."""
         self._progress.update(self._task, advance=1, text=text)

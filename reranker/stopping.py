@@ -1,10 +1,11 @@
-"""When enough has been drawn: pure decisions over the rewards so far, driven by `server.pipeline.sampling`.
+"""Stopping policies: pure decisions, from the rewards so far, about how many candidates to draw and which to cancel.
 
     AdaptiveN              draws in waves, and stops when one more candidate is not worth its price
-    SpeculativeRejection   scores candidates while they are written, and gives the worst up
-    StragglerCut           does not wait for the last ones to finish
+    SpeculativeRejection   scores candidates while they are generated, and cancels the worst
+    StragglerCut           does not wait for the last candidates to finish
 
-None of them knows time, engines or texts: the same rewards in the same order give the same decision.
+`server.pipeline.sampling` applies them. They do not depend on time, engines or texts: the same rewards in the same
+order give the same decision.
 """
 
 import math
@@ -15,34 +16,37 @@ from typing import Literal
 from reranker.reward_posterior import UNKNOWN, Predictive, Prior
 
 WAVE = 4
-"""Candidates of a wave. A larger one draws more than was needed, a smaller one takes more rounds, and fills the engine
-less in each; docs/stopping.md has both for waves of 1 to 8."""
+"""Candidates per wave. A larger wave draws more candidates than needed. A smaller one takes more rounds and fills the
+engine less in each round. docs/stopping.md shows both effects for waves of 1 to 8."""
 
 EPSILON = 1e-9
-"""A share of a count that is whole but for rounding is whole: 0.29 of 100 are 29."""
+"""Tolerance for rounding errors in a share of a count, so that 0.29 of 100 is 29 and not 28."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveN:
-    """Optimal stopping of best-of-N: as many candidates as are worth their price.
+    """Optimal stopping of best-of-N: draws candidates as long as one more is worth its price.
 
     Drawing candidates of unknown reward at a price each and keeping the best is Pandora's problem with equal boxes
-    (Weitzman 1979; for best-of-N: Kalayci, Raman and Dughmi 2025, arXiv 2510.01394). The best rule is to stop as soon
-    as the best so far reaches the value τ at which one more is worth just its price, or in other words when
+    (Weitzman 1979; for best-of-N: Kalayci, Raman and Dughmi 2025, arXiv 2510.01394). The optimal rule is to stop as
+    soon as the best reward so far reaches the value τ at which one more candidate is worth just its price, that is when
 
         E[(R − best)⁺] < price
 
-    The distribution of R is not known. The paper takes the upper half of exp(reward) for exponential and raises its
-    mean to an upper confidence bound, after 20 samples. Here the rewards of a prompt are taken for normal, and what is
-    known of their mean and spread is a `Prior` and the rewards so far (`Predictive`): the less it is, the heavier the
-    tails, which is what the bound is for. The prior is what makes it frugal: a few rewards alone tell so little of
-    where the best ones are that stopping by them saves nothing over plain best-of-N (docs/stopping.md has both).
+    The distribution of R is not known. The paper models the upper half of exp(reward) as exponential and, after 20
+    samples, raises its mean to an upper confidence bound. Here the rewards of a prompt are modelled as normal, with a
+    `Prior` on their mean and spread that the rewards so far update (`Predictive`). The less is known, the heavier are
+    the tails of `Predictive`, which serves the same purpose as the bound. The savings come from the prior: a few
+    rewards alone say so little about the best ones that stopping without a prior saves nothing over plain best-of-N
+    (docs/stopping.md shows both).
 
-    With a `quantile` in place of a price it stops when P(R < best) ≥ quantile: the best is among that share of what the
-    policy would write. This knows no unit of reward. A best so far of `target_reward` or more is always enough.
+    With a `quantile` instead of a price it stops when P(R < best) ≥ quantile, that is when the next sample would be
+    worse than the best with at least that probability. This rule does not depend on the unit of the reward. A best
+    reward of `target_reward` or more always stops it.
 
-    Without a prior three rewards are drawn before any is judged, and while all are alike, their spread being unknown,
-    drawing goes on. Missing rewards (NaN, −∞) count as drawn and say nothing. Between `least` and `most` are drawn.
+    Without a prior, three rewards are drawn before the first decision, and drawing continues while all rewards are
+    equal, because their spread is then unknown. Missing rewards (NaN, −∞) count as drawn and carry no information.
+    At least `least` and at most `most` candidates are drawn.
     """
 
     most: int
@@ -54,9 +58,10 @@ class AdaptiveN:
     prior: Prior = UNKNOWN
 
     def next_wave(self, rewards_N: Sequence[float]) -> int:
-        """How many to draw after those with these rewards; 0 to stop."""
+        """How many candidates to draw next, given the rewards of those drawn so far; 0 means stop."""
         drawn = len(rewards_N)
-        if drawn >= self.least and self._is_enough([one for one in rewards_N if one > -math.inf]):  # without NaN too
+        usable = [reward for reward in rewards_N if reward > -math.inf]  # the comparison drops NaN too
+        if drawn >= self.least and self._is_enough(usable):
             return 0
         return min(max(self.wave, self.least - drawn), self.most - drawn)
 
@@ -76,12 +81,12 @@ class AdaptiveN:
 
 @dataclass(frozen=True, slots=True)
 class SpeculativeRejection:
-    """Gives up, at each of some lengths, the candidates whose beginnings are worth least.
+    """Cancels the candidates with the lowest partial rewards at each of several lengths.
 
-    The reward of a beginning foretells that of the whole (Sun et al. 2024, arXiv 2410.20290). The paper cuts at a
-    quantile of the rewards whenever memory is full. Here it is when every candidate that is still written has reached
-    the next of `checkpoints`, in tokens, which does not depend on the machine. Those that have ended are compared too,
-    by their whole reward, but there is nothing left of them to give up.
+    The reward of a partial candidate predicts the reward of the complete one (Sun et al. 2024, arXiv 2410.20290). The
+    paper cuts at a quantile of the rewards whenever memory is full. Here the cut happens when every running candidate
+    has reached the next of `checkpoints`, in tokens, which does not depend on the machine. Candidates that have ended
+    take part in the comparison with their final reward, but cannot be cancelled.
     """
 
     checkpoints: tuple[int, ...]
@@ -89,23 +94,24 @@ class SpeculativeRejection:
     least: int = 1
 
     def rejected(self, growing: Mapping[int, float], ended: Sequence[float]) -> list[int]:
-        """Of the growing candidates (index -> reward of what there is of them), those to give up.
+        """The indices to cancel among the `growing` candidates (index -> partial reward).
 
-        They are among the lowest ⌊share · m⌋ of all m that have a reward. A missing reward (NaN) says nothing and gives
-        up nobody, ties give up the higher index first, and `least` candidates are left.
+        They are among the lowest ⌊share · m⌋ of all m candidates that have a reward. A candidate whose reward is
+        missing (NaN) is neither counted nor cancelled. Among ties the higher index is cancelled first. At least
+        `least` candidates remain.
         """
-        told = [(reward, -index) for index, reward in growing.items() if not math.isnan(reward)]
-        told += [(reward, 1) for reward in ended if not math.isnan(reward)]
-        lowest = sorted(told)[: int(self.share * len(told) + EPSILON)]
+        rewarded = [(reward, -index) for index, reward in growing.items() if not math.isnan(reward)]
+        rewarded += [(reward, 1) for reward in ended if not math.isnan(reward)]  # 1: no index, since it has ended
+        lowest = sorted(rewarded)[: int(self.share * len(rewarded) + EPSILON)]
         spare = max(0, len(growing) + len(ended) - self.least)
-        return [-place for _, place in lowest if place <= 0][:spare]
+        return [-negated_index for _, negated_index in lowest if negated_index <= 0][:spare]
 
 
 @dataclass(frozen=True, slots=True)
 class StragglerCut:
-    """Stops when the first `share` of the candidates have ended, or one of them has `target_reward`.
+    """Stops when a `share` of the candidates have ended, or one of them has reached `target_reward`.
 
-    The last ones are the longest, so long answers have less of a chance: a price that the user knows of.
+    The last candidates to end are the longest, so this favours short answers; docs/stopping.md says so to the user.
     """
 
     share: float = 1.0
@@ -113,13 +119,13 @@ class StragglerCut:
     least: int = 1
 
     def is_enough(self, ended_rewards: Sequence[float], drawn: int) -> bool:
-        """Whether the rest of the `drawn` need not be waited for; a reward that is still to come is NaN."""
+        """Whether to cancel the rest of the `drawn` candidates; the reward of one not yet scored is NaN."""
         ended = len(ended_rewards)
         if ended < min(self.least, drawn):
             return False
         if ended / drawn >= self.share:
             return True
-        return self.target_reward is not None and any(one >= self.target_reward for one in ended_rewards)
+        return self.target_reward is not None and any(reward >= self.target_reward for reward in ended_rewards)
 
 
 Policy = Literal["adaptive", "speculative_rejection", "adaptive_rejection", "straggler_cut"]
@@ -127,9 +133,10 @@ Policy = Literal["adaptive", "speculative_rejection", "adaptive_rejection", "str
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """What is decided about one request: how many are drawn, which are given up, and when all the rest is.
+    """The stopping policy of one request, made of up to three parts; `policy` is its name, None for plain best-of-N.
 
-    `policy` is its name; None is plain best-of-N.
+    `waves` decides how many candidates are drawn, `rejection` which running ones are cancelled at a checkpoint, and
+    `stragglers` when all that still run are cancelled.
     """
 
     policy: Policy | None = None
@@ -139,15 +146,15 @@ class Stopping:
 
     @property
     def gives_up(self) -> bool:
-        """Whether candidates under way may be cancelled."""
+        """Whether running candidates may be cancelled."""
         return self.rejection is not None or self.stragglers is not None
 
     def at_once(self, most: int) -> int:
-        """So many of at most `most` candidates are under way at the same time."""
+        """The most candidates that run at the same time, of a request for `most`."""
         return most if self.waves is None else min(most, max(self.waves.wave, self.waves.least))
 
     @property
     def reads_rewards(self) -> bool:
-        """Whether it decides by rewards, which then have to be there before the last candidate is."""
+        """Whether decisions need rewards, so that candidates must be scored before the last one has finished."""
         by_target = self.stragglers is not None and self.stragglers.target_reward is not None
         return self.waves is not None or self.rejection is not None or by_target

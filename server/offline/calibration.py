@@ -20,7 +20,7 @@ import numpy.typing as npt
 from reranker.estimators import bootstrap_mean, expected_max
 from reranker.reward_posterior import Prior
 from reranker.stopping import WAVE, AdaptiveN, Stopping
-from reranker.stopping_replay import Pool, spend
+from reranker.stopping_replay import Pool, replay
 from server.offline.errors import OfflineError
 from server.offline.records import Result
 
@@ -152,7 +152,7 @@ def _spent(pool: Pool, setting: StoppingSetting, prior: Prior, seed: int) -> tup
         return expected_max(pool.rewards_N, setting.best_of), setting.best_of * fmean(pool.tokens_N)
     random, stopping = Random(seed), setting.stopping(prior)  # the same orders for every price
     indices = range(len(pool.rewards_N))
-    runs = [spend(pool.of(random.sample(indices, len(indices))), stopping, setting.best_of) for _ in range(ORDERS)]
+    runs = [replay(pool.of(random.sample(indices, len(indices))), stopping, setting.best_of) for _ in range(ORDERS)]
     return fmean(reward for reward, _ in runs), fmean(tokens for _, tokens in runs)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reranker.reward_posterior import MOST_WEIGHT, UNKNOWN, Predictive, Prior, t_above, t_density
+from reranker.reward_posterior import MAX_WEIGHT, UNKNOWN, Predictive, Prior, t_above, t_density
 
 PATIENT = settings(deadline=None)
 
@@ -103,9 +103,7 @@ class TestPriorOf:
 
     def test_prompts_that_are_all_alike_leave_nothing_to_learn(self) -> None:
         found = Prior.of([[0.0, 1.0, 2.0], [2.0, 0.0, 1.0]])
-        assert found == Prior(
-            mean=1.0, mean_weight=MOST_WEIGHT, sd=math.sqrt(1 - 2 / MOST_WEIGHT), sd_weight=MOST_WEIGHT
-        )
+        assert found == Prior(mean=1.0, mean_weight=MAX_WEIGHT, sd=math.sqrt(1 - 2 / MAX_WEIGHT), sd_weight=MAX_WEIGHT)
 
     @pytest.mark.parametrize("pools", [[], [[1.0, 2.0]], [[1.0, 2.0], [1.0]], [[2.0, 2.0], [1.0, 1.0]]])
     def test_too_little_is_refused(self, pools: list[list[float]]) -> None:
