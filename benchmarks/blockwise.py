@@ -18,13 +18,13 @@ from rich.progress import track
 
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in, mean_with_interval, paired_ratio
+from benchmarks.stats import mean_with_interval, paired_ratio, write_result
 from reranker.candidate import Candidate, Prompt
 from server import factory
 from server.config import Settings
 from server.generation.base import SamplingParams
-from server.pipeline import blockwise
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 
 BAR = 0.25
 """Most of plain best-of-N's time to the first token."""
@@ -47,16 +47,21 @@ async def plain(pipeline: BestOfN, prompt: Prompt, sampling: SamplingParams, bes
     return _answered(result, began_s, time.perf_counter())
 
 
+class BlockTimes(RunObserver):
+    """When each block was chosen, in seconds of `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.chosen_s: list[float] = []
+
+    def block(self, chosen: Candidate) -> None:
+        self.chosen_s.append(time.perf_counter())
+
+
 async def in_blocks(pipeline: BestOfN, prompt: Prompt, sampling: SamplingParams, best_of: int) -> Answered:
-    chosen_s: list[float] = []
-
-    def note(_: Candidate) -> None:
-        chosen_s.append(time.perf_counter())
-
+    blocks = BlockTimes()
     began_s = time.perf_counter()
-    request = BestOfNRequest(prompt, sampling, best_of, strategy="blockwise")
-    result = await blockwise.answer(pipeline.run, request, note)
-    return _answered(result, began_s, min(chosen_s, default=time.perf_counter()))
+    result = await pipeline.run(BestOfNRequest(prompt, sampling, best_of, strategy="blockwise"), blocks)
+    return _answered(result, began_s, min(blocks.chosen_s, default=time.perf_counter()))
 
 
 def _answered(result: BestOfNResult, began_s: float, first_token_s: float) -> Answered:
@@ -118,7 +123,7 @@ def main() -> None:
     parser.add_argument("--block-tokens", type=int, nargs="+", default=[8, 16, 32], help="sizes to try")
     given = parser.parse_args()
     openings = list(OPENINGS[: given.prompts])
-    hand_in("blockwise", asyncio.run(measure(openings, given.best_of, given.max_tokens, given.block_tokens)))
+    write_result("blockwise", asyncio.run(measure(openings, given.best_of, given.max_tokens, given.block_tokens)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from rich.progress import track
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.prices import Prices
 from benchmarks.provenance import RESULTS, provenance
-from benchmarks.stats import hand_in
+from benchmarks.stats import write_result
 from benchmarks.stopping import BARS, PLAIN_N, frontier, ratio_with_interval
 from reranker.candidate import Prompt
 from reranker.estimators import bootstrap_mean
@@ -32,7 +32,8 @@ from server import factory
 from server.config import Settings
 from server.generation.base import SamplingParams
 from server.pipeline import blockwise
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest, BestOfNResult
 
 SEEDS_APART = 1000
 """Between the seeds of two openings: candidate i of an opening uses its seed + i."""
@@ -59,7 +60,7 @@ class Way:
         if self.curve != BLOCKWISE:
             return await pipeline.run(request)
         in_blocks = replace(sampling, block_tokens=blockwise.DEFAULT_BLOCK_TOKENS)
-        return await blockwise.answer(pipeline.run, replace(request, sampling=in_blocks, strategy=BLOCKWISE))
+        return await pipeline.run(replace(request, sampling=in_blocks, strategy=BLOCKWISE))
 
 
 def ways(recorded: dict[str, Any], prior: Prior) -> list[Way]:
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(OPENINGS), help="how many openings to answer")
     Prices.add_flags(parser)
     given = parser.parse_args()
-    hand_in("stopping_live", asyncio.run(measure(given.seed, given.prompts, Prices.given(given))))
+    write_result("stopping_live", asyncio.run(measure(given.seed, given.prompts, Prices.given(given))))
 
 
 if __name__ == "__main__":

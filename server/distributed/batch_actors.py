@@ -23,7 +23,8 @@ from server.distributed.cluster import in_thread, joined_cluster
 from server.errors import NbestError, NotReadyError
 from server.launch import StartError
 from server.observability import logs
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest, BestOfNResult
 
 MAX_TRIES = 5
 """A line that was under way in so many workers that died is perhaps why they did."""

@@ -26,7 +26,7 @@ from reranker.candidate import Prompt
 from server.config import Settings, replica_range
 from server.errors import DeadlineError, OverloadedError
 from server.observability.metrics import Metrics
-from server.pipeline.best_of_n import BestOfNRequest
+from server.pipeline.types import BestOfNRequest
 
 CHARS_A_TOKEN = 4
 """The usual rule of thumb for English; admission needs an order of magnitude before anything is tokenized."""

@@ -3,6 +3,7 @@
 from http import HTTPStatus
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -10,6 +11,7 @@ from server.schemas.requests import ChatCompletionRequest, CompletionRequest, Sc
 from server.schemas.responses import ChatCompletionChunk, ErrorReply, TextCompletionChunk
 from server.schemas.strict import StrictModel
 
+API_VERSION = "1"
 REFERENCE = "#/components/schemas/{model}"
 
 
@@ -18,9 +20,28 @@ PAGE = {"description": "The playground", "content": {"text/html": {"schema": {"t
 PROMETHEUS_TEXT = {"description": "Prometheus text exposition", "content": {"text/plain": {}}}
 
 
-def security(*, required: bool) -> list[dict[str, Any]]:
-    """Whether requests need a key."""
-    return [{"key": []}] if required else [{}, {"key": []}]
+class DocumentedApp(FastAPI):
+    """A FastAPI app whose OpenAPI document also has the models that routes read and stream themselves, and the keys."""
+
+    def __init__(self, *, needs_key: bool, **options: Any) -> None:
+        super().__init__(
+            title="nbest",
+            summary="Best-of-N inference with reward reranking, OpenAI-compatible.",
+            version=API_VERSION,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            **options,
+        )
+        self._security: list[dict[str, Any]] = [{"key": []}] if needs_key else [{}, {"key": []}]
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            document["components"]["schemas"].update(hand_read_schemas())
+            document["components"]["securitySchemes"] = SECURITY_SCHEMES
+            document["security"] = self._security
+        return super().openapi()
 
 
 def hand_read_schemas() -> dict[str, Any]:

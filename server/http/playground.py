@@ -5,8 +5,11 @@ it load scripts and styles from here and talk to here, and nothing else: no inli
 it. So a text of a model that should ever be taken for markup could neither run nor tell anyone.
 """
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from fastapi import Response
 
 ROOT = "/"
 MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -45,3 +48,13 @@ FILES = {
     if file.suffix in MEDIA_TYPES
 }
 """Path -> file."""
+
+
+def endpoint_of(file: File) -> Callable[[], Awaitable[Response]]:
+    """The route handler of this file."""
+
+    async def page() -> Response:
+        """The playground, a page that shows best-of-N at work."""
+        return Response(file.content, media_type=file.media_type, headers=HEADERS)
+
+    return page

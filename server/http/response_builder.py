@@ -13,7 +13,7 @@ from typing import Any
 from reranker.candidate import Candidate, FailedCandidate, ScoredCandidate, TokenLogprob
 from reranker.estimators import kl_upper_bound
 from server.generation.base import Outcome
-from server.pipeline.best_of_n import BestOfNResult
+from server.pipeline.types import BestOfNResult
 from server.schemas.requests import GenerationRequest
 from server.schemas.responses import (
     AssistantMessage,

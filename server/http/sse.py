@@ -1,14 +1,13 @@
 """An answer as server-sent events.
 
-One candidate is streamed as it grows, and an answer in blocks as they are chosen. Of several candidates otherwise only
-the winners are sent, once they are chosen; until then comment lines tell the progress, and in silence keep the
-connection open, which clients skip as the format demands. A request
-with `stream_candidates` also hears what becomes of each candidate, in chunks without choices. Each choice
-ends with a chunk that has its finish_reason and reward; the last of these also has `nbest`. Then comes the usage, if
-asked for, and `[DONE]`.
+With `best_of` 1 the candidate is streamed as it grows; `blockwise` streams each block once it is chosen. Otherwise only
+the winners are sent, once they are selected: until then comments report the progress and, in silence, keep the
+connection open; clients skip comments, as the format demands. With `stream_candidates` every candidate's end and reward
+is sent too, in chunks without choices. Each choice ends with a chunk that has its finish_reason and reward; the last of
+these also has `nbest`. Then the usage, if requested, and `[DONE]`.
 
-Errors are raised: before the first event they can still become an HTTP status, after it the caller sends `error_event`
-as the last one, and there is no `[DONE]`. Whatever ends the reading ends the run behind it.
+Errors are raised: before the first event they still become an HTTP status, after it the caller sends `error_event` as
+the last event, and no `[DONE]`. Closing the generator cancels the run.
 """
 
 import asyncio
@@ -26,22 +25,63 @@ from server.generation.base import Outcome
 from server.http.disconnect import ClientGoneError, until_disconnect
 from server.http.errors import UNEXPECTED, error_reply
 from server.http.response_builder import Chunk, Reply
-from server.pipeline.best_of_n import BestOfNResult
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 
 KEEP_ALIVE_S = 5.0
-"""Proxies and clients give up on a silent connection after 15 s at the earliest."""
+"""Proxies and clients close a silent connection after 15 s at the earliest."""
 
 log = logging.getLogger("nbest")
 
-News = Outcome | ScoredCandidate
-Run = Callable[[Callable[[News], None]], Coroutine[Any, Any, BestOfNResult]]
-"""Starts a run that tells a listener what becomes of its candidates."""
+Event = Outcome | ScoredCandidate
+Run = Callable[[RunObserver], Coroutine[Any, Any, BestOfNResult]]
+"""Starts a run with this observer."""
+
+
+class EventQueue(RunObserver):
+    """The events of a run, in order. `grows`: what a choice is known to hold so far is among them."""
+
+    streams_partial = True
+
+    def __init__(self, request: BestOfNRequest) -> None:
+        self._in_blocks = request.strategy == "blockwise"
+        self.grows = self._in_blocks or request.best_of == 1
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
+
+    def outcome(self, outcome: Outcome) -> None:
+        if not self._in_blocks:  # what a block may hold is not sent before it is chosen
+            self._queue.put_nowait(outcome)
+
+    def reward(self, scored: ScoredCandidate) -> None:
+        if not self._in_blocks:
+            self._queue.put_nowait(scored)
+
+    def block(self, chosen: Candidate) -> None:
+        self._queue.put_nowait(chosen)
+
+    def end(self) -> None:
+        """Wakes the reader after the last event."""
+        self._queue.put_nowait(None)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._queue.empty()
+
+    async def next_events(self, timeout_s: float) -> list[Event | None]:
+        """All events since the last call, at least one; empty after `timeout_s`. None is the end of the run."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                events = [await self._queue.get()]
+        except TimeoutError:
+            return []
+        while not self._queue.empty():
+            events.append(self._queue.get_nowait())
+        return events
 
 
 class ChoiceWriter:
     """Turns a choice, as it grows or at once, into chunks that each bring what the last one did not.
 
-    A tokenizer that cuts a character in two shows its first half as U+FFFD; that waits for the other half.
+    A token may end within a character, which then shows as U+FFFD: that waits for the rest of the character.
     """
 
     def __init__(self, reply: Reply, index: int) -> None:
@@ -69,36 +109,34 @@ class ChoiceWriter:
 
 
 async def stream(
-    run: Run, reply: Reply, best_of: int, *, grows: bool, keep_alive_s: float = KEEP_ALIVE_S
+    run: Run, reply: Reply, request: BestOfNRequest, *, keep_alive_s: float = KEEP_ALIVE_S
 ) -> AsyncGenerator[str, None]:
     """The events of one answer; closing the generator cancels the run.
 
-    Of an answer that `grows` the run tells what is sure to stay, more each time.
-
     Raises:
-        server.errors.NbestError: whatever the run raises, at whatever point of the stream it does.
+        server.errors.NbestError: whatever the run raises, at any point of the stream.
     """
-    heard: asyncio.Queue[News | None] = asyncio.Queue()  # None: the run has ended
-    running = asyncio.create_task(run(heard.put_nowait))
-    running.add_done_callback(lambda _: heard.put_nowait(None))
+    queue = EventQueue(request)
+    running = asyncio.create_task(run(queue))
+    running.add_done_callback(lambda _: queue.end())
     writers = [ChoiceWriter(reply, index) for index in range(reply.num_choices)]
     num_ended = 0
     try:
-        while not (running.done() and heard.empty()):
-            arrived = await _arrivals(heard, keep_alive_s)
-            outcomes = [one for one in arrived if isinstance(one, Outcome)]
-            if not arrived:
+        while not (running.done() and queue.is_empty):
+            events = await queue.next_events(keep_alive_s)
+            outcomes = [event for event in events if isinstance(event, Outcome)]
+            if not events:
                 yield ": keep-alive\n\n"
-            elif grows:
+            elif queue.grows:
                 for chunk in _grown(writers[0], outcomes):
                     yield _data(chunk, reply)
             elif outcomes:
                 num_ended += len(outcomes)
-                yield f": {num_ended}/{best_of} candidates\n\n"
+                yield f": {num_ended}/{request.best_of} candidates\n\n"
             if reply.stream_candidates:
-                for news in arrived:
-                    if _is_event(news):
-                        yield _data(reply.event_chunk(news), reply)
+                for event in events:
+                    if _is_reported(event):
+                        yield _data(reply.event_chunk(event), reply)
         for chunk in _winners(await running, reply, writers):
             yield _data(chunk, reply)
     finally:
@@ -112,27 +150,17 @@ def error_event(error: NbestError) -> str:
     return f"data: {error_reply(error).model_dump_json()}\n\n"
 
 
-async def _arrivals(heard: asyncio.Queue[News | None], patience_s: float) -> list[News | None]:
-    """What has come since the last look, at least one thing, or nothing after `patience_s`."""
-    try:
-        async with asyncio.timeout(patience_s):
-            arrived = [await heard.get()]
-    except TimeoutError:
-        return []
-    while not heard.empty():
-        arrived.append(heard.get_nowait())
-    return arrived
-
-
-def _is_event(news: News | None) -> TypeGuard[News]:
-    """Whether a candidate's fate is new, not only its text."""
-    return isinstance(news, ScoredCandidate | FailedCandidate) or (news is not None and news.finish_reason is not None)
+def _is_reported(event: Event | None) -> TypeGuard[Event]:
+    """Whether `stream_candidates` reports this event: an end or a reward, not growing text."""
+    if isinstance(event, Candidate):
+        return event.finish_reason is not None
+    return event is not None
 
 
 def _grown(writer: ChoiceWriter, outcomes: list[Outcome]) -> list[Chunk]:
-    """Snapshots hold everything so far, so a reader that fell behind needs only the last one."""
-    snapshots = [one for one in outcomes if isinstance(one, Candidate)]
-    return writer.grow(snapshots[-1]) if snapshots else []
+    """The new text; each candidate holds everything so far, so a slow reader needs only the last."""
+    candidates = [outcome for outcome in outcomes if isinstance(outcome, Candidate)]
+    return writer.grow(candidates[-1]) if candidates else []
 
 
 def _winners(result: BestOfNResult, reply: Reply, writers: list[ChoiceWriter]) -> Iterator[Chunk]:
@@ -154,7 +182,7 @@ def _data(chunk: Chunk, reply: Reply) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events whose first one is there already, so that what fails before it still had a status."""
+    """A response whose first event is known before the status line, so that an earlier error still becomes a status."""
 
     def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
         super().__init__(
@@ -165,7 +193,7 @@ class EventStream(StreamingResponse):
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGoneError, NotReadyError):  # nothing more can be said, to no one or by no one
+        with suppress(ClientGoneError, NotReadyError):  # nobody reads the rest of the stream
             async with aclosing(self._rest):
                 await until_disconnect(receive, self.stream_response(send))
 

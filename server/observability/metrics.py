@@ -1,22 +1,21 @@
-"""What the server tells Prometheus. Every collector is here, its formula and unit in its help text.
+"""The metrics of the server, for Prometheus: every collector, its formula and unit in its help text.
 
-Stages hand on durations, never timestamps, so all of this stays true when the stages run in different processes.
-Candidates are counted as they end, not when their request does: `CandidateTally` follows those of one request, so that
-a client that hangs up, a deadline and an answer are all counted by the same few lines.
+Stages pass on durations, never timestamps, so the figures stay true when the stages run in different processes.
+Candidates are counted when they end, not when their request does: `RunMetrics` observes one run, so that the same few
+lines count a client that hangs up, a deadline and an answer.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Self
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from reranker.candidate import FailedCandidate
-from server.errors import BadRequestError, NotReadyError, ShedReason
+from server.errors import RewardError, ShedReason
 from server.generation.base import Outcome
-from server.pipeline.best_of_n import BestOfNResult
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 
 READY = "nbest_ready"
 SECONDS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -167,9 +166,9 @@ class Metrics:
             "reward_model",
         )
 
-    def candidates(self, best_of: int, begun_tokens: int = 0) -> "CandidateTally":
-        """Follows the candidates of one request; `with metrics.candidates(n) as heard: pipeline.run(..., heard)`."""
-        return CandidateTally(best_of, begun_tokens, self._in_flight, self._ends, self._generated_tokens)
+    def run(self) -> "RunMetrics":
+        """The observer that counts one run of the pipeline."""
+        return RunMetrics(self, self._in_flight, self._ends, self._generated_tokens)
 
     def observe_ready(self, ready: bool) -> None:
         self._ready.set(ready)
@@ -281,51 +280,48 @@ class _Collected(CollectorRegistry):
         yield from self._families
 
 
-class CandidateTally:
-    """Counts the candidates of one request as they end; on leaving, those that have not ended were cancelled.
-
-    `begun_tokens` of each were there before.
-    """
+class RunMetrics(RunObserver):
+    """Counts one run: its candidates as they end, and its durations, tokens and rewards once it has a result."""
 
     def __init__(
-        self,
-        best_of: int,
-        begun_tokens: int,
-        in_flight: Gauge,
-        ends: Mapping[str, Counter],
-        generated_tokens: Counter,
+        self, metrics: Metrics, in_flight: Gauge, ends: Mapping[str, Counter], generated_tokens: Counter
     ) -> None:
-        self._remaining = best_of
-        self._begun_tokens = begun_tokens
+        self._metrics = metrics
         self._in_flight = in_flight
         self._ends = ends
         self._generated_tokens = generated_tokens
+        self._remaining = 0
+        self._begun_tokens = 0
 
-    def __enter__(self) -> Self:
-        self._in_flight.inc(self._remaining)
-        return self
+    def started(self, request: BestOfNRequest) -> None:
+        self._cancelled()  # what is left of the block before
+        self._begun_tokens = request.sampling.begun_tokens
+        self._remaining = request.best_of
+        self._in_flight.inc(request.best_of)
 
-    def __call__(self, outcome: Outcome) -> None:
+    def outcome(self, outcome: Outcome) -> None:
         if isinstance(outcome, FailedCandidate):
             self._ended("failed", 1)
         elif outcome.finish_reason is not None:
             self._ended("completed", 1)
             self._generated_tokens.inc(outcome.num_tokens - self._begun_tokens)
 
-    def not_drawn(self, count: int) -> None:
-        """So many were never asked of the engine."""
-        self._remaining -= count
-        self._in_flight.dec(count)
+    def finished(self, result: BestOfNResult) -> None:
+        self._remaining -= result.not_drawn
+        self._in_flight.dec(result.not_drawn)
+        self._metrics.observe_answer(result)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, BadRequestError | NotReadyError):  # refused: what did not end never started
-            self._in_flight.dec(self._remaining)
-        elif self._remaining:
-            self._ended("cancelled", self._remaining)
+        self._cancelled()
+        if isinstance(error, RewardError):
+            self._metrics.observe_reward_failure("error")
+
+    def _cancelled(self) -> None:
+        self._ended("cancelled", self._remaining)
 
     def _ended(self, outcome: str, count: int) -> None:
-        self._remaining -= count
-        self._in_flight.dec(count)
         self._ends[outcome].inc(count)
+        self._in_flight.dec(count)
+        self._remaining -= count

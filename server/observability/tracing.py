@@ -19,8 +19,9 @@ completion and no error message is recorded, as a message may quote what it is a
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
 from importlib import metadata
 from types import TracebackType
 from typing import Self
@@ -33,11 +34,12 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
-from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate
+from reranker.candidate import Candidate, FailedCandidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores
 from server.errors import NbestError
 from server.generation.base import Generation, Generator, Outcome, SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 
 EXPORT_TIMEOUT_S = 5
 """A collector that is not there must not keep the server from stopping for longer."""
@@ -73,45 +75,38 @@ class Tracing:
         """The pipeline that `started` opens, traced; on leaving, after the last request, sends what is left."""
         async with started as best_of_n:
             try:
-                yield _TracedBestOfN(best_of_n, self.tracer)
+                yield best_of_n.instrumented(
+                    _TracedGenerator(best_of_n.generator, self.tracer),
+                    {name: _TracedScorer(scorer, self.tracer) for name, scorer in best_of_n.scorers.items()},
+                    partial(_RunSpan, self.tracer, best_of_n.generator.model),
+                )
             finally:  # here and not at the end of the process, which a signal may bring about
                 await asyncio.to_thread(self._provider.shutdown)
 
 
-class _TracedBestOfN(BestOfN):
-    """A pipeline whose runs are traced, down to each candidate."""
+class _RunSpan(RunObserver):
+    """The span of one run, the parent of the spans of its candidates."""
 
-    def __init__(self, traced: BestOfN, tracer: Tracer) -> None:
-        super().__init__(
-            _TracedGenerator(traced.generator, tracer),
-            {name: _TracedScorer(scorer, tracer) for name, scorer in traced.scorers.items()},
-        )
-        self._traced = traced
+    def __init__(self, tracer: Tracer, model: str, request: BestOfNRequest, queued_s: float) -> None:
         self._tracer = tracer
-
-    async def check_ready(self) -> None:
-        await self._traced.check_ready()
-
-    async def run(
-        self,
-        request: BestOfNRequest,
-        on_candidate: Callable[[Outcome], None] | None = None,
-        on_reward: Callable[[ScoredCandidate], None] | None = None,
-        *,
-        stream_partial: bool = True,
-        queued_s: float = 0.0,
-    ) -> BestOfNResult:
-        _ended_now(self._tracer, "admission", queued_s)
+        self._queued_s = queued_s
         operation = "chat" if request.prompt.messages else "text_completion"
-        model = self.generator.model
-        asked = {"gen_ai.operation.name": operation, "gen_ai.request.model": model, **_asked(request)}
-        with _span(self._tracer, f"{operation} {model}", asked) as span:
-            result = await super().run(
-                request, on_candidate, on_reward, stream_partial=stream_partial, queued_s=queued_s
-            )
-            _ended_now(self._tracer, "select", result.timings.select, {"nbest.strategy": result.strategy})
-            span.set_attributes(_account(result))
-        return result
+        attributes = {"gen_ai.operation.name": operation, "gen_ai.request.model": model, **_requested(request)}
+        self._opened = _span(tracer, f"{operation} {model}", attributes)
+
+    def __enter__(self) -> Self:
+        _ended_now(self._tracer, "admission", self._queued_s)
+        self._span = self._opened.__enter__()
+        return self
+
+    def finished(self, result: BestOfNResult) -> None:
+        _ended_now(self._tracer, "select", result.timings.select, {"nbest.strategy": result.strategy})
+        self._span.set_attributes(_account(result))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
 
 
 def _ended_now(tracer: Tracer, name: str, duration_s: float, attributes: Attributes | None = None) -> None:
@@ -272,7 +267,7 @@ def fail(span: Span, kind: str) -> None:
     span.set_attribute("error.type", kind)
 
 
-def _asked(request: BestOfNRequest) -> Attributes:
+def _requested(request: BestOfNRequest) -> Attributes:
     sampling = request.sampling
     optional = {
         "gen_ai.request.max_tokens": sampling.max_tokens,

@@ -34,10 +34,11 @@ from server.offline.plot import plot_summary
 from server.offline.progress import BatchProgress
 from server.offline.records import Failure, Result
 from server.offline.run_directory import FAILED, RESULTS, SUMMARY, RunDirectory
-from server.offline.scheduler import Answer, OnCandidate, Run
+from server.offline.scheduler import Answer, Run
 from server.offline.summary import summarise
 from server.offline.tasks import BatchTasks, Kind, RerankTasks, Task, read_task
-from server.pipeline.best_of_n import BestOfN, BestOfNResult
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNResult, RunObserver
 
 STDIN = "-"
 PLOT = "summary.png"
@@ -121,7 +122,7 @@ async def _drawing(settings: Settings, console: Console) -> AsyncIterator[Models
 
         async with loaded(started_workers(settings, factory.start), models, console) as workers:
 
-            async def answer(task: Task, _: OnCandidate) -> BestOfNResult:
+            async def answer(task: Task, _: RunObserver) -> BestOfNResult:
                 return await workers.answer(task.request)
 
             yield Models(answer, workers.check_ready)
@@ -133,8 +134,8 @@ async def _drawing(settings: Settings, console: Console) -> AsyncIterator[Models
 def drawing_models(pipeline: BestOfN) -> Models:
     """Tasks are requests to the pipeline."""
 
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
-        return await pipeline.run(task.request, heard, stream_partial=False)
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
+        return await pipeline.run(task.request, observer)
 
     return Models(answer, pipeline.generator.check_ready)
 
@@ -145,8 +146,8 @@ async def _reranking(settings: Settings, console: Console) -> AsyncIterator[Mode
     scorers_alone = factory.started_scorers(settings, nobody)
     async with loaded(scorers_alone, ", ".join(settings.reward_models), console) as scorers:
 
-        async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
-            return await BestOfN(FixedCandidates(task.given), scorers).run(task.request, heard, stream_partial=False)
+        async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
+            return await BestOfN(FixedCandidates(task.given), scorers).run(task.request, observer)
 
         yield Models(answer, FixedCandidates(()).check_ready)
 

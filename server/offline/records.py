@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from reranker.candidate import Message, Prompt
-from server.pipeline.best_of_n import StoppedBy
 from server.pipeline.strategies import RankedBy, Strategy
+from server.pipeline.types import StoppedBy
 from server.schemas.responses import CandidateReply
 
 

@@ -21,7 +21,7 @@ from server.offline.errors import OfflineError
 from server.offline.records import Failure, Result
 from server.offline.run_directory import RunDirectory
 from server.offline.tasks import Task
-from server.pipeline.best_of_n import BestOfNResult
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 
 HELD_PER_DRAWING = 4
 SYNC_EVERY_S = 1.0
@@ -33,8 +33,7 @@ ENGINE_TIMEOUT_S = 300.0
 """Longest wait for the engine after one that has died, several failed starts included."""
 LOOK_AGAIN_S = 1.0
 
-OnCandidate = Callable[[Outcome], None]
-Answer = Callable[[Task, OnCandidate], Awaitable[BestOfNResult]]
+Answer = Callable[[Task, RunObserver], Awaitable[BestOfNResult]]
 
 
 class Listener(Protocol):
@@ -60,6 +59,26 @@ class CapacityLimiter:
     def leave(self, count: int) -> None:
         self._inside -= count
         self._left.set()
+
+
+class SlotsOfLine(RunObserver):
+    """The places of one line's candidates in the engine; each is given back when its candidate ends."""
+
+    def __init__(self, engine: CapacityLimiter, request: BestOfNRequest) -> None:
+        self._engine = engine
+        self._used = request.at_once
+        self._unfinished = request.best_of
+
+    def outcome(self, outcome: Outcome) -> None:
+        if isinstance(outcome, FailedCandidate) or outcome.finish_reason is not None:
+            self._unfinished -= 1
+            if 0 <= self._unfinished < self._used:  # a stopping policy may still draw into the places before that
+                self._used -= 1
+                self._engine.leave(1)
+
+    def leave_all(self) -> None:
+        """Gives back what is left; the line has ended."""
+        self._engine.leave(self._used)
 
 
 class Run:
@@ -107,41 +126,32 @@ class Run:
             raise _first(errors) from errors
 
     async def _line(self, task: Task) -> None:
-        drawing, left = task.request.at_once, task.request.best_of
-
-        def heard(outcome: Outcome) -> None:
-            nonlocal drawing, left
-            if isinstance(outcome, FailedCandidate) or outcome.finish_reason is not None:
-                left -= 1
-                if 0 <= left < drawing:  # no more than are left are under way
-                    drawing -= 1
-                    self._drawing.leave(1)
-
+        slots = SlotsOfLine(self._drawing, task.request)
         try:
-            self._write(task.result(await self._answered(task, heard)))
+            self._write(task.result(await self._answered(task, slots)))
         except NbestError as error:
             self._write(Failure(custom_id=task.custom_id, line=task.line, reason=error.message, param=error.param))
         finally:
-            self._drawing.leave(drawing)
+            slots.leave_all()
             self._held.leave(task.request.best_of)
 
-    async def _answered(self, task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def _answered(self, task: Task, observer: RunObserver) -> BestOfNResult:
         """Asks once more where it was the engine that failed, as soon as the next one is there."""
         try:
-            return await self._answered_when_not_busy(task, heard)
+            return await self._answered_when_not_busy(task, observer)
         except NotReadyError:
             if await self._is_ready():
                 raise  # the line's own failure
         await self._engine_is_back()
-        return await self._answered_when_not_busy(task, heard)
+        return await self._answered_when_not_busy(task, observer)
 
-    async def _answered_when_not_busy(self, task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def _answered_when_not_busy(self, task: Task, observer: RunObserver) -> BestOfNResult:
         """Waits and asks again where an upstream server is too busy, which it says before it has drawn anything."""
         for _ in range(MAX_SHEDDINGS):
             with contextlib.suppress(OverloadedError):
-                return await self._answer(task, heard)
+                return await self._answer(task, observer)
             await asyncio.sleep(BUSY_WAIT_S)
-        return await self._answer(task, heard)
+        return await self._answer(task, observer)
 
     async def _is_ready(self) -> bool:
         try:

@@ -28,7 +28,7 @@ from server.http.response_builder import candidate_reply
 from server.offline.custom_ids import CustomIds
 from server.offline.inputs import Row
 from server.offline.records import Failure, Result, Turn
-from server.pipeline.best_of_n import BestOfNRequest, BestOfNResult
+from server.pipeline.types import BestOfNRequest, BestOfNResult
 from server.schemas.options import NBestOptions
 from server.schemas.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest, ScoreRequest
 from server.schemas.strict import StrictModel, parse_object, validated

@@ -1,53 +1,46 @@
 """Best-of-N block by block (blockwise controlled decoding, Mudgal et al. 2024, arXiv 2310.17022).
 
-    the prompt        -> N beginnings of block_tokens tokens  -> scored, the best is told
-    ... and the best  -> N continuations of it                -> scored, the best is told
-    ...                                                          until the best has ended
+    the prompt           -> N beginnings of block_tokens tokens -> scored, the best is streamed
+    ... and the best     -> N continuations of it               -> scored, the best is streamed
+    ...                                                            until the best candidate has ended
 
-Every block is best-of-N as ever, of candidates that go on from what was chosen before them, token by token: the engine
-finds that in its prefix cache. A beginning is worth what the reward model makes of it as it stands. Candidate i of
-block b, counted from 0, has the seed of the request + b · N + i.
+Each block is a plain best-of-N whose candidates continue the text chosen before, token by token: the engine finds its
+keys and values in the prefix cache. The reward model scores a beginning as it stands. Candidate i of block b, counted
+from 0, has the seed of the request + b · N + i.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from reranker.candidate import Candidate
 from server.errors import ContextLengthError, DeadlineError
 from server.generation.base import SamplingParams
 from server.generation.candidate_builder import certain_text
-from server.pipeline.best_of_n import BestOfNRequest, BestOfNResult, StoppedBy, Timings
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver, StoppedBy, Timings
 
 DEFAULT_BLOCK_TOKENS = 16
 
-
-class RunBlock(Protocol):
-    """Best-of-N of one block, as `BestOfN.run` does it."""
-
-    async def __call__(self, request: BestOfNRequest, *, queued_s: float) -> BestOfNResult: ...
+RunBlock = Callable[[BestOfNRequest, float], Awaitable[BestOfNResult]]
+"""Runs best-of-N for one block, of a request that has waited this many seconds for admission."""
 
 
-async def answer(
-    run_block: RunBlock,
-    request: BestOfNRequest,
-    on_chosen: Callable[[Candidate], None] | None = None,
-    queued_s: float = 0.0,
+async def run(
+    run_block: RunBlock, request: BestOfNRequest, observer: RunObserver, queued_s: float = 0.0
 ) -> BestOfNResult:
     """Answers a request whose sampling has `block_tokens`. The candidates of the result are those of the last block.
 
-    `on_chosen` hears of each block but the last, with all before it, as soon as it is chosen. A deadline ends the
-    answer with the last block chosen in time.
+    The observer is called with each chosen block but the last, with the text before it. A deadline ends the answer with
+    the last block that was chosen in time.
 
     Raises:
-        server.errors.NbestError: whatever `run_block` raises. A deadline is none once a block has been chosen.
+        server.errors.NbestError: whatever `run_block` raises; no DeadlineError once a block has been chosen.
     """
     began_s = time.perf_counter() - queued_s
     blocks: list[BestOfNResult] = []
     while True:
         try:
-            blocks.append(await run_block(_block(request, blocks, began_s), queued_s=0.0 if blocks else queued_s))
+            blocks.append(await run_block(_block(request, blocks, began_s), 0.0 if blocks else queued_s))
         except (DeadlineError, ContextLengthError) as error:
             if not blocks:
                 raise
@@ -55,12 +48,11 @@ async def answer(
         chosen, stopped_by = blocks[-1].selection.winner.candidate, blocks[-1].stopped_by
         if stopped_by == "deadline" or has_ended(chosen, _sampling(request, blocks[:-1])):
             return _joined(blocks, stopped_by, began_s)
-        if on_chosen is not None:
-            on_chosen(replace(chosen, text=certain_text(chosen.text, request.sampling.stop), finish_reason=None))
+        observer.block(replace(chosen, text=certain_text(chosen.text, request.sampling.stop), finish_reason=None))
 
 
 def has_ended(candidate: Candidate, sampling: SamplingParams) -> bool:
-    """Whether nothing can follow a candidate that was drawn like this: it ended by itself, or the room did."""
+    """Whether nothing can follow a candidate of this sampling: it stopped, or max_tokens or the context is reached."""
     if candidate.finish_reason != "length" or sampling.block_tokens is None:
         return True
     is_full = sampling.max_tokens is not None and candidate.num_tokens >= sampling.max_tokens
@@ -68,7 +60,7 @@ def has_ended(candidate: Candidate, sampling: SamplingParams) -> bool:
 
 
 def _block(request: BestOfNRequest, chosen: Sequence[BestOfNResult], began_s: float) -> BestOfNRequest:
-    """The request for the block after those."""
+    """The request for the block after the chosen ones."""
     if not chosen or request.deadline_s is None:
         return replace(request, sampling=_sampling(request, chosen))
     left_s = request.deadline_s - (time.perf_counter() - began_s)
@@ -85,21 +77,21 @@ def _sampling(request: BestOfNRequest, chosen: Sequence[BestOfNResult]) -> Sampl
 
 
 def _joined(blocks: Sequence[BestOfNResult], stopped_by: StoppedBy, began_s: float) -> BestOfNResult:
-    """The last block, with the cost of all. What ordered any of them other than the reward is told."""
+    """The last block, with the cost of all blocks; `ranked_by` is the first that is not the reward, if any."""
     return replace(
         blocks[-1],
-        ranked_by=next((one.ranked_by for one in blocks if one.ranked_by != "reward"), "reward"),
+        ranked_by=next((block.ranked_by for block in blocks if block.ranked_by != "reward"), "reward"),
         stopped_by=stopped_by,
         blocks=len(blocks),
-        generated_tokens=sum(one.generated_tokens for one in blocks),
-        scored_tokens=sum(one.scored_tokens for one in blocks),
-        prompt_tokens_cut=max(one.prompt_tokens_cut for one in blocks),
-        candidate_s=sum(one.candidate_s for one in blocks),
+        generated_tokens=sum(block.generated_tokens for block in blocks),
+        scored_tokens=sum(block.scored_tokens for block in blocks),
+        prompt_tokens_cut=max(block.prompt_tokens_cut for block in blocks),
+        candidate_s=sum(block.candidate_s for block in blocks),
         timings=Timings(
-            queue=sum(one.timings.queue for one in blocks),
-            generate=sum(one.timings.generate for one in blocks),
-            score=sum(one.timings.score for one in blocks),
-            select=sum(one.timings.select for one in blocks),
+            queue=sum(block.timings.queue for block in blocks),
+            generate=sum(block.timings.generate for block in blocks),
+            score=sum(block.timings.score for block in blocks),
+            select=sum(block.timings.select for block in blocks),
             total=time.perf_counter() - began_s,
         ),
     )

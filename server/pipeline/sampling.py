@@ -1,9 +1,9 @@
-"""The drawing of one request: all of it at once, or as its stopping policy decides.
+"""The sampling of one request: all candidates at once, or as its stopping policy decides.
 
 The waves of a policy are generations one after another for the same prompt. Candidate i has the seed of the request + i
-whichever wave it comes in, so a policy that stops after k has drawn just the first k of plain best-of-N.
+in whatever wave it is drawn, so a policy that stops after k candidates has drawn the first k of plain best-of-N.
 
-What a policy gives up is cancelled in the engine before anything else is waited for.
+A candidate that a policy rejects is cancelled in the engine before anything else is waited for.
 """
 
 import math
@@ -20,13 +20,13 @@ from server.pipeline.scoring import Scoring
 
 
 class CandidateSampler:
-    """At most `most` candidates of one prompt. Iterate inside `async with`; leaving it cancels what still runs.
+    """At most `best_of` candidates of one prompt. Iterate inside `async with`; leaving it cancels what still runs.
 
-    Whoever iterates starts the scoring of the candidates that have ended before asking for the next: the policy waits
-    for their rewards. Growing candidates are handed on with `stream_partial` alone.
+    The caller starts the scoring of the candidates that have ended before it takes the next outcomes: the policy waits
+    for their rewards. Growing candidates are yielded with `stream_partial` only.
 
-    `candidate_s` are the seconds that each candidate was under way, added up. `cancelled_tokens` are those of
-    candidates that did not end, as far as they were watched.
+    `candidate_s` is the time that each candidate ran, added up. `cancelled_tokens` are the tokens of candidates that
+    were cancelled, as far as they were watched.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class CandidateSampler:
         generator: Generator,
         prompt: Prompt,
         sampling: SamplingParams,
-        most: int,
+        best_of: int,
         stopping: Stopping,
         scoring: Scoring,
         *,
@@ -45,16 +45,16 @@ class CandidateSampler:
         self._generator = generator
         self._prompt = prompt
         self._sampling = sampling
-        self._most = most
+        self._best_of = best_of
         self._stopping = stopping
         self._scoring = scoring
         self._stream_partial = stream_partial
         self._watches = stream_partial or stopping.gives_up
         self._is_open = False
-        self._first = 0  # of this wave
+        self._first = 0  # index of the first candidate of this wave
         self._completed: list[int] = []
         self._running: set[int] = set()
-        self._unended_tokens: dict[int, int] = {}  # index -> tokens so far, of those that grow or have been given up
+        self._unended_tokens: dict[int, int] = {}  # index -> tokens so far, of growing and cancelled candidates
         self._counted_s = 0.0
 
     @property
@@ -83,12 +83,13 @@ class CandidateSampler:
             beginnings = _Beginnings(self._stopping.rejection, self._scoring)
             async for outcomes in self._generation:
                 self._count()
-                news = [replace(one, index=self._first + one.index) for one in outcomes] if self._first else outcomes
-                for one in news:
-                    self._note(one)
-                    beginnings.note(one)
-                if told := [one for one in news if self._stream_partial or _has_ended(one)]:
-                    yield told
+                if self._first:
+                    outcomes = [replace(outcome, index=self._first + outcome.index) for outcome in outcomes]
+                for outcome in outcomes:
+                    self._note(outcome)
+                    beginnings.note(outcome)
+                if yielded := [outcome for outcome in outcomes if self._stream_partial or _has_ended(outcome)]:
+                    yield yielded
                 for index in await beginnings.rejected(self._running, self._completed_of_wave):
                     await self._generation.cancel(index - self._first)
                     self._count()
@@ -102,7 +103,7 @@ class CandidateSampler:
 
     async def _next_wave(self) -> int:
         if self._stopping.waves is None:
-            return self._most - self.drawn
+            return self._best_of - self.drawn
         rewards = await self._scoring.settled()
         return self._stopping.waves.next_wave([rewards.get(index, math.nan) for index in range(self.drawn)])
 
@@ -117,7 +118,7 @@ class CandidateSampler:
         self._running = set(range(self._first, self.drawn))
 
     async def _end_wave(self) -> None:
-        """Cancels what still runs of it; once."""
+        """Cancels what still runs of the wave; the second call does nothing."""
         is_open, self._is_open = self._is_open, False
         try:
             if is_open:
@@ -149,7 +150,7 @@ class CandidateSampler:
 
 
 class _Beginnings:
-    """The beginnings of a wave's candidates, as all of them reach the lengths at which they are compared."""
+    """The beginnings of a wave's candidates, collected until all have reached the length of the next checkpoint."""
 
     def __init__(self, rejection: SpeculativeRejection | None, scoring: Scoring) -> None:
         self._rejection = rejection
@@ -162,7 +163,7 @@ class _Beginnings:
             self._reached.setdefault(outcome.index, outcome)
 
     async def rejected(self, running: Collection[int], completed: Collection[int]) -> list[int]:
-        """Those to give up now, of the ones that run; once for each checkpoint, when the last one has reached it."""
+        """The indices to cancel now: at most once for each checkpoint, when the last candidate has reached it."""
         if self._rejection is None or not self._checkpoints or not running or not self._reached.keys() >= set(running):
             return []
         del self._checkpoints[0]

@@ -1,8 +1,8 @@
-"""The scoring of one request: groups of candidates go to the scorer as they finish, several groups at a time.
+"""The scoring of one request: candidates go to the scorer in groups as they finish; several groups run at a time.
 
-A scorer may need more (`Needs`). One that compares candidates with each other gets all of them in one call, when the
-last has finished. One that reads log-probabilities gets them asked for (`sampling_for`), and what the client did
-not ask for itself is taken off again before anyone else sees it (`as_asked`).
+A scorer may need more than the text (`Needs`). One that compares candidates with each other gets all of them in one
+call, after the last has finished. For one that reads log-probabilities the engine is asked for them (`sampling_for`),
+and those that the client did not request are removed again before anybody else sees them (`as_requested`).
 """
 
 import asyncio
@@ -18,11 +18,10 @@ from server.generation.base import Outcome, SamplingParams
 
 
 class Scoring:
-    """Collects the rewards of one prompt's candidates while others are still being generated; without a scorer, none.
+    """Collects the rewards of one prompt's candidates while others are still generated; without a scorer, none.
 
-    `on_reward` hears of each candidate that has been scored. `failure` is the last error of the scorer, if any: the
-    candidates of that group have no reward.
-    `busy_s` is the time in which at least one scorer call was out.
+    `on_reward` is called with each candidate that has been scored. `failure` is the last error of the scorer, if any:
+    the candidates of that group have no reward.
     """
 
     def __init__(
@@ -34,17 +33,23 @@ class Scoring:
         self._held: list[Candidate] = []
         self._calls: set[asyncio.Task[None]] = set()
         self._rewards: dict[int, float] = {}
-        self._busy = OverlapTimer()
+        self._timer = OverlapTimer()
         self.scored_tokens = 0
         self.prompt_tokens_cut = 0
         self.failure: ScoringError | None = None
 
     @property
     def busy_s(self) -> float:
-        return self._busy.seconds
+        """Seconds in which at least one scorer call was running."""
+        return self._timer.seconds
+
+    @property
+    def reward_model(self) -> str | None:
+        """The name of the scorer, if there is one."""
+        return self._scorer.name if self._scorer else None
 
     def start(self, candidates: Sequence[Candidate]) -> None:
-        """Sends these candidates to the scorer, or holds them back for one that needs all; returns at once."""
+        """Sends these candidates to the scorer, or keeps them for one that needs all; returns at once."""
         if self._scorer is None:
             return
         if self._scorer.needs.all_candidates:
@@ -53,26 +58,26 @@ class Scoring:
             self._send(self._scorer, candidates, self._rewards)
 
     async def settled(self) -> Mapping[int, float]:
-        """Waits for the calls that are out; the rewards so far, by the candidate's index."""
+        """Waits for the running calls; returns the rewards so far, by the candidate's index."""
         await asyncio.gather(*self._calls)
         return self._rewards
 
     async def beginnings(self, candidates: Sequence[Candidate]) -> dict[int, float]:
-        """What these candidates would be worth if they ended here, by index; NaN where it cannot be told."""
-        rewards = {one.index: math.nan for one in candidates}
+        """The rewards that these growing candidates would have if they ended here, by index; NaN where unknown."""
+        rewards = {candidate.index: math.nan for candidate in candidates}
         if self._scorer is not None:
-            self._send(self._scorer, [replace(one, is_beginning=True) for one in candidates], rewards)
+            self._send(self._scorer, [replace(candidate, is_beginning=True) for candidate in candidates], rewards)
         await self.settled()
         return rewards
 
     async def finish(self) -> None:
         """All have been started: waits for all calls; an error that is not a `ScoringError` is a bug and is raised."""
         if self._scorer is not None:
-            self._send(self._scorer, sorted(self._held, key=lambda one: one.index), self._rewards)
+            self._send(self._scorer, sorted(self._held, key=lambda candidate: candidate.index), self._rewards)
         await asyncio.gather(*self._calls)
 
     def _send(self, scorer: Scorer, candidates: Sequence[Candidate], rewards: dict[int, float]) -> None:
-        """Asks for the rewards of these candidates, which go into `rewards`."""
+        """Starts a call that writes the rewards of these candidates into `rewards`."""
         if not candidates:
             return
         call = asyncio.create_task(self._score(scorer, candidates, rewards))
@@ -80,7 +85,7 @@ class Scoring:
         call.add_done_callback(self._calls.discard)
 
     async def cancel(self) -> None:
-        """Gives up the calls still out."""
+        """Cancels the calls that still run."""
         calls = list(self._calls)
         for call in calls:
             call.cancel()
@@ -88,43 +93,44 @@ class Scoring:
 
     def rewarded(self, candidates: Sequence[Candidate]) -> list[ScoredCandidate]:
         """These candidates with their rewards so far, NaN where there is none."""
-        return [ScoredCandidate(one, self._rewards.get(one.index, math.nan)) for one in candidates]
+        return [ScoredCandidate(candidate, self._rewards.get(candidate.index, math.nan)) for candidate in candidates]
 
     async def _score(self, scorer: Scorer, candidates: Sequence[Candidate], rewards: dict[int, float]) -> None:
         try:
-            with self._busy:
+            with self._timer:
                 scores = await scorer.score(self._prompt, candidates)
         except ScoringError as error:
             self.failure = error
             return
         self.scored_tokens += scores.scored_tokens
         self.prompt_tokens_cut = max(self.prompt_tokens_cut, scores.prompt_tokens_cut)
-        rewards.update(zip((one.index for one in candidates), scores.rewards_N, strict=True))
-        if self._on_reward is not None and rewards is self._rewards:  # beginnings are no candidates yet
-            for one in self.rewarded(candidates):
-                self._on_reward(one)
+        rewards.update(zip((candidate.index for candidate in candidates), scores.rewards_N, strict=True))
+        if self._on_reward is not None and rewards is self._rewards:  # not for beginnings, which may still grow
+            for scored in self.rewarded(candidates):
+                self._on_reward(scored)
 
 
-def sampling_for(scorer: Scorer | None, asked: SamplingParams, *, ranks_by_logprob: bool) -> SamplingParams:
-    """The sampling to generate with: what was asked, and what the scorer, or the fallback for it, needs beside it."""
+def sampling_for(scorer: Scorer | None, requested: SamplingParams, *, ranks_by_logprob: bool) -> SamplingParams:
+    """The sampling to generate with: what was requested, and what the scorer or its fallback needs besides."""
     if scorer is None:
-        return asked
+        return requested
     top = scorer.needs.top_logprobs
     return replace(
-        asked,
-        likelihood=asked.likelihood or scorer.needs.likelihood or ranks_by_logprob,
-        logprobs=top if top > (asked.logprobs or 0) else asked.logprobs,
+        requested,
+        likelihood=requested.likelihood or scorer.needs.likelihood or ranks_by_logprob,
+        logprobs=top if top > (requested.logprobs or 0) else requested.logprobs,
     )
 
 
 @overload
-def as_asked(outcome: Candidate, asked: SamplingParams) -> Candidate: ...
+def as_requested(outcome: Candidate, requested: SamplingParams) -> Candidate: ...
 @overload
-def as_asked(outcome: Outcome, asked: SamplingParams) -> Outcome: ...
-def as_asked(outcome: Outcome, asked: SamplingParams) -> Outcome:
-    """The outcome with the log-probabilities that were asked for, and no more."""
+def as_requested(outcome: Outcome, requested: SamplingParams) -> Outcome: ...
+def as_requested(outcome: Outcome, requested: SamplingParams) -> Outcome:
+    """The outcome with the log-probabilities that were requested, and no more."""
     if isinstance(outcome, FailedCandidate) or outcome.logprobs is None:
         return outcome
-    if asked.logprobs is None:
+    if requested.logprobs is None:
         return replace(outcome, logprobs=None)
-    return replace(outcome, logprobs=tuple(replace(one, top=one.top[: asked.logprobs]) for one in outcome.logprobs))
+    top_K = requested.logprobs
+    return replace(outcome, logprobs=tuple(replace(token, top=token.top[:top_K]) for token in outcome.logprobs))

@@ -1,7 +1,7 @@
-"""The selection of one request: a strategy by its name, with its options, over the candidates of the answer.
+"""The selection of one request: the strategy of that name, with its options, ranks the candidates.
 
-The strategies themselves are pure functions in `reranker.selection`. Here their answers are found, and what really
-ordered the candidates is told: where no candidate has an answer, no vote can be cast.
+The strategies are pure functions in `reranker.selection`. This module extracts the answers that they count, and reports
+what really ordered the candidates: without a single answer there are no votes.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from reranker.candidate import ScoredCandidate, Selection
 from server.errors import BadRequestError
 
 Strategy = Literal["argmax", "majority", "weighted_majority", "soft", "mbr", "blockwise"]
-"""`blockwise` chooses the best of each block; see `server.pipeline.blockwise`."""
+"""`blockwise` selects the best candidate of each block; see `server.pipeline.blockwise`."""
 RankedBy = Literal["reward", "answer", "logprob", "first"]
 
 WITHOUT_REWARDS: tuple[Strategy, ...] = ("majority",)
 READ_TEXTS: tuple[Strategy, ...] = ("majority", "weighted_majority", "mbr")
-"""Those that take milliseconds rather than microseconds; they belong in a thread."""
+"""Strategies that compare texts: milliseconds rather than microseconds, so they run in a thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelectionOptions:
-    """What the strategies can be told; each has its formula in `reranker.selection`.
+    """The options of the strategies, whose formulas are in `reranker.selection`.
 
-    Votes are for what `answer_regex` (RE2, one group) or `answer_json_pointer` (RFC 6901) finds, or the whole text.
-    `temperature`, in units of the reward, is that of weighted_majority and soft; `beta` weighs mbr's regulariser.
+    Votes count what `answer_regex` (RE2, one group) or `answer_json_pointer` (RFC 6901) extracts, or the whole text.
+    `temperature`, in units of the reward, is used by weighted_majority and soft; `beta` weighs mbr's regulariser.
     """
 
     answer_regex: str | None = None
@@ -37,10 +37,10 @@ class SelectionOptions:
     beta: float = 1.0
 
     def extract(self) -> Extract:
-        """Finds the answer in a candidate's text.
+        """The function that extracts the answer from a candidate's text.
 
         Raises:
-            BadRequestError: the pattern or pointer cannot be used; `param` names it.
+            BadRequestError: the pattern or pointer is invalid; `param` names the field.
         """
         try:
             if self.answer_regex is not None:
@@ -58,26 +58,27 @@ class SelectionOptions:
 def select(
     strategy: Strategy, options: SelectionOptions, scored: Sequence[ScoredCandidate], seed: int | None
 ) -> tuple[Selection, RankedBy]:
-    """The ranking, and what ordered it; without a `seed` a draw is different every time."""
+    """The ranking, and what ordered it. Without a `seed`, `soft` draws differently every time."""
     match strategy:
         case "argmax" | "blockwise":
             return selection.argmax(scored), "reward"
         case "soft":
-            drawn_by = Random().getrandbits(64) if seed is None else seed
-            return selection.soft(scored, options.temperature, drawn_by), "reward"
+            soft_seed = Random().getrandbits(64) if seed is None else seed
+            return selection.soft(scored, options.temperature, soft_seed), "reward"
         case "mbr":
             return selection.mbr(scored, options.beta), "reward"
         case "majority":
             answers = _answers(scored, options)
             return selection.majority(scored, answers), "answer" if answers else "first"
         case "weighted_majority":
-            answers = _answers([one for one in scored if one.has_reward], options)
+            answers = _answers([candidate for candidate in scored if candidate.has_reward], options)
             ranking = selection.weighted_majority(scored, answers, options.temperature)
             return ranking, "answer" if answers else "reward"
 
 
 def _answers(scored: Sequence[ScoredCandidate], options: SelectionOptions) -> dict[int, str]:
     extract = options.extract()
-    found = {one.candidate.index: extract(one.candidate.text) for one in scored}
-    normal = {index: canonical(answer) for index, answer in found.items() if answer is not None}
+    """The canonical answer of each candidate that has an answer, by index."""
+    extracted = {each.candidate.index: extract(each.candidate.text) for each in scored}
+    normal = {index: canonical(answer) for index, answer in extracted.items() if answer is not None}
     return {index: answer for index, answer in normal.items() if answer is not None}

@@ -8,9 +8,9 @@ from reranker.candidate import Message
 from reranker.reward_posterior import UNKNOWN, Prior
 from reranker.stopping import WAVE, AdaptiveN, SpeculativeRejection, Stopping, StragglerCut
 from server.errors import BadRequestError
-from server.pipeline.best_of_n import RewardFailurePolicy
 from server.pipeline.blockwise import DEFAULT_BLOCK_TOKENS
 from server.pipeline.strategies import WITHOUT_REWARDS, SelectionOptions, Strategy
+from server.pipeline.types import RewardFailurePolicy
 from server.schemas.strict import EmptyList, FieldHint, IgnoredField, OnlyFalse, StrictModel
 
 MAX_DEADLINE_S = 86_400.0

@@ -22,7 +22,7 @@ from reranker.stopping import Stopping
 from server.config import ConfigError, Settings
 from server.errors import BadRequestError
 from server.generation.base import SamplingParams
-from server.pipeline.best_of_n import BestOfNRequest
+from server.pipeline.types import BestOfNRequest
 from server.schemas.options import ChatMessage, NBestOptions, ResponseFormat, StoppingFields, StreamOptions
 from server.schemas.strict import (
     EmptyList,

@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from reranker.candidate import FinishReason
-from server.pipeline.best_of_n import StoppedBy
 from server.pipeline.strategies import RankedBy, Strategy
+from server.pipeline.types import StoppedBy
 
 
 class Usage(BaseModel):

@@ -31,7 +31,7 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-Request = TypeVar("Request", bound=StrictModel)
+RequestModel = TypeVar("RequestModel", bound=StrictModel)
 
 
 def _must_be_false(value: bool) -> bool:
@@ -69,7 +69,7 @@ class IgnoredField(FieldHint):
     """Marks a field of OpenAI's whose allowed values, if any, change nothing here."""
 
 
-def parse(body: bytes, model: type[Request]) -> Request:
+def parse(body: bytes, model: type[RequestModel]) -> RequestModel:
     """The request in a body.
 
     Raises:
@@ -93,7 +93,7 @@ def parse_object(text: bytes, called: str) -> dict[str, Any]:
     return document
 
 
-def validated(document: dict[str, Any], model: type[Request]) -> Request:
+def validated(document: dict[str, Any], model: type[RequestModel]) -> RequestModel:
     """The request in a JSON object.
 
     Raises:

@@ -16,7 +16,7 @@ from server.generation.base import Outcome
 from server.offline import batch
 from server.offline.batch import BatchOptions
 from server.offline.export import ExportOptions, run_export
-from server.pipeline.best_of_n import BestOfNRequest, BestOfNResult
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 from tests.end_to_end.served import Served
 from tests.support.offline_runs import records, write_lines
 
@@ -34,15 +34,14 @@ class Lent:
         self._pipeline = served.pipelines[0]
         self._loop = served.loops[0]
 
-    async def run(
-        self, request: BestOfNRequest, heard: Callable[[Outcome], None], *, stream_partial: bool
-    ) -> BestOfNResult:
-        here = asyncio.get_running_loop()
+    async def run(self, request: BestOfNRequest, observer: RunObserver) -> BestOfNResult:
+        loop = asyncio.get_running_loop()
 
-        def told(outcome: Outcome) -> None:
-            here.call_soon_threadsafe(heard, outcome)
+        class InThisLoop(RunObserver):
+            def outcome(self, outcome: Outcome) -> None:
+                loop.call_soon_threadsafe(observer.outcome, outcome)
 
-        running = self._pipeline.run(request, told, stream_partial=stream_partial)
+        running = self._pipeline.run(request, InThisLoop())
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(running, self._loop))
 
 

@@ -20,7 +20,7 @@ from server.errors import DeadlineError, OverloadedError
 from server.generation.base import SamplingParams
 from server.http.admission import ASSUMED_MAX_TOKENS, Admission, AdmissionQueue, Limits, Ticket, requested_tokens
 from server.observability.metrics import Metrics
-from server.pipeline.best_of_n import BestOfNRequest
+from server.pipeline.types import BestOfNRequest
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
 from tests.support.serving import HELLO, address_of, app_over, client_of, pipeline
 

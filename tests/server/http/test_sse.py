@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +10,8 @@ import pytest
 from reranker.candidate import Candidate, FinishReason, TokenLogprob
 from server.config import Settings
 from server.http.response_builder import ChatReply, Reply, TextReply
-from server.http.sse import ChoiceWriter, News, Run, stream
-from server.pipeline.best_of_n import BestOfNResult
+from server.http.sse import ChoiceWriter, Run, stream
+from server.pipeline.types import BestOfNRequest
 from server.schemas.requests import ChatCompletionRequest, CompletionRequest
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
 from tests.support.serving import HELLO, pipeline
@@ -30,19 +30,18 @@ def text_reply(**fields: Any) -> Reply:
     return TextReply(CompletionRequest.model_validate({"model": "scripted", "prompt": "x"} | fields))
 
 
-def run_of(generator: ScriptedGenerator, scorer: ScriptedScorer, best_of: int, **fields: Any) -> Run:
-    plan = ChatCompletionRequest.model_validate(HELLO | {"best_of": best_of} | fields).to_request(Settings())
+def run_of(
+    generator: ScriptedGenerator, scorer: ScriptedScorer, best_of: int, **fields: Any
+) -> tuple[Run, BestOfNRequest]:
+    request = ChatCompletionRequest.model_validate(HELLO | {"best_of": best_of} | fields).to_request(Settings())
 
-    async def run(listener: Callable[[News], None]) -> BestOfNResult:
-        return await pipeline(generator, scorer).run(plan, listener, listener)
-
-    return run
+    return partial(pipeline(generator, scorer).run, request), request
 
 
-async def collect(run: Run, reply: Reply, best_of: int, keep_alive_s: float = 5) -> list[Any]:
+async def collect(run: tuple[Run, BestOfNRequest], reply: Reply, keep_alive_s: float = 5) -> list[Any]:
     """The events: comments and [DONE] as text, chunks as dicts."""
     events: list[Any] = []
-    async for event in stream(run, reply, best_of, grows=best_of == 1, keep_alive_s=keep_alive_s):
+    async for event in stream(run[0], reply, run[1], keep_alive_s=keep_alive_s):
         assert event.endswith("\n\n")
         data = event.strip().removeprefix("data: ")
         events.append(json.loads(data) if data.startswith("{") else data)
@@ -88,7 +87,7 @@ class TestChoiceWriter:
 
 async def test_one_candidate_is_streamed_as_it_grows() -> None:
     generator = ScriptedGenerator(["so very good"], word_delay_s=0.01)
-    events = await collect(run_of(generator, ScriptedScorer({"so very good": 2.0}), 1), chat_reply(), 1)
+    events = await collect(run_of(generator, ScriptedScorer({"so very good": 2.0}), 1), chat_reply())
     *pieces, ending, done = events
     assert [piece["choices"][0]["delta"]["content"] for piece in pieces] == ["so", " very", " good"]
     assert all(piece["choices"][0]["finish_reason"] is None and "nbest" not in piece for piece in pieces)
@@ -101,7 +100,7 @@ async def test_one_candidate_is_streamed_as_it_grows() -> None:
 async def test_of_several_only_the_winners_are_sent_after_comments_on_the_progress() -> None:
     generator = ScriptedGenerator(["good", None, "bad", "best"], delays_s={1: 0.01, 2: 0.02, 3: 0.03})
     scorer = ScriptedScorer({"bad": -1.0, "good": 1.0, "best": 2.0})
-    events = await collect(run_of(generator, scorer, 4), chat_reply(n=2), 4)
+    events = await collect(run_of(generator, scorer, 4), chat_reply(n=2))
     assert events[:4] == [": 1/4 candidates", ": 2/4 candidates", ": 3/4 candidates", ": 4/4 candidates"]
     choices = [event["choices"][0] for event in events[4:-1]]
     assert [(c["index"], c["delta"].get("content"), c["finish_reason"], c.get("reward")) for c in choices] == [
@@ -120,7 +119,7 @@ async def test_what_becomes_of_each_candidate_is_told_at_once_if_asked_for() -> 
     generator = ScriptedGenerator(["so good", None, "unknown", "late"], delays_s={3: 60})
     scorer = ScriptedScorer({"so good": 1.5, "unknown": float("nan")})
     run = run_of(generator, scorer, 4, nbest={"deadline_s": 0.5})
-    events = await collect(run, chat_reply(**CANDIDATES_STREAMED), 4)
+    events = await collect(run, chat_reply(**CANDIDATES_STREAMED))
     chunks = [event for event in events if isinstance(event, dict)]
     told = [chunk for chunk in chunks if "event" in chunk.get("nbest", {})]
     finished = {"cumulative_logprob": -2.0, "finish_reason": "stop", "num_tokens": 2}
@@ -139,26 +138,26 @@ async def test_what_becomes_of_each_candidate_is_told_at_once_if_asked_for() -> 
 
 async def test_a_single_candidate_is_told_too_and_its_growth_is_no_event() -> None:
     generator = ScriptedGenerator(["so very good"], word_delay_s=0.01)
-    events = await collect(run_of(generator, ScriptedScorer(), 1), text_reply(**CANDIDATES_STREAMED), 1)
+    events = await collect(run_of(generator, ScriptedScorer(), 1), text_reply(**CANDIDATES_STREAMED))
     told = [event["nbest"]["event"] for event in events[:-1] if "event" in event.get("nbest", {})]
     assert told == ["finished", "scored"]
     assert "".join(event["choices"][0]["text"] for event in events[:-1] if event["choices"]) == "so very good"
 
 
 async def test_without_being_asked_for_no_event_is_sent() -> None:
-    events = await collect(run_of(ScriptedGenerator(["good", "bad"]), ScriptedScorer(), 2), chat_reply(), 2)
+    events = await collect(run_of(ScriptedGenerator(["good", "bad"]), ScriptedScorer(), 2), chat_reply())
     assert all(event["choices"] for event in events if isinstance(event, dict))
 
 
 async def test_fewer_survivors_than_choices_are_all_sent() -> None:
-    events = await collect(run_of(ScriptedGenerator(["good", None]), ScriptedScorer(), 2), chat_reply(n=2), 2)
+    events = await collect(run_of(ScriptedGenerator(["good", None]), ScriptedScorer(), 2), chat_reply(n=2))
     assert [event["choices"][0]["index"] for event in events[1:-1]] == [0, 0]
     assert events[-2]["nbest"]["failed"] == 1
 
 
 async def test_usage_is_the_last_chunk_if_asked_for_and_null_before() -> None:
     reply = chat_reply(stream=True, stream_options={"include_usage": True})
-    events = await collect(run_of(ScriptedGenerator(["so good"]), ScriptedScorer(), 1), reply, 1)
+    events = await collect(run_of(ScriptedGenerator(["so good"]), ScriptedScorer(), 1), reply)
     *chunks, last, done = events
     assert all(chunk["usage"] is None for chunk in chunks)
     assert (last["choices"], done) == ([], "[DONE]")
@@ -167,13 +166,13 @@ async def test_usage_is_the_last_chunk_if_asked_for_and_null_before() -> None:
 
 async def test_silence_is_filled_with_comments() -> None:
     generator = ScriptedGenerator(["word"], delays_s={0: 0.1})
-    events = await collect(run_of(generator, ScriptedScorer(), 2), chat_reply(), 2, keep_alive_s=0.02)
+    events = await collect(run_of(generator, ScriptedScorer(), 2), chat_reply(), keep_alive_s=0.02)
     assert events.count(": keep-alive") >= 2
     assert events[-1] == "[DONE]"
 
 
 async def test_completions_stream_in_their_own_shape() -> None:
-    events = await collect(run_of(ScriptedGenerator(["good"]), ScriptedScorer(), 1), text_reply(), 1)
+    events = await collect(run_of(ScriptedGenerator(["good"]), ScriptedScorer(), 1), text_reply())
     assert [(event["object"], event["choices"][0]["text"]) for event in events[:-1]] == [
         ("text_completion", "good"),
         ("text_completion", ""),
@@ -182,7 +181,8 @@ async def test_completions_stream_in_their_own_shape() -> None:
 
 async def test_closing_the_stream_cancels_the_run() -> None:
     generator = ScriptedGenerator(["early", "late"], delays_s={1: 60})
-    events = stream(run_of(generator, ScriptedScorer(), 2), chat_reply(), 2, grows=False)
+    run, request = run_of(generator, ScriptedScorer(), 2)
+    events = stream(run, chat_reply(), request)
     assert await anext(events) == ": 1/2 candidates\n\n"
     await events.aclose()
     assert generator.cancelled == [1]
@@ -190,7 +190,7 @@ async def test_closing_the_stream_cancels_the_run() -> None:
 
 async def test_cancelling_the_reader_cancels_the_run() -> None:
     generator = ScriptedGenerator(["late"], delays_s={0: 60})
-    reading = asyncio.create_task(collect(run_of(generator, ScriptedScorer(), 1), chat_reply(), 1))
+    reading = asyncio.create_task(collect(run_of(generator, ScriptedScorer(), 1), chat_reply()))
     await asyncio.sleep(0.01)
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):

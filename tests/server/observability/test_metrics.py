@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from reranker.candidate import Candidate, FailedCandidate, ScoredCandidate, Selection
+from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate, Selection
 from server.errors import BadRequestError
+from server.generation.base import SamplingParams
 from server.observability.metrics import Metrics, merged
-from server.pipeline.best_of_n import BestOfNResult, Timings
+from server.pipeline.types import BestOfNRequest, BestOfNResult, Timings
 
 
 def candidate(index: int, num_tokens: int = 1, *, finished: bool = True) -> Candidate:
@@ -38,6 +39,10 @@ def result(*rewards: float) -> BestOfNResult:
     )
 
 
+def request(best_of: int) -> BestOfNRequest:
+    return BestOfNRequest(Prompt(text="How was it?"), SamplingParams(), best_of)
+
+
 @pytest.fixture
 def metrics() -> Metrics:
     return Metrics()
@@ -48,13 +53,14 @@ def value(metrics: Metrics, sample: str, **labels: str) -> float | None:
 
 
 def test_candidates_are_counted_as_they_end(metrics: Metrics) -> None:
-    with metrics.candidates(4) as heard:
+    with metrics.run() as run:
+        run.started(request(4))
         assert value(metrics, "nbest_candidates_in_flight") == 4
-        heard(candidate(0, num_tokens=5, finished=False))  # still growing
+        run.outcome(candidate(0, num_tokens=5, finished=False))  # still growing
         assert value(metrics, "nbest_candidates_in_flight") == 4
-        heard(candidate(0, num_tokens=6))
-        heard(candidate(1, num_tokens=2))
-        heard(FailedCandidate(2, "scripted"))
+        run.outcome(candidate(0, num_tokens=6))
+        run.outcome(candidate(1, num_tokens=2))
+        run.outcome(FailedCandidate(2, "scripted"))
         assert value(metrics, "nbest_candidates_in_flight") == 1
     assert value(metrics, "nbest_candidates_in_flight") == 0
     assert value(metrics, "nbest_candidates_total", outcome="completed") == 2
@@ -64,9 +70,10 @@ def test_candidates_are_counted_as_they_end(metrics: Metrics) -> None:
 
 
 def test_candidates_that_were_not_drawn_did_not_end(metrics: Metrics) -> None:
-    with metrics.candidates(4) as heard:
-        heard(candidate(0))
-        heard.not_drawn(2)
+    with metrics.run() as run:
+        run.started(request(4))
+        run.outcome(candidate(0))
+        run.finished(replace(result(1.0), best_of=4, cancelled=1, not_drawn=2))
         assert value(metrics, "nbest_candidates_in_flight") == 1
     assert value(metrics, "nbest_candidates_in_flight") == 0
     assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 1
@@ -86,8 +93,9 @@ def test_what_a_stopping_policy_spared_is_counted_by_its_name(metrics: Metrics) 
 
 def test_candidates_of_a_client_that_hangs_up_are_cancelled(metrics: Metrics) -> None:
     def hang_up_after_one() -> None:
-        with metrics.candidates(3) as heard:
-            heard(candidate(0))
+        with metrics.run() as run:
+            run.started(request(3))
+            run.outcome(candidate(0))
             raise ConnectionError
 
     with pytest.raises(ConnectionError):
@@ -97,7 +105,7 @@ def test_candidates_of_a_client_that_hangs_up_are_cancelled(metrics: Metrics) ->
 
 
 def test_a_refused_request_started_no_candidates(metrics: Metrics) -> None:
-    with pytest.raises(BadRequestError), metrics.candidates(3):
+    with pytest.raises(BadRequestError), metrics.run():
         raise BadRequestError("the prompt is too long")
     assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 0
     assert value(metrics, "nbest_candidates_in_flight") == 0

@@ -26,7 +26,8 @@ from server.generation.base import SamplingParams
 from server.observability.metrics import Metrics
 from server.observability.request_context import current
 from server.observability.tracing import Tracing
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
 from tests.support.serving import HELLO, client_of, pipeline
 

@@ -14,9 +14,10 @@ from server.generation.base import SamplingParams
 from server.offline.errors import OfflineError
 from server.offline.records import Failure, Result
 from server.offline.run_directory import RunDirectory
-from server.offline.scheduler import HELD_PER_DRAWING, Answer, CapacityLimiter, OnCandidate, Run
+from server.offline.scheduler import HELD_PER_DRAWING, Answer, CapacityLimiter, Run
 from server.offline.tasks import Task
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
 
 IN_FLIGHT = 8
@@ -42,8 +43,8 @@ class Watching:
         self._told_at = (0, asyncio.Event())
         self.run = Run(answer or self.answer, self.check_ready, self.directory, self, in_flight=IN_FLIGHT)
 
-    async def answer(self, task: Task, heard: OnCandidate) -> BestOfNResult:
-        return await self.pipeline.run(task.request, heard, stream_partial=False)
+    async def answer(self, task: Task, observer: RunObserver) -> BestOfNResult:
+        return await self.pipeline.run(task.request, observer)
 
     async def check_ready(self) -> None:
         if self._not_ready:
@@ -95,11 +96,11 @@ async def test_rows_that_have_a_record_are_not_answered_again(tmp_path: Path) ->
 async def test_the_candidates_of_many_prompts_are_under_way_at_once(tmp_path: Path) -> None:
     under_way, most = set[int](), 0
 
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
         nonlocal most
         under_way.add(task.line)
         most = max(most, len(under_way))
-        result = await watching.answer(task, heard)
+        result = await watching.answer(task, observer)
         under_way.remove(task.line)
         return result
 
@@ -112,13 +113,13 @@ async def test_a_prompt_with_a_straggler_gives_the_places_of_its_other_candidate
     """Line 1 fills the room; 7 of its 8 end. Lines of 7 then fit beside the last, which waits until they are done."""
     others_done = asyncio.Event()
 
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
         if task.line > 1:
-            return await watching.answer(task, heard)
+            return await watching.answer(task, observer)
         for index in range(IN_FLIGHT - 1):
-            heard(Candidate(index, "a", num_tokens=1, finish_reason="stop"))
+            observer.outcome(Candidate(index, "a", num_tokens=1, finish_reason="stop"))
         await others_done.wait()
-        return await watching.answer(task, lambda outcome: None)
+        return await watching.answer(task, RunObserver())
 
     watching = Watching(tmp_path, answer)
     watching.done_after(10, others_done)
@@ -133,11 +134,11 @@ async def test_a_prompt_that_is_drawn_in_waves_takes_the_room_of_one_wave(tmp_pa
     """Each may draw as many as the room holds, one at a time; all four that are held are then under way at once."""
     under_way, most = set[int](), 0
 
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
         nonlocal most
         under_way.add(task.line)
         most = max(most, len(under_way))
-        result = await watching.answer(task, heard)
+        result = await watching.answer(task, observer)
         under_way.remove(task.line)
         return result
 
@@ -155,8 +156,8 @@ async def test_a_scorer_slower_than_the_engine_holds_the_reading_back(tmp_path: 
     """All candidates are drawn at once, and none is scored before the reader has stopped."""
     scored = asyncio.Event()
 
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
-        result = await watching.answer(task, heard)
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
+        result = await watching.answer(task, observer)
         await scored.wait()
         return result
 
@@ -184,10 +185,10 @@ async def test_a_prompt_larger_than_the_room_goes_alone() -> None:
 
 
 async def test_a_line_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
         if task.line == 2:
             raise GenerationError("All 2 candidates failed.")
-        return await watching.answer(task, heard)
+        return await watching.answer(task, observer)
 
     watching = Watching(tmp_path, answer)
     await watching.run.through(watching.rows(3))
@@ -201,10 +202,10 @@ async def test_an_engine_that_does_not_come_back_ends_the_run_and_fails_no_line(
 ) -> None:
     monkeypatch.setattr("server.offline.scheduler.ENGINE_TIMEOUT_S", 0.01)
 
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
         if len(watching.written) >= 10:
             raise NotReadyError("The engine stopped while it was answering.")
-        return await watching.answer(task, heard)
+        return await watching.answer(task, observer)
 
     watching = Watching(tmp_path, answer, check_ready=NotReadyError("it is dead"))
     with pytest.raises(OfflineError, match=r"The engine has stopped \(it is dead\); what is done is kept"):
@@ -222,11 +223,11 @@ async def test_lines_under_a_dying_engine_are_answered_by_the_next(
     monkeypatch.setattr("server.offline.scheduler.LOOK_AGAIN_S", 0)
     looks = iter([NotReadyError("starting")] * 2)
 
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
         if task.line == 3 and next(dies, False):
-            heard(Candidate(0, "a", num_tokens=1, finish_reason="stop"))
+            observer.outcome(Candidate(0, "a", num_tokens=1, finish_reason="stop"))
             raise NotReadyError("The engine died while it was answering.")
-        return await watching.answer(task, heard)
+        return await watching.answer(task, observer)
 
     async def check_ready() -> None:
         if (trouble := next(looks, None)) is not None:
@@ -244,10 +245,10 @@ async def test_a_busy_upstream_is_asked_again(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("server.offline.scheduler.BUSY_WAIT_S", 0)
     sheddings = iter(range(3))
 
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
         if next(sheddings, None) is not None:
             raise OverloadedError("later", retry_after_s=1)
-        return await watching.answer(task, heard)
+        return await watching.answer(task, observer)
 
     watching = Watching(tmp_path, answer)
     await watching.run.through(watching.rows(1))
@@ -255,7 +256,7 @@ async def test_a_busy_upstream_is_asked_again(tmp_path: Path, monkeypatch: pytes
 
 
 async def test_a_mistake_of_ours_is_not_taken_for_a_failed_line(tmp_path: Path) -> None:
-    async def answer(task: Task, heard: OnCandidate) -> BestOfNResult:
+    async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
         raise ZeroDivisionError
 
     watching = Watching(tmp_path, answer)

@@ -14,9 +14,11 @@ from reranker.candidate import Candidate, FailedCandidate, Prompt
 from reranker.scorers.base import Scores
 from server.errors import BadRequestError, DeadlineError, GenerationError, RewardError
 from server.generation.base import Outcome, SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+from server.pipeline.best_of_n import BestOfN
 from server.pipeline.strategies import SelectionOptions, Strategy
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 from tests.support.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
+from tests.support.observers import RecordingObserver
 
 NAN = math.nan
 
@@ -80,10 +82,11 @@ async def test_the_first_finished_candidate_is_scored_while_the_others_are_writt
     generator = ScriptedGenerator(["early", "late"], delays_s={1: 0.05})
     scored_at_finish: list[int] = []
 
-    def on_candidate(outcome: Outcome) -> None:
-        scored_at_finish.append(len(scorer.groups))
+    class AtFinish(RunObserver):
+        def outcome(self, outcome: Outcome) -> None:
+            scored_at_finish.append(len(scorer.groups))
 
-    await pipeline(generator, scorer).run(request(best_of=2), on_candidate)
+    await pipeline(generator, scorer).run(request(best_of=2), AtFinish())
     assert scored_at_finish == [0, 1]  # by the time the second ended, the first had been scored
     assert scorer.groups == [1, 1]
 
@@ -221,9 +224,9 @@ async def test_cancelling_the_run_cancels_the_candidates() -> None:
 
 
 async def test_one_candidate_is_watched_while_it_grows() -> None:
-    seen: list[Outcome] = []
-    await pipeline(ScriptedGenerator(["a b c"])).run(request(best_of=1), seen.append)
-    texts = [(one.text, one.finish_reason) for one in seen if isinstance(one, Candidate)]
+    observer = RecordingObserver(streams_partial=True)
+    await pipeline(ScriptedGenerator(["a b c"])).run(request(best_of=1), observer)
+    texts = [(outcome.text, outcome.finish_reason) for outcome in observer.outcomes if isinstance(outcome, Candidate)]
     assert texts == [("a", None), ("a b", None), ("a b c", "stop")]
 
 

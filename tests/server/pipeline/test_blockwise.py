@@ -13,9 +13,11 @@ from server.generation.base import SamplingParams
 from server.generation.candidate_builder import certain_text, stopped_across
 from server.offline.tasks import BatchTasks, RerankTasks
 from server.pipeline import blockwise
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 from server.schemas.requests import ChatCompletionRequest
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
+from tests.support.observers import RecordingObserver
 from tests.support.serving import HELLO, app_over, client_of, pipeline
 
 TEXTS = ("a b c d e f", "u v w x y z")
@@ -43,12 +45,13 @@ def asked(nbest: dict[str, Any] = BLOCKWISE, **fields: Any) -> dict[str, Any]:
 
 
 async def answered(served: BestOfN, **fields: Any) -> tuple[BestOfNResult, list[str]]:
-    """The result, and the texts told on the way."""
-    told: list[Candidate] = []
-    plan = ChatCompletionRequest.model_validate(asked(**fields)).to_request(Settings())
-    result = await blockwise.answer(served.run, plan, told.append)
-    assert not any(one.finish_reason for one in told)
-    return result, [one.text for one in told]
+    """The result, and the texts of the chosen blocks but the last."""
+    observer = RecordingObserver()
+    request = ChatCompletionRequest.model_validate(asked(**fields)).to_request(Settings())
+    result = await served.run(request, observer)
+    assert not any(chosen.finish_reason for chosen in observer.blocks)
+    assert observer.results == [result]
+    return result, [chosen.text for chosen in observer.blocks]
 
 
 async def test_the_best_of_each_block_is_gone_on_from() -> None:
@@ -88,13 +91,13 @@ async def test_what_ends_a_later_block_leaves_the_answer_so_far(error: NbestErro
     plan = replace(plan, deadline_s=50.0)
     deadlines: list[float | None] = []
 
-    async def run_block(request: BestOfNRequest, *, queued_s: float) -> BestOfNResult:
+    async def run_block(request: BestOfNRequest, queued_s: float) -> BestOfNResult:
         deadlines.append(request.deadline_s)
         if len(deadlines) == 3:
             raise error
-        return await served.run(request, queued_s=queued_s)
+        return await served.run(replace(request, strategy="argmax"), queued_s=queued_s)
 
-    result = await blockwise.answer(run_block, plan)
+    result = await blockwise.run(run_block, plan, RunObserver())
     assert (result.selection.winner.candidate.text, result.stopped_by) == ("u v c d", stopped_by)
     first, second, third = deadlines
     assert first == 50
@@ -104,12 +107,12 @@ async def test_what_ends_a_later_block_leaves_the_answer_so_far(error: NbestErro
 
 
 async def test_a_first_block_that_fails_fails_the_request() -> None:
-    async def run_block(request: BestOfNRequest, *, queued_s: float) -> BestOfNResult:
+    async def run_block(request: BestOfNRequest, queued_s: float) -> BestOfNResult:
         raise DeadlineError("late")
 
     plan = ChatCompletionRequest.model_validate(asked()).to_request(Settings())
     with pytest.raises(DeadlineError):
-        await blockwise.answer(run_block, plan)
+        await blockwise.run(run_block, plan, RunObserver())
 
 
 @pytest.mark.parametrize(

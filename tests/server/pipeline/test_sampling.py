@@ -12,9 +12,11 @@ from reranker.reward_posterior import Prior
 from reranker.scorers.base import Needs, Scores
 from reranker.stopping import AdaptiveN, SpeculativeRejection, Stopping, StragglerCut
 from server.errors import BadRequestError
-from server.generation.base import Outcome, SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest, BestOfNResult
+from server.generation.base import SamplingParams
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest, BestOfNResult
 from tests.support.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
+from tests.support.observers import RecordingObserver
 
 
 class BySeed(ScriptedGenerator):
@@ -146,12 +148,12 @@ class TestSpeculativeRejection:
         assert [one.candidate.index for one in result.selection.ranking] == [3]
 
     async def test_candidates_that_grow_are_not_told(self) -> None:
-        told: list[Outcome] = []
+        observer = RecordingObserver()
         stopping = Stopping("speculative_rejection", rejection=SpeculativeRejection((2,), share=0.5))
         request = BestOfNRequest(Prompt(text="How was it?"), SamplingParams(seed=0), 4, stopping=stopping)
         rewarding = ScriptedScorer(self.BEGINNINGS | self.WHOLE)
-        await BestOfN(self.generator(), {rewarding.name: rewarding}).run(request, told.append)
-        assert sorted(one.index for one in told) == [1, 3]
+        await BestOfN(self.generator(), {rewarding.name: rewarding}).run(request, observer)
+        assert sorted(outcome.index for outcome in observer.outcomes) == [1, 3]
 
     async def test_a_scorer_is_told_which_are_beginnings(self) -> None:
         scorer = Noting(self.BEGINNINGS | self.WHOLE)
