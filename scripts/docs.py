@@ -21,6 +21,7 @@ from scripts import dashboard, doc_tables
 from scripts.markdown import table
 from server.app import create_app
 from server.cli import app as command
+from server.cli_options import DeferredCommand
 from server.config import ENV_PREFIX, OTHER_VARIABLES, Settings, flag_of, is_secret, variable_of
 from server.observability.metrics import Metrics
 from server.pipeline.best_of_n import BestOfN
@@ -47,6 +48,8 @@ def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
     context = typer.Context(group)
     for name in group.list_commands(context):
         child = group.get_command(context, name)
+        if isinstance(child, DeferredCommand):
+            child = child.load()
         if hasattr(child, "list_commands"):
             yield from commands(child, (*path, name))
         else:

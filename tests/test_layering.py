@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from scripts.structure import circles, imports_of
 from tests.support.paths import ROOT
 
 PACKAGES = ("reranker", "server", "training", "benchmarks", "scripts", "examples")
@@ -28,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("server.launch",),
     ("server.doctor",),
     ("server.distributed",),
-    ("server.offline",),
+    ("server.cli_options", "server.offline"),
     ("server.cli",),
 )
 """A module imports from its own layer and those above it in this list."""
@@ -229,6 +230,23 @@ def test_a_light_import_stays_light(module: str) -> None:
     program = f"import sys, {module}; print(*sorted({heavy} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == [], f"import {module} pulls in {result.stdout}"
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(imports_of(ROOT, PACKAGES)) == []
+
+
+def test_a_circle_is_found_through_other_modules_and_inside_functions(tmp_path: Path) -> None:
+    files = {
+        "a": "from server import b",
+        "b": "def f():\n    import server.c",
+        "c": "import server.a",
+        "d": "import server.a",
+    }
+    (tmp_path / "server").mkdir()
+    for name, line in files.items():
+        (tmp_path / "server" / f"{name}.py").write_text(line)
+    assert circles(imports_of(tmp_path)) == [["server.a", "server.b", "server.c"]]
 
 
 def test_no_class_name_is_defined_twice() -> None:

@@ -1,17 +1,13 @@
 """The card beside an export: where its rows come from, and how to tell that they are those."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reranker.fsio import sha256_of
 from server.offline.run_directory import write_whole
-
-if TYPE_CHECKING:
-    from server.offline.export import ExportOptions
 
 
 def path_of(export: Path) -> Path:
@@ -24,14 +20,14 @@ def write(
     export: Path,
     results: Path,
     runs: Sequence[Mapping[str, Any]],
-    options: "ExportOptions",
+    options: Mapping[str, Any],
     counts: Mapping[str, int],
     answered: int,
     failed: int,
 ) -> None:
-    """Writes the card; `runs` are the identities of the runs that the results come from, the last one last."""
-    chosen = dataclasses.asdict(options)
-    filters = chosen.pop("filters")
+    """Writes the card; `runs` are the identities of the runs that the results come from, the latest last."""
+    filters = options["filters"]
+    chosen = {name: value for name, value in options.items() if name != "filters"}
     text = f"""\
 # {export.name}
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -95,7 +95,9 @@ def _export(directory: Path, out: Path, options: ExportOptions, runs: list[dict[
     _write(out, (row.columns for stays, row in zip(kept, _rows(results, options), strict=True) if stays))
     counts = {**choice.counts, "written": int(kept.sum())}
     failures = sum(1 for _ in recover(directory / FAILED, Failure))
-    data_card.write(data_card.path_of(out), out, directory / RESULTS, runs, options, counts, len(results), failures)
+    data_card.write(
+        data_card.path_of(out), out, directory / RESULTS, runs, asdict(options), counts, len(results), failures
+    )
     return counts
 
 

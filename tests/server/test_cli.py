@@ -21,7 +21,8 @@ import pytest
 from typer.testing import CliRunner
 
 from server import launch
-from server.cli import app
+from server.cli import DEFERRED, app
+from server.cli_options import DeferredCommand
 from server.config import Settings
 from tests.support.paths import ROOT
 
@@ -282,3 +283,9 @@ def test_a_missing_keys_file_is_told_before_anything_is_loaded(environment: dict
     result = nbest("serve", "--port", "0", "--keys-file", "no/such.toml", environment=environment)
     assert result.returncode == 2
     assert result.stderr == ("Error: The keys file no/such.toml does not exist; make it with `nbest keys new NAME`.\n")
+
+
+@pytest.mark.parametrize("command", DEFERRED, ids=lambda command: str(command.name))
+def test_the_help_of_a_command_that_is_not_imported_yet_is_the_command_s_own(command: DeferredCommand) -> None:
+    own = " ".join(str(command.load().help).partition("\n\n")[0].split())
+    assert own.partition(":")[0].startswith(str(command.help).partition(",")[0].partition(":")[0].rstrip("."))

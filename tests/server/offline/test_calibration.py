@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from reranker.stopping_replay import Pool
 from server.app import create_app
-from server.cli import CommandError, app
+from server.cli import app
+from server.cli_options import CommandError
 from server.config import ConfigError, Settings, load_settings
 from server.observability.metrics import Metrics
 from server.offline.calibration import Target, calibrate, pools_of
