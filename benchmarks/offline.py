@@ -1,18 +1,18 @@
-"""What the offline mode makes of the engine, and against the simplest way to do the same; all in turn, in one run.
+"""Throughput of the offline mode, against the bare engine and against a transformers script, alternately in one run.
 
-    bare engine     every candidate of every prompt handed to the engine at once, nothing scored, nothing written;
-                    against it the offline mode with the scorer `logprob`, files and all: tokens/s
+    bare engine     all candidates of all prompts submitted to the engine at once, without scoring or files; compared
+                    with the offline mode with the scorer `logprob`: tokens/s
     transformers    one process that first generates everything with `generate`, in batches as large as the engine's,
-                    and then scores everything in padded batches; against it the offline mode with the reward model:
-                    pairs of a prompt and a scored completion a second
+                    and then scores everything in padded batches; compared with the offline mode with the reward
+                    model: pairs of a prompt and a scored completion a second
 
-Two kinds of work, at either end of what there is:
+Two workloads, the extremes of what offline runs have:
 
-    openings    of film reviews, five tokens each; every candidate has as many tokens as it may: the end of a text is
-                biased away, so no place in a batch is ever free for another and no prompt is worth sharing
-    problems    arithmetic word problems behind worked examples; a candidate ends with its line
+    openings    openings of film reviews, five tokens each; EOS is biased away, so every candidate has the maximum
+                number of tokens, no slot of a batch is free early, and there is little prompt to share
+    problems    arithmetic word problems after worked examples; a candidate ends with its line
 
-Both ways load the same weights in the same precision. The order turns from round to round.
+All ways load the same weights in the same precision. Their order rotates from round to round.
 
     python -m benchmarks.offline [--rounds 3] [--best-of 8] [--prompts 30]
 """
@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in, paired_ratio
+from benchmarks.stats import paired_ratio, write_result
 from benchmarks.word_problems import word_problems
 from reranker.candidate import Prompt
 from reranker.models.bundled import resolve
@@ -42,7 +42,7 @@ from reranker.models.reward_model import RewardModel, forward_rewards
 from server import factory
 from server.config import Settings
 from server.generation.base import SamplingParams
-from server.generation.vllm_engine import pick_dtype
+from server.generation.engine_arguments import pick_dtype
 from server.offline.batch import drawing_models
 from server.offline.custom_ids import CustomIds
 from server.offline.records import Failure, Result
@@ -53,18 +53,18 @@ from server.pipeline.best_of_n import BestOfN
 
 PROBLEMS_SEED = 1
 NEVER_ENDING = -100.0
-"""Bias of the token that ends a text."""
+"""Logit bias of EOS, so that no candidate ends before max_tokens."""
 SCORING_ROWS = 32
-"""Rows of a padded batch of transformers' arm."""
+"""Rows of a padded batch in the transformers script."""
 BARS = {"bare engine": 0.9, "transformers": 2.0}
-"""How many times as fast as the other way the offline mode has to be."""
+"""The speed of the offline mode relative to the other way that is to be reached."""
 
 console = Console(stderr=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be answered; `stop`: the string that ends a candidate, None where only its length does."""
+    """A workload. `stop` is the string that ends a candidate, None where only max_tokens does."""
 
     prompts: Sequence[str]
     max_tokens: int
@@ -73,12 +73,12 @@ class Work:
 
 def works(num_prompts: int) -> dict[str, Work]:
     openings = [OPENINGS[number % len(OPENINGS)] for number in range(num_prompts)]
-    problems = [one.prompt for one in word_problems(num_prompts, seed=PROBLEMS_SEED)]
+    problems = [problem.prompt for problem in word_problems(num_prompts, seed=PROBLEMS_SEED)]
     return {"openings": Work(openings, 48, None), "problems": Work(problems, 24, "\n")}
 
 
-class Tokens:
-    """Counts what an offline run has drawn; a line that failed ends the benchmark."""
+class TokenCounter:
+    """Counts the tokens that an offline run samples; a failed line ends the benchmark."""
 
     def __init__(self) -> None:
         self.generated = 0
@@ -89,7 +89,7 @@ class Tokens:
 
 
 class Ways:
-    """The ways to do the same work; each returns the number of tokens it has drawn."""
+    """The ways to do the same work; each takes a seed and returns the number of tokens sampled."""
 
     def __init__(self, pipeline: BestOfN, settings: Settings, best_of: int, work: Work) -> None:
         self._pipeline = pipeline
@@ -107,9 +107,9 @@ class Ways:
         async def draw(number: int, prompt: str) -> int:
             sampling = SamplingParams(max_tokens=self._work.max_tokens, seed=seed + 1000 * number, **ends)
             async with self._pipeline.generator.generate(Prompt(text=prompt), sampling, self.best_of) as generation:
-                return sum([getattr(one, "num_tokens", 0) async for outcomes in generation for one in outcomes])
+                return sum([getattr(outcome, "num_tokens", 0) async for outcomes in generation for outcome in outcomes])
 
-        return sum(await asyncio.gather(*(draw(*one) for one in enumerate(self._work.prompts))))
+        return sum(await asyncio.gather(*(draw(number, prompt) for number, prompt in enumerate(self._work.prompts))))
 
     def offline(self, reward_model: str) -> Callable[[int], Awaitable[int]]:
         eos = self._transformers.tokenizer.eos_token_id
@@ -122,7 +122,11 @@ class Ways:
         }
 
         async def run(seed: int) -> int:
-            kind, names, tokens = BatchTasks(self._settings, self._settings.model, seed, body), CustomIds(), Tokens()
+            kind, names, tokens = (
+                BatchTasks(self._settings, self._settings.model, seed, body),
+                CustomIds(),
+                TokenCounter(),
+            )
             rows = (
                 read_task(line, {"prompt": prompt}, kind, names, self._settings.max_body_bytes)
                 for line, prompt in enumerate(self._work.prompts, start=1)
@@ -138,13 +142,13 @@ class Ways:
         return run
 
     async def transformers(self, seed: int) -> int:
-        """Blocks the event loop: nothing else runs meanwhile."""
+        """Blocks the event loop, since nothing else is to run during it."""
         torch.manual_seed(seed)
         return self._transformers()
 
 
 class Transformers:
-    """One process that generates all, in batches as large as the engine's, and then scores all in padded batches."""
+    """Generates everything in batches as large as the engine's, then scores everything in padded batches."""
 
     def __init__(self, settings: Settings, best_of: int, work: Work) -> None:
         self._best_of = best_of
@@ -154,38 +158,39 @@ class Transformers:
         dtype = getattr(torch, pick_dtype("cpu"))
         self._policy = AutoModelForCausalLM.from_pretrained(resolve(settings.model), dtype=dtype).eval()
         self._reward_model = RewardModel.load(settings.reward_models["movie-sentiment"], device="cpu")
-        # The model as transformers itself runs it; ours computes a prompt once by an attention of its own.
+        # As transformers runs the model: nbest's own attention, which computes a shared prompt once, is switched off.
         self._classifier = self._reward_model._model
         self._classifier.set_attn_implementation("sdpa")
         self._ends = [self.tokenizer.eos_token_id]
-        if work.stop is not None:  # every token with the string in it ends a candidate, as it does in the engine
-            tokens = self.tokenizer.batch_decode([[one] for one in range(len(self.tokenizer))])
-            self._ends += [number for number, text in enumerate(tokens) if work.stop in text]
+        if work.stop is not None:  # every token that contains the string ends a candidate, as in the engine
+            tokens = self.tokenizer.batch_decode([[token_id] for token_id in range(len(self.tokenizer))])
+            self._ends += [token_id for token_id, text in enumerate(tokens) if work.stop in text]
 
     def __call__(self, prompts: Sequence[str] | None = None) -> int:
-        """Answers these prompts, or those of the work; the tokens drawn."""
-        prompts, drawn = self._work.prompts if prompts is None else prompts, 0
+        """Answers these prompts, by default those of the workload; returns the number of tokens sampled."""
+        prompts, num_tokens = self._work.prompts if prompts is None else prompts, 0
         texts: list[tuple[str, str]] = []
         for start in range(0, len(prompts), self._prompts_a_batch):
-            answered, tokens = self._generate(prompts[start : start + self._prompts_a_batch])
-            texts += answered
-            drawn += tokens
+            pairs, tokens = self._generate(prompts[start : start + self._prompts_a_batch])
+            texts += pairs
+            num_tokens += tokens
         self.score(texts)
-        return drawn
+        return num_tokens
 
     @torch.inference_mode()
     def score(self, texts: Sequence[tuple[str, str]]) -> None:
-        """Scores prompts with their answers, in padded batches."""
+        """Scores pairs of a prompt and an answer in padded batches."""
         for start in range(0, len(texts), SCORING_ROWS):
-            rendered = [self._reward_model.render(Prompt(text=p), t) for p, t in texts[start : start + SCORING_ROWS]]
+            batch = texts[start : start + SCORING_ROWS]
+            rendered = [self._reward_model.render(Prompt(text=prompt), answer) for prompt, answer in batch]
             forward_rewards(self._classifier, *pad(rendered, pad_id=self.tokenizer.pad_token_id))
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[str]) -> tuple[list[tuple[str, str]], int]:
-        """The prompts with their answers, and how many tokens those have."""
-        asked = self.tokenizer(prompts, return_tensors="pt", padding=True)
+        """Pairs of a prompt and an answer, and the number of tokens of all answers."""
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
         tokens_N_T = self._policy.generate(
-            **asked,
+            **inputs,
             do_sample=True,
             top_k=0,
             num_return_sequences=self._best_of,
@@ -193,12 +198,12 @@ class Transformers:
             max_new_tokens=self._work.max_tokens,
             eos_token_id=self._ends,
             pad_token_id=self.tokenizer.eos_token_id,
-        )[:, asked["input_ids"].shape[1] :]
+        )[:, inputs["input_ids"].shape[1] :]
         ends_N_T = torch.isin(tokens_N_T, torch.tensor(self._ends)).int()
-        drawn_N_T = ends_N_T.cumsum(-1) - ends_N_T == 0  # up to the first end, and with it
+        sampled_N_T = ends_N_T.cumsum(-1) - ends_N_T == 0  # up to and with the first end
         answers = self.tokenizer.batch_decode(tokens_N_T, skip_special_tokens=True)
         pairs = [(prompts[number // self._best_of], answer) for number, answer in enumerate(answers)]
-        return pairs, int(drawn_N_T.sum())
+        return pairs, int(sampled_N_T.sum())
 
 
 async def measure(rounds: int, best_of: int, prompts: int) -> dict[str, Any]:
@@ -207,7 +212,7 @@ async def measure(rounds: int, best_of: int, prompts: int) -> dict[str, Any]:
     )
     async with factory.start(settings) as pipeline:
         by_work = {
-            name: await in_turn(Ways(pipeline, settings, best_of, work), work, rounds)
+            name: await measure_work(Ways(pipeline, settings, best_of, work), work, rounds)
             for name, work in works(prompts).items()
         }
     return {
@@ -218,7 +223,8 @@ async def measure(rounds: int, best_of: int, prompts: int) -> dict[str, Any]:
     }
 
 
-async def in_turn(ways: Ways, work: Work, rounds: int) -> dict[str, Any]:
+async def measure_work(ways: Ways, work: Work, rounds: int) -> dict[str, Any]:
+    """Speeds of all ways on one workload, and the ratios."""
     by_name = {
         "bare engine": ways.bare_engine,
         "offline, logprob": ways.offline("likely"),
@@ -231,24 +237,24 @@ async def in_turn(ways: Ways, work: Work, rounds: int) -> dict[str, Any]:
     for number in range(-1, rounds):  # the first round warms up
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            started_s = time.perf_counter()
-            drawn = await by_name[name]((number + 2) * 10_000_000)
-            elapsed_s = time.perf_counter() - started_s
-            console.print(number, name, f"{elapsed_s:.2f} s, {drawn} tokens")
+            start_s = time.perf_counter()
+            num_tokens = await by_name[name]((number + 2) * 10_000_000)
+            elapsed_s = time.perf_counter() - start_s
+            console.print(number, name, f"{elapsed_s:.2f} s, {num_tokens} tokens")
             if number >= 0:
                 seconds[name].append(elapsed_s)
-                tokens[name].append(drawn)
-    speeds = {
+                tokens[name].append(num_tokens)
+    ratios = {
         "bare engine": paired_ratio(seconds["bare engine"], seconds["offline, logprob"]),
         "transformers": paired_ratio(seconds["transformers"], seconds["offline, reward model"]),
     }
     candidates = len(work.prompts) * ways.best_of
     return {
         "max_tokens": work.max_tokens,
-        "tokens_a_candidate": {name: fmean(drawn) / candidates for name, drawn in tokens.items()},
-        "tokens_per_s": {name: sum(tokens[name]) / sum(taken) for name, taken in seconds.items()},
-        "pairs_per_s": {name: candidates / median(taken) for name, taken in seconds.items()},
-        "times_as_fast_as": {name: {**ratio, "bar": BARS[name]} for name, ratio in speeds.items()},
+        "tokens_a_candidate": {name: fmean(counts) / candidates for name, counts in tokens.items()},
+        "tokens_per_s": {name: sum(tokens[name]) / sum(times) for name, times in seconds.items()},
+        "pairs_per_s": {name: candidates / median(times) for name, times in seconds.items()},
+        "times_as_fast_as": {name: {**ratio, "bar": BARS[name]} for name, ratio in ratios.items()},
     }
 
 
@@ -258,7 +264,7 @@ def main() -> None:
     parser.add_argument("--best-of", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=len(OPENINGS))
     arguments = parser.parse_args()
-    hand_in("offline", asyncio.run(measure(**vars(arguments))))
+    write_result("offline", asyncio.run(measure(**vars(arguments))))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The prompt is computed once, not N times: our engine against `vllm serve` with its defaults and n=16.
+"""Seconds of 16 candidates for one prompt: nbest's engine, which computes the prompt once, against `vllm serve`, n=16.
 
-Generation alone, on the same model and the same token ids, 16 candidates each. Both engines are up at the same time
-and answer in turn; an idle engine does not compute. Ours is asked through its Python interface, `vllm serve` through
-HTTP on the loopback, which costs it a few milliseconds. By default it would reserve 92 % of the machine's memory; it
-gets 2 GiB for keys and values, as ours does and many times what 16 candidates need.
+Generation alone, with the same model and the same token ids. Both engines run at the same time and answer alternately;
+an idle engine does not compute. nbest's engine is called in this process, `vllm serve` over HTTP on the loopback, which
+adds a few milliseconds. By default `vllm serve` would reserve 92 % of the machine's memory; here it gets 2 GiB for keys
+and values, as nbest's engine does and many times what 16 candidates need.
 
-`vllm serve` runs twice: with its defaults, and once more in our precision, so that the part of the difference that is
-precision alone shows apart from the part that is the prompt.
+`vllm serve` is measured twice: with its defaults, and with nbest's precision, which separates the effect of precision
+from that of the prompt.
 
     python -m benchmarks.prefill [--rounds 5]
 """
@@ -24,34 +24,37 @@ from transformers import AutoTokenizer
 from benchmarks.provenance import provenance
 from benchmarks.scoring_overhead import BEST_OF, PROMPT
 from benchmarks.server_processes import vllm_serve
-from benchmarks.stats import hand_in, paired_ratio
+from benchmarks.stats import paired_ratio, write_result
 from reranker.models.bundled import resolve
 from server.config import Settings
 from server.generation.base import SamplingParams
-from server.generation.vllm_engine import VllmGenerator, pick_dtype
+from server.generation.engine_arguments import EngineOptions, pick_dtype
+from server.generation.vllm_engine import VllmGenerator
 
 MAX_TOKENS = (1, 32, 64)
 CONTEXT = 2048
 console = Console(stderr=True)
 
 
-async def ask_vllm(client: httpx.AsyncClient, model: str, token_ids: list[int], max_tokens: int) -> float:
-    started_s = time.perf_counter()
+async def vllm_s(client: httpx.AsyncClient, model: str, token_ids: list[int], max_tokens: int) -> float:
+    """Seconds that `vllm serve` takes for BEST_OF candidates of `max_tokens` tokens."""
+    start_s = time.perf_counter()
     body = {"model": model, "prompt": token_ids, "n": BEST_OF, "max_tokens": max_tokens, "ignore_eos": True}
     reply = await client.post("/v1/completions", json=body)
-    elapsed_s = time.perf_counter() - started_s
+    elapsed_s = time.perf_counter() - start_s
     assert reply.json()["usage"]["completion_tokens"] == BEST_OF * max_tokens, reply.text
     return elapsed_s
 
 
-async def ask_ours(generator: VllmGenerator, max_tokens: int, eos: int) -> float:
-    started_s, tokens = time.perf_counter(), 0
-    # A biased-away EOS makes every candidate run to max_tokens, as ignore_eos does.
+async def nbest_s(generator: VllmGenerator, max_tokens: int, eos: int) -> float:
+    """Seconds that nbest's engine takes for BEST_OF candidates of `max_tokens` tokens."""
+    start_s, tokens = time.perf_counter(), 0
+    # Biasing EOS away makes every candidate run to max_tokens, as ignore_eos does.
     sampling = SamplingParams(max_tokens=max_tokens, logit_bias=((eos, -100.0),))
     async with generator.generate(PROMPT, sampling, BEST_OF) as generation:
         async for outcomes in generation:
-            tokens += sum(getattr(one, "num_tokens", 0) for one in outcomes)
-    elapsed_s = time.perf_counter() - started_s
+            tokens += sum(getattr(outcome, "num_tokens", 0) for outcome in outcomes)
+    elapsed_s = time.perf_counter() - start_s
     assert tokens == BEST_OF * max_tokens, tokens
     return elapsed_s
 
@@ -60,9 +63,8 @@ async def measure(rounds: int) -> dict[str, Any]:
     settings = Settings()
     model = resolve(settings.model)
     dtype = pick_dtype("cpu")
-    ours = await VllmGenerator.create(
-        model, name="ours", device="cpu", max_model_len=CONTEXT, block_size=settings.block_size
-    )
+    options = EngineOptions(model=model, device="cpu", max_model_len=CONTEXT, block_size=settings.block_size)
+    ours = await VllmGenerator.create(options, name="ours")
     token_ids = await ours.encode(PROMPT)
     eos = AutoTokenizer.from_pretrained(model).eos_token_id
     arms = {"defaults": [], f"defaults with dtype {dtype}": ["--dtype", dtype]}
@@ -74,13 +76,13 @@ async def measure(rounds: int) -> dict[str, Any]:
                 theirs_s: list[float] = []
                 ours_s: list[float] = []
                 for number in range(rounds + 1):
-                    a, b = (
-                        await ask_vllm(client, model, token_ids, max_tokens),
-                        await ask_ours(ours, max_tokens, eos),
+                    elapsed_s = (
+                        await vllm_s(client, model, token_ids, max_tokens),
+                        await nbest_s(ours, max_tokens, eos),
                     )
                     if number:  # the first round warms up
-                        theirs_s.append(a)
-                        ours_s.append(b)
+                        theirs_s.append(elapsed_s[0])
+                        ours_s.append(elapsed_s[1])
                 figures.setdefault(arm, {})[str(max_tokens)] = {
                     "vllm_serve_s": statistics.median(theirs_s),
                     "ours_s": statistics.median(ours_s),
@@ -99,7 +101,7 @@ async def measure(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    hand_in("prefill", asyncio.run(measure(parser.parse_args().rounds)))
+    write_result("prefill", asyncio.run(measure(parser.parse_args().rounds)))
 
 
 if __name__ == "__main__":

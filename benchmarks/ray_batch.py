@@ -1,9 +1,9 @@
-"""How full engines stay under `nbest batch --ray`: by the actor pool, and by Ray Data in its place.
+"""Engine utilisation of `nbest batch --ray`: the actor pool against Ray Data.
 
-A scripted engine has SLOTS places, and each candidate takes one for a time that its seed decides: all that takes long
-is waiting, so that models play no part. The figure is the share of the places' time that was in use, from the first
-line to the last, with the workers there beforehand. Ray Data runs the same worker as an asynchronous callable of
-`map_batches`, which is how it keeps several rows of a block under way; a result is handed on when its block is done.
+A scripted engine has SLOTS slots, and each candidate occupies a slot for a time that depends on its seed. The engine
+only waits, so models do not affect the figure: the share of slot time in use from the first line to the last, with the
+workers already started. Ray Data runs the same worker as an asynchronous callable of `map_batches`, which processes
+several rows of a block concurrently; it yields a result when the whole block is done.
 
     python -m benchmarks.ray_batch
 
@@ -21,18 +21,19 @@ import ray
 import ray.data
 
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in
+from benchmarks.stats import write_result
 from reranker.candidate import Candidate, Prompt
 from server.config import Settings
-from server.distributed.batch_actors import BatchWorker, Workers, started_workers
+from server.distributed.batch_actors import BatchWorker, WorkerPool, started_workers
 from server.generation.base import SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest
 from tests.support.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
 
 WORKERS, SLOTS, BEST_OF, LINES = 2, 32, 8, 300
 SHORTEST_S, LONGEST_S = 0.1, 1.0
 ROWS_A_BLOCK, BLOCKS_IN_FLIGHT = 8, 2
-"""Two blocks a worker: as many lines as the pool has in flight, 2 · SLOTS / BEST_OF for each."""
+"""Two blocks for each worker: as many lines in flight as in the pool, 2 · SLOTS / BEST_OF for each worker."""
 SETTINGS = Settings(ray=True, generator_replicas=str(WORKERS), generator_cpus=0.25, max_num_seqs=SLOTS)
 
 
@@ -41,7 +42,7 @@ def length_s(seed: int) -> float:
 
 
 class SlotGenerator(ScriptedGenerator):
-    """Holds a place for each candidate while it is drawn."""
+    """Occupies a slot for each candidate while it is sampled."""
 
     def __init__(self) -> None:
         super().__init__(["word"])
@@ -76,7 +77,7 @@ def request(line: int) -> BestOfNRequest:
 
 
 class DataWorker:
-    """The same worker as Ray Data wants it; a row tells when its line was begun and ended."""
+    """The same worker as a callable for Ray Data; a row has the start and end times of its line."""
 
     def __init__(self) -> None:
         self._worker = BatchWorker(SETTINGS, slots)
@@ -85,28 +86,28 @@ class DataWorker:
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         self._starting = self._starting or asyncio.create_task(self._worker.start())
         await self._starting
-        began_s = time.time()
+        start_s = time.time()
         (line,) = batch["item"]
         answer = await self._worker.answer(request(int(line)))
         assert not isinstance(answer, Exception)
-        yield {"began_s": [began_s], "ended_s": [time.time()]}
+        yield {"start_s": [start_s], "end_s": [time.time()]}
 
 
-async def pool_s(workers: Workers) -> float:
-    """Seconds by the pool, with as many lines in flight as the command has."""
-    places = asyncio.Semaphore(2 * SLOTS * WORKERS // BEST_OF)
+async def pool_s(workers: WorkerPool) -> float:
+    """Seconds of the actor pool, with as many lines in flight as the command has."""
+    in_flight = asyncio.Semaphore(2 * SLOTS * WORKERS // BEST_OF)
 
-    async def one(line: int) -> None:
-        async with places:
+    async def answer(line: int) -> None:
+        async with in_flight:
             await workers.answer(request(line))
 
-    began_s = time.perf_counter()
-    await asyncio.gather(*map(one, range(LINES)))
-    return time.perf_counter() - began_s
+    start_s = time.perf_counter()
+    await asyncio.gather(*map(answer, range(LINES)))
+    return time.perf_counter() - start_s
 
 
 def ray_data_s() -> float:
-    """Seconds by Ray Data, from the first line that a worker begins."""
+    """Seconds of Ray Data, from the start of the first line to the end of the last."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items(list(range(LINES)), override_num_blocks=LINES // ROWS_A_BLOCK)
     answered = rows.map_batches(
@@ -117,7 +118,7 @@ def ray_data_s() -> float:
         num_cpus=0.25,
     ).take_all()
     assert len(answered) == LINES
-    return float(max(row["ended_s"] for row in answered) - min(row["began_s"] for row in answered))
+    return float(max(row["end_s"] for row in answered) - min(row["start_s"] for row in answered))
 
 
 async def measure() -> dict[str, Any]:
@@ -127,15 +128,15 @@ async def measure() -> dict[str, Any]:
         seconds = {"actor_pool": await pool_s(workers), "ray_data": await asyncio.to_thread(ray_data_s)}
     ideal_s = work_s / (SLOTS * WORKERS)
     return {
-        **{way: {"seconds": taken_s, "places_in_use": ideal_s / taken_s} for way, taken_s in seconds.items()},
+        **{way: {"seconds": elapsed_s, "slots_in_use": ideal_s / elapsed_s} for way, elapsed_s in seconds.items()},
         "ideal_seconds": ideal_s,
         "lines": LINES,
         "best_of": BEST_OF,
         "workers": WORKERS,
-        "places_a_worker": SLOTS,
+        "slots_a_worker": SLOTS,
         "provenance": provenance(packages=("nbest", "ray")),
     }
 
 
 if __name__ == "__main__":
-    hand_in("ray_batch", asyncio.run(measure()))
+    write_result("ray_batch", asyncio.run(measure()))

@@ -4,6 +4,7 @@ Each check is one function that yields findings and changes nothing. `check_mode
 runs it too before it loads anything, so both say the same sentence about a model that is not there.
 """
 
+import importlib
 import json
 import os
 import platform
@@ -26,19 +27,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from reranker.models.bundled import PACKAGED_MODELS, PRETRAINED_REWARDS, cache_directory, prepared_models
-from reranker.scorers.spec import (
-    OWN_POLICY,
-    CascadeSpec,
-    EndpointSpec,
-    EnsembleSpec,
-    FunctionSpec,
-    JudgeSpec,
-    LikelihoodSpec,
-    RewardModelSpec,
-    ScorerSpec,
-    parse_all,
-)
-from reranker.scorers.verifier import is_there
+from reranker.scorers import spec
+from reranker.scorers.verifier import source_exists
 from server.config import ConfigError, Settings, unknown_variables
 from server.errors import BadRequestError
 from server.generation.weight_store import read_adapter
@@ -132,7 +122,9 @@ def check_engine(settings: Settings) -> Iterator[Finding]:
         import torch
 
         from reranker.models.device import pick_device, takes_bfloat16
-        from server.generation.vllm_engine import pick_dtype
+        from server.generation.engine_arguments import pick_dtype
+
+        importlib.import_module("server.generation.vllm_engine")
     except (ImportError, OSError) as error:  # OSError: a shared library that is not there
         yield Finding("engine", f"vLLM cannot be imported: {error}", "problem", "run `make clean setup`")
         return
@@ -211,13 +203,13 @@ def check_models(settings: Settings) -> Iterator[Finding]:
             yield _check_adapter(settings.adapter)
     else:
         yield Finding("model", f"{settings.model} at {settings.base_url}")
-    for name, spec in parse_all(settings.reward_models).items():
-        yield _check_scorer(f"reward model {name}", spec, settings)
+    for name, scorer_spec in spec.parse_all(settings.reward_models).items():
+        yield _check_scorer(f"reward model {name}", scorer_spec, settings)
 
 
 def _check_adapter(path: Path) -> Finding:
     try:
-        adapter = read_adapter(path, "", told_as=path)
+        adapter = read_adapter(path, "", source=path)
     except BadRequestError as error:
         _, _, wrong = str(error).rstrip(".").partition(f"{path} ")
         found, _, remedy = wrong.rpartition("; ")
@@ -225,28 +217,28 @@ def _check_adapter(path: Path) -> Finding:
     return Finding("adapter", f"{path}, LoRA of rank {adapter.rank}")
 
 
-def _check_scorer(subject: str, spec: ScorerSpec, settings: Settings) -> Finding:
-    match spec:
-        case RewardModelSpec(source):
+def _check_scorer(subject: str, scorer_spec: spec.ScorerSpec, settings: Settings) -> Finding:
+    match scorer_spec:
+        case spec.RewardModelSpec(source):
             return _locate(subject, source, PRETRAINED_REWARDS)
-        case EndpointSpec(server):
+        case spec.EndpointSpec(server):
             return _ask(subject, f"{server}/v1", None, "problem", "start that server first, or correct the address")
-        case JudgeSpec(model):
-            if model == OWN_POLICY:
+        case spec.JudgeSpec(model):
+            if model == spec.OWN_POLICY:
                 return Finding(subject, "judged by the served policy itself")
             remedy = "start it, or correct --judge-base-url (it ends in /v1 at most servers) or NBEST_JUDGE_API_KEY"
             return _ask(subject, settings.judge_base_url, settings.judge_api_key, "note", remedy)
-        case FunctionSpec(file_or_module, name):
-            if not is_there(spec):
+        case spec.FunctionSpec(file_or_module, name):
+            if not source_exists(scorer_spec):
                 remedy = "give a file that ends in .py, or a module of this environment or folder"
                 return Finding(subject, f"{file_or_module} is not there", "problem", remedy)
             return Finding(subject, f"the function {name} of {file_or_module}")
-        case LikelihoodSpec(measure):
+        case spec.LogprobSpec(measure):
             return Finding(subject, f"{measure} of the policy, no model of its own")
-        case EnsembleSpec(combination, members):
+        case spec.EnsembleSpec(combination, members):
             return Finding(subject, f"{combination} of {', '.join(members)}")
-        case CascadeSpec(keep, (cheap, dear)):
-            return Finding(subject, f"{dear}, of the {keep:g} that {cheap} ranks highest")
+        case spec.CascadeSpec(keep, (cheap, expensive)):
+            return Finding(subject, f"{expensive}, of the {keep:g} that {cheap} ranks highest")
 
 
 def _locate(subject: str, spec: str, embedded: Mapping[str, object]) -> Finding:

@@ -39,7 +39,7 @@ async def start(
 
     `on_batch` hears the number of sequences and of padded tokens of every scoring batch, `on_restart` the seconds
     without an engine whenever one has died and the next is ready, `on_lookup` how many candidates of a scorer call the
-    score cache knew and did not know. For training are `tempered_logprobs` (see `VllmGenerator.create`) and the trunk
+    score cache knew and did not know. For training are `tempered_logprobs` (see `EngineOptions`) and the trunk
     that is `held` (see `reranker.models.shared_trunk`). torch, transformers and vllm are imported here and not
     before, so that the command line answers at once.
     """
@@ -80,7 +80,7 @@ async def started_scorers(
         await asyncio.to_thread(_import_library, "reranker.scorers.reward_model")
     async with AsyncExitStack() as stack:
         surroundings = ScorerContext(
-            ask_model=lambda model: _judge(settings, model, own_policy, stack),
+            judge_model=lambda model: _judge(settings, model, own_policy, stack),
             device=settings.device,
             reward_dtype=settings.reward_dtype,
             trust_remote_code=settings.trust_remote_code,
@@ -90,7 +90,7 @@ async def started_scorers(
             verifier_timeout_s=settings.verifier_timeout_s,
             on_batch=on_batch,
             on_lookup=on_lookup,
-            held=held,
+            shared_trunk=held,
         )
         yield await make_scorers(settings.reward_models, surroundings, stack)
 
@@ -124,25 +124,25 @@ async def _generator(
 
         key = settings.api_key.get_secret_value() if settings.api_key else None
         return OpenAIGenerator.connect(str(settings.base_url), key, model=name, upstream_model=settings.model)
-    shelf = WeightStore()
+    weight_store = WeightStore()
     if settings.adapter is not None:
-        shelf.adapter = await asyncio.to_thread(shelf.keep, settings.adapter)
-    start = partial(_engine, settings, name, shelf, _max_lora_rank(settings, shelf), tempered_logprobs)
+        weight_store.adapter = await asyncio.to_thread(weight_store.copy_adapter, settings.adapter)
+    start = partial(_engine, settings, name, weight_store, _max_lora_rank(settings, weight_store), tempered_logprobs)
     if settings.ray:  # there Serve replaces the whole replica of an engine that has died
         return await start()
     return await SupervisedGenerator.create(start, on_restart=on_restart)
 
 
 async def _engine(
-    settings: Settings, name: str, shelf: WeightStore, max_lora_rank: int | None, tempered_logprobs: bool
+    settings: Settings, name: str, weight_store: WeightStore, max_lora_rank: int | None, tempered_logprobs: bool
 ) -> Generator:
     from reranker.models.bundled import resolve
     from reranker.models.device import pick_device
+    from server.generation.engine_arguments import EngineOptions
     from server.generation.vllm_engine import VllmGenerator
 
-    return await VllmGenerator.create(
-        resolve(settings.model),
-        name=name,
+    options = EngineOptions(
+        model=resolve(settings.model),
         device=pick_device(settings.device),
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
@@ -153,15 +153,15 @@ async def _engine(
         on_ray=settings.ray,
         trust_remote_code=settings.trust_remote_code,
         max_lora_rank=max_lora_rank,
-        shelf=shelf,
         tempered_logprobs=tempered_logprobs,
     )
+    return await VllmGenerator.create(options, name=name, weight_store=weight_store)
 
 
-def _max_lora_rank(settings: Settings, shelf: WeightStore) -> int | None:
+def _max_lora_rank(settings: Settings, weight_store: WeightStore) -> int | None:
     """None where no adapter can come: what makes room for them costs every step of the engine something."""
     if settings.adapter is None and settings.adapter_root is None:
         return None
     if settings.max_lora_rank is not None:
         return settings.max_lora_rank
-    return DEFAULT_LORA_RANK if shelf.adapter is None else shelf.adapter.rank
+    return DEFAULT_LORA_RANK if weight_store.adapter is None else weight_store.adapter.rank

@@ -1,15 +1,16 @@
-"""Replicas behind the protocols of a generator and a scorer, so that `BestOfN` cannot tell local from remote.
+"""Clients of the Ray replicas with the generator and scorer protocols, so that `BestOfN` runs unchanged on Ray.
 
-A call to a replica costs milliseconds, a token less than that, so there is never a call per token. A generation is one
-streaming call that carries groups: all outcomes that happened since the last group was taken. Scoring is one call for a
-whole group of candidates.
+A call to a replica takes milliseconds and a token takes less, so there is never a call per token. A generation is one
+streaming call whose messages are groups: all outcomes since the previous group. Scoring is one call for a whole group
+of candidates.
 
-An expected error (`NbestError`, `ScoringError`) travels as a value, with its fields; what a call raises is the death of
-a replica, told here as an error that is worth a retry, or a bug. `server.distributed.deployments` is the other end.
+The replicas return expected errors (`NbestError`, `ScoringError`) as values, with their fields. An exception of a call
+means that the replica died, which the clients raise as a retryable error, or that there is a bug.
+`server.distributed.deployments` is the other end of the calls.
 
-A call that meets a replica's death is sent once more, to another replica or the next one: at its start by the classes
-here, and in the midst of a generation by `server.distributed.failover`. Each does so only once,
-so that a request which kills what answers it comes to an end.
+A call whose replica dies is sent once more, to another replica: by the classes here if it dies before the generation
+has started or while it scores, and by `server.distributed.failover` if it dies during a generation. Each does so only
+once, so that a request that kills every replica ends with an error.
 """
 
 import asyncio
@@ -27,35 +28,35 @@ from ray.serve.handle import DeploymentHandle
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
-from server.distributed.weights_registry import Loaded, Record
+from server.distributed.weights_registry import LoadedWeights, ServedWeights
 from server.errors import BadRequestError, EngineDiedError, NbestError, NotReadyError
 from server.generation.base import Outcome, SamplingParams
 from server.generation.outcome_queue import OutcomeQueue
-from server.generation.weight_store import Change
+from server.generation.weight_store import WeightChange
 
 CHECK_TIMEOUT_S = 5
-"""A replica that has not said in this time that it is ready is not; without any the call would wait for one."""
+"""A replica that does not answer in this time is not ready; without a replica the call would wait for one."""
 START_TIMEOUT_S = 15
-"""Longest wait for a replica that takes a request: short beside an engine's start, long beside a queue of prompts."""
+"""Longest wait for a replica to accept a request: less than an engine's start, more than a queue of prompts takes."""
 SCORER_TIMEOUT_S = 60
-"""Longest wait for a replica that takes candidates: the work on them is done, and a scorer starts in less than that."""
+"""Longest wait for a replica to accept candidates: they are already sampled, and a scorer starts in less time."""
 RETRY_INTERVAL_S = 1
 CHANGE_TIMEOUT_S = 600
-"""Longest wait for replicas that change their weights, which first finish what they draw with the ones before."""
+"""Longest wait for replicas to change their weights; each first finishes its running generations."""
 
 log = logging.getLogger("nbest")
 
 
 @dataclass(frozen=True, slots=True)
 class OutcomeGroup:
-    """What a generation has to tell since its last group; the first, without outcomes, says that it has started."""
+    """The outcomes of a generation since its previous group; the first group is empty and says that it has started."""
 
     outcomes: list[Outcome]
     prompt_tokens: int
 
 
 class ReplicaLostError(EngineDiedError):
-    """The replica that had the call is gone."""
+    """The replica that ran the call has died."""
 
 
 class RemoteGenerator:
@@ -67,8 +68,8 @@ class RemoteGenerator:
 
     @classmethod
     async def connect(cls, handle: DeploymentHandle) -> Self:
-        """Waits for a replica."""
-        return cls(handle, await _answer(handle.model.remote))
+        """The client of this deployment; waits until a replica answers."""
+        return cls(handle, await _call_until_answered(handle.model.remote))
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
@@ -76,7 +77,7 @@ class RemoteGenerator:
         return RemoteGeneration(self.handle, prompt, sampling, n, stream_partial)
 
     async def check_ready(self) -> None:
-        refusal = await answer_soon(self.handle.check_ready.remote, "generator")
+        refusal = await call_ready_replica(self.handle.check_ready.remote, "generator")
         if refusal is not None:
             raise refusal
 
@@ -87,51 +88,53 @@ class RemoteGenerator:
         return await self._change("reload_weights", path)
 
     async def close(self) -> None:
-        """Nothing is held here: the deployment ends with its application."""
+        """Nothing to free: the deployment ends with its application."""
 
-    async def _change(self, change: Change, path: str) -> str:
+    async def _change(self, change: WeightChange, path: str) -> str:
         """Changes the weights of every replica, or of none.
 
-        First each says what it would load, since a folder that is shared may not be. Then it is written down what is
-        to be served, for replicas that come or are replaced, and each does it.
+        First each replica returns the version that it would load, because a path may hold different files on different
+        machines. Then the new weights are registered, for replicas that start later, and each replica loads them.
         """
-        versions = set(await self._all("weights_there", change, path))
+        versions = set(await self._call_all("weights_version_at", change, path))
         if len(versions) > 1:
             raise BadRequestError(f"{path} is not the same on every machine; put it into a folder that they share.")
-        before: Record = await self._one("record_change", change, Loaded(path, versions.pop()))
+        loaded = LoadedWeights(path, versions.pop())
+        previous: ServedWeights = await self._call_any("register_weights", change, loaded)
         try:
-            served = await self._all("change_weights", change, path)
+            served = await self._call_all("change_weights", change, path)
         except BadRequestError:
-            await self._one("restore_record", before)
+            await self._call_any("restore_registry", previous)
             raise
         return str(served[0])
 
-    async def _one(self, method: str, *arguments: Any) -> Any:
-        with gone_is(NotReadyError("No generator replica answers; try again in a few seconds.")):
+    async def _call_any(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of any one replica."""
+        with replica_death_as(NotReadyError("No generator replica answers; try again in a few seconds.")):
             return await self.handle.options(method_name=method).remote(*arguments)
 
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        """What every replica answers; those that die meanwhile are replaced, and say nothing.
+    async def _call_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a method of every replica; the answers of those that do not die during the call.
 
         Raises:
-            NbestError: one of them refuses, or none is there.
+            NbestError: a replica refuses, or none answers.
         """
-        told = self.handle.broadcast(method, *arguments)
-        answers = await told.results_async(timeout_s=CHANGE_TIMEOUT_S, return_exceptions=True)
+        responses = self.handle.broadcast(method, *arguments)
+        answers = await responses.results_async(timeout_s=CHANGE_TIMEOUT_S, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, NbestError | RayTaskError):
                 raise answer
-        alive = [answer for answer in answers if not isinstance(answer, BaseException)]
-        if not alive:
+        successes = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not successes:
             raise NotReadyError("No generator replica answers; try again in a few seconds.")
-        return alive
+        return successes
 
 
 class RemoteGeneration:
     """One streaming call to one replica.
 
-    Closing the call cancels it in the replica that has it. A single candidate is cancelled by its request's id, told to
-    all replicas, since only Serve knows which one has the request; the others do not know the id.
+    Closing the call cancels it in its replica. To cancel a single candidate the request's id is sent to all replicas,
+    because only Serve knows which replica has the request; the others ignore an unknown id.
     """
 
     def __init__(
@@ -140,31 +143,34 @@ class RemoteGeneration:
         self.prompt_tokens = 0
         self._handle = handle
         self._id = uuid.uuid4().hex
-        self._asked = (prompt, sampling, n, stream_partial)
+        self._request = (prompt, sampling, n, stream_partial)
         self._outcomes = OutcomeQueue(n)
         self._groups: Any = None
-        self._reading: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await self._begin()
+                await self._start()
         except TimeoutError:
-            raise NotReadyError("No generator replica took the request; try again in a few seconds.") from None
-        self._reading = asyncio.create_task(self._read())
+            raise NotReadyError("No generator replica accepted the request; try again in a few seconds.") from None
+        self._reader = asyncio.create_task(self._read())
         return self
 
-    async def _begin(self) -> None:
-        """Returns when a replica has begun. One whose engine has died is about to be replaced: the next is asked."""
-        has_lost_one = False
+    async def _start(self) -> None:
+        """Returns when a replica has started the generation.
+
+        A replica whose engine has died is about to be replaced: the request is sent again until another accepts it.
+        """
+        has_lost_replica = False
         while True:
-            self._groups = self._handle.options(method_name="generate", stream=True).remote(self._id, *self._asked)
+            self._groups = self._handle.options(method_name="generate", stream=True).remote(self._id, *self._request)
             try:
-                await self._take_one()
+                await self._read_group()
             except ReplicaLostError:
-                if has_lost_one:
+                if has_lost_replica:
                     raise
-                has_lost_one = True
+                has_lost_replica = True
             except EngineDiedError:
                 await asyncio.sleep(RETRY_INTERVAL_S)
             except BaseException:
@@ -176,36 +182,36 @@ class RemoteGeneration:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Cancels what still runs; the replica hears of it at once, nobody waits until it has."""
-        if self._reading is None:
+        """Cancels what still runs; the cancellation is sent at once, without waiting for the replica."""
+        if self._reader is None:
             return
-        if not self._reading.done():
+        if not self._reader.done():
             self._groups.cancel()
-        self._reading.cancel()
-        await asyncio.gather(self._reading, return_exceptions=True)
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
 
     def __aiter__(self) -> AsyncIterator[list[Outcome]]:
         return aiter(self._outcomes)
 
     async def cancel(self, index: int) -> None:
         if self._outcomes.drop(index):
-            told = self._handle.broadcast("cancel", self._id, index)
-            await told.results_async(timeout_s=CHECK_TIMEOUT_S, return_exceptions=True)
+            responses = self._handle.broadcast("cancel", self._id, index)
+            await responses.results_async(timeout_s=CHECK_TIMEOUT_S, return_exceptions=True)
 
     async def _read(self) -> None:
         try:
             while self._outcomes.expected:
-                await self._take_one()
-        except Exception as error:  # noqa: BLE001 (whoever iterates hears of it)
+                await self._read_group()
+        except Exception as error:  # noqa: BLE001 (the iteration raises it)
             self._outcomes.fail(error)
 
-    async def _take_one(self) -> None:
-        """Puts the outcomes of the next group among ours.
+    async def _read_group(self) -> None:
+        """Queues the outcomes of the next group.
 
         Raises:
-            NbestError: the generator refuses the request, or its replica is no longer there.
+            NbestError: the generator refuses the request, or its replica has died.
         """
-        with gone_is(ReplicaLostError("The generator's replica stopped while it was answering; try again.")):
+        with replica_death_as(ReplicaLostError("The generator's replica died while it was answering; try again.")):
             group = await anext(self._groups)
         if isinstance(group, NbestError):
             raise group
@@ -215,7 +221,7 @@ class RemoteGeneration:
 
 
 class RemoteScorer:
-    """The scorer protocol over the handle of the scorer deployment, whose replicas hold all scorers."""
+    """The scorer protocol over the handle of the scorer deployment; each of its replicas holds all scorers."""
 
     def __init__(self, handle: DeploymentHandle, name: str, needs: Needs) -> None:
         self.name = name
@@ -226,73 +232,73 @@ class RemoteScorer:
         try:
             return await self._score(prompt, candidates)
         except ReplicaLostError as error:
-            log.warning("Scoring again, since %s", error.message)
+            log.warning("Scoring again: %s", error.message)
         try:
             return await self._score(prompt, candidates)
         except ReplicaLostError as error:
-            raise ScoringError("two replicas stopped while they were scoring") from error
+            raise ScoringError("two replicas died while they were scoring") from error
 
     async def _score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        """Asks one replica, which says at once that it has the call and then what the scorer says."""
-        told = self._handle.options(method_name="score", stream=True).remote(self.name, prompt, candidates)
-        lost = ReplicaLostError("the scorer's replica stopped while it was scoring.")
+        """Calls one replica, which yields None at once to accept the call, and then the scores or an error."""
+        messages = self._handle.options(method_name="score", stream=True).remote(self.name, prompt, candidates)
+        lost = ReplicaLostError("the scorer's replica died while it was scoring.")
         try:
             async with asyncio.timeout(SCORER_TIMEOUT_S):
-                with gone_is(lost):
-                    await anext(told)
-            with gone_is(lost):
-                scores: Scores | ScoringError = await anext(told)
+                with replica_death_as(lost):
+                    await anext(messages)
+            with replica_death_as(lost):
+                scores: Scores | ScoringError = await anext(messages)
         except TimeoutError:
-            told.cancel()
-            raise ScoringError("no scorer replica took the candidates") from None
+            messages.cancel()
+            raise ScoringError("no scorer replica accepted the candidates") from None
         except BaseException:
-            told.cancel()
+            messages.cancel()
             raise
         if isinstance(scores, ScoringError):
             raise scores
         return scores
 
     async def close(self) -> None:
-        """Nothing is held here: the deployment ends with its application."""
+        """Nothing to free: the deployment ends with its application."""
 
 
 async def connect_scorers(handle: DeploymentHandle) -> dict[str, Scorer]:
-    """The scorers of the deployment by name, in the order of the settings. Waits for a replica."""
-    needs: dict[str, Needs] = await _answer(handle.needs.remote)
-    return {name: RemoteScorer(handle, name, each) for name, each in needs.items()}
+    """The scorers of the deployment by name, in the order of the settings; waits until a replica answers."""
+    needs_by_name: dict[str, Needs] = await _call_until_answered(handle.needs.remote)
+    return {name: RemoteScorer(handle, name, needs) for name, needs in needs_by_name.items()}
 
 
-async def answer_soon(ask: Callable[[], Awaitable[Any]], deployment: str) -> Any:
-    """The answer of a replica that is there now.
+async def call_ready_replica(call: Callable[[], Awaitable[Any]], deployment: str) -> Any:
+    """The answer of a replica that is ready now.
 
     Raises:
-        NotReadyError: there is none.
+        NotReadyError: no replica answers within `CHECK_TIMEOUT_S`.
     """
-    with gone_is(NotReadyError(f"No {deployment} replica answers; try again in a few seconds.")):
+    with replica_death_as(NotReadyError(f"No {deployment} replica answers; try again in a few seconds.")):
         async with asyncio.timeout(CHECK_TIMEOUT_S):
-            return await ask()
+            return await call()
 
 
-async def _answer(ask: Callable[[], Awaitable[Any]]) -> Any:
-    """A replica's answer, however long its models load and however often it is replaced meanwhile."""
+async def _call_until_answered(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Repeats the call until a replica answers, however long its models load and however often it is replaced."""
     while True:
         try:
-            with gone_is(NotReadyError("a replica did not answer")):
-                return await ask()
+            with replica_death_as(NotReadyError("a replica did not answer")):
+                return await call()
         except NotReadyError as error:
-            log.warning("Asking again, since %s: %s", error, error.__cause__)
+            log.warning("Calling again: %s: %s", error, error.__cause__)
             await asyncio.sleep(RETRY_INTERVAL_S)
 
 
 @contextmanager
-def gone_is(told: Exception) -> Iterator[None]:
-    """Where a call cannot be answered any more, since its replica is gone, `told` is raised.
+def replica_death_as(error: Exception) -> Iterator[None]:
+    """Raises `error` where a call inside the block gets no answer because its replica died or timed out.
 
-    What the replica itself raises stays what it is: expected errors come as values, so it is a bug.
+    An exception that the replica's own code raised passes unchanged: expected errors are values, so it is a bug.
     """
     try:
         yield
     except RayTaskError:
         raise
-    except (RayError, RayServeException, StopAsyncIteration, TimeoutError) as error:
-        raise told from error
+    except (RayError, RayServeException, StopAsyncIteration, TimeoutError) as cause:
+        raise error from cause

@@ -3,9 +3,9 @@
     client -> Serve's proxy -> router (the HTTP application) -> generator (an engine)
                                                              -> scorer (all scorers; a judge asks the generator)
 
-Each replica builds the plain class that also serves in one process and forwards its methods;
-`server.distributed.clients` is the other end of each call.
-Batching and cancelling stay in the plain classes, so both modes batch and cancel alike.
+Each replica builds the same plain class that a server of one process uses, and forwards its methods;
+`server.distributed.clients` is the other end of each call. The plain classes do all batching and cancelling, so both
+modes batch and cancel in the same way.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ from server.app import create_app
 from server.config import ConfigError, Settings, load_settings, replica_range
 from server.distributed.clients import OutcomeGroup, RemoteGenerator, connect_scorers
 from server.distributed.failover import FailoverGenerator, ReplicatedBestOfN
-from server.distributed.weights_registry import Loaded, Record, RecordOnRay, WeightsRecord
+from server.distributed.weights_registry import LoadedWeights, RayWeightsRegistry, ServedWeights, WeightsRegistry
 from server.errors import NbestError, NotReadyError
 from server.generation.base import Generation, Generator, Outcome, SamplingParams
-from server.generation.weight_store import Change, version_at
+from server.generation.weight_store import WeightChange, version_at
 from server.http.api_keys import read_keys
 from server.http.request_log import without_request_id
 from server.launch import StartError, tracing_of
@@ -41,43 +41,46 @@ from server.pipeline.best_of_n import BestOfN
 APP_NAME = "nbest"
 GENERATOR, SCORER, ROUTER = "generator", "scorer", "router"
 SNAPSHOT_INTERVAL_S = 0.02
-"""A growing candidate is told so often at most, whatever the number of tokens in between."""
+"""Shortest time between two messages with partial candidates, however many tokens were sampled in between."""
 MAX_ONGOING_REQUESTS = 4096
-"""Beyond every load that is let in: how much that may be is for the router to say, where the client gets a reason."""
+"""More calls than the router ever admits: the router limits the load, because it can give the client a reason."""
 ROUTER_ONGOING_REQUESTS = 100
-"""Connections that one router replica is to hold, where their number follows the load."""
+"""Target number of connections per router replica, when the number of replicas follows the load."""
 SCORER_ONGOING_CALLS = 16
-"""Groups under way that keep one scorer replica busy: some computed, as many waiting for the next batch."""
+"""Target number of calls per scorer replica: one half is being scored, the other waits for the next batch."""
 HEALTH_CHECK_PERIOD_S = 2
-"""Three failed checks in a row have a replica replaced."""
+"""Serve replaces a replica after three failed checks in a row."""
 DRAIN_POLL_S = 0.5
 CLOSING_S = 5
-"""What a replica may take to free its models after the last request."""
+"""Longest time for a replica to free its models after the last request."""
 ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*: (.+)", re.MULTILINE)
-"""How a traceback ends, with what the error says."""
+"""The last line of a traceback; the group is the error message."""
 METRICS_TIMEOUT_S = 8
-"""Below the ten seconds that Prometheus waits for a scrape by default."""
+"""Less than the ten seconds that Prometheus waits for a scrape by default."""
 
 log = logging.getLogger("nbest")
 
 StartGenerator = Callable[[Settings], AbstractAsyncContextManager[Generator]]
-Heard = Callable[[int, int], None]
-StartScorers = Callable[[Settings, Generator, Heard, Heard], AbstractAsyncContextManager[Mapping[str, Scorer]]]
+CountCallback = Callable[[int, int], None]
+"""`on_batch` or `on_lookup` of `server.factory.start`."""
+StartScorers = Callable[
+    [Settings, Generator, CountCallback, CountCallback], AbstractAsyncContextManager[Mapping[str, Scorer]]
+]
 
 
 class GeneratorReplica:
     """One generator, for instance an engine with the actors of its tensor-parallel shards."""
 
-    async def __init__(self, settings: Settings, start: StartGenerator, record: WeightsRecord) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, settings: Settings, start: StartGenerator, registry: WeightsRegistry) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.configure(settings.log_level, settings.log_format)
         self._resources = AsyncExitStack()
         self._generator = await self._resources.enter_async_context(start(settings))
-        self._under_way: dict[str, Generation] = {}
-        self._record = record
-        self._versions: dict[Change, str] = {}
+        self._running: dict[str, Generation] = {}
+        self._registry = registry
+        self._versions: dict[WeightChange, str] = {}
         if settings.adapter is not None:
             self._versions["load_adapter"] = version_at("load_adapter", settings.adapter)
-        await self._follow_record()
+        await self._load_registered_weights()
 
     async def model(self) -> str:
         return self._generator.model
@@ -85,24 +88,24 @@ class GeneratorReplica:
     async def generate(
         self, request_id: str, prompt: Prompt, sampling: SamplingParams, n: int, stream_partial: bool
     ) -> AsyncIterator[OutcomeGroup | NbestError]:
-        """Groups of outcomes, the first of them empty; closing the stream cancels what still runs."""
+        """Yields groups of outcomes, the first of them empty; closing the stream cancels what still runs."""
         try:
             async with self._generator.generate(prompt, sampling, n, stream_partial=stream_partial) as generation:
-                self._under_way[request_id] = generation
+                self._running[request_id] = generation
                 yield OutcomeGroup([], generation.prompt_tokens)
                 async for outcomes in generation:
-                    yield OutcomeGroup(latest(outcomes), generation.prompt_tokens)
+                    yield OutcomeGroup(latest_outcomes(outcomes), generation.prompt_tokens)
                     if stream_partial:
                         await asyncio.sleep(SNAPSHOT_INTERVAL_S)
         except NbestError as error:
             yield error
         finally:
-            self._under_way.pop(request_id, None)
+            self._running.pop(request_id, None)
 
     async def cancel(self, request_id: str, index: int) -> None:
-        """Stops one candidate; does nothing in the replicas that do not have the request."""
-        if request_id in self._under_way:
-            await self._under_way[request_id].cancel(index)
+        """Stops one candidate; does nothing in a replica that does not run the request."""
+        if request_id in self._running:
+            await self._running[request_id].cancel(index)
 
     async def check_ready(self) -> NbestError | None:
         try:
@@ -112,53 +115,57 @@ class GeneratorReplica:
         return None
 
     async def check_health(self) -> None:
-        """Serve asks now and then: it replaces a replica whose engine has died."""
+        """Raises if the engine has died; Serve calls this periodically and then replaces the replica."""
         await self._generator.check_ready()
-        await self._follow_record()
+        await self._load_registered_weights()
 
-    async def weights_there(self, change: Change, path: str) -> str | NbestError:
-        """The version of what would be loaded from there on this machine."""
+    async def weights_version_at(self, change: WeightChange, path: str) -> str | NbestError:
+        """The version of the weights that the change would load from this path on this machine."""
         try:
             return await asyncio.to_thread(version_at, change, Path(path))
         except NbestError as error:
             return error
 
-    async def change_weights(self, change: Change, path: str) -> str | NbestError:
+    async def change_weights(self, change: WeightChange, path: str) -> str | NbestError:
+        """Loads the weights, and returns their version."""
         try:
             self._versions[change] = await getattr(self._generator, change)(path)
         except NbestError as error:
             return error
         return self._versions[change]
 
-    async def record_change(self, change: Change, loaded: Loaded) -> Record:
-        """Notes what all replicas are to serve; the record before that."""
-        before = self._record.read()
-        self._record.write(before | {change: loaded})
-        return before
+    async def register_weights(self, change: WeightChange, loaded: LoadedWeights) -> ServedWeights:
+        """Registers weights that all replicas must serve; returns the registry's previous content."""
+        previous = self._registry.read()
+        self._registry.write(previous | {change: loaded})
+        return previous
 
-    async def restore_record(self, record: Record) -> None:
-        self._record.write(record)
+    async def restore_registry(self, served: ServedWeights) -> None:
+        self._registry.write(served)
 
-    async def _follow_record(self) -> None:
-        """Makes up for the changes that this replica was not there to hear of."""
-        for change, loaded in self._record.read().items():
+    async def _load_registered_weights(self) -> None:
+        """Loads registered weights that this replica does not serve yet."""
+        for change, loaded in self._registry.read().items():
             if self._versions.get(change) == loaded.version:
                 continue
-            found = await self.change_weights(change, loaded.path)
-            if isinstance(found, NotReadyError):
+            version = await self.change_weights(change, loaded.path)
+            if isinstance(version, NotReadyError):
                 continue  # the next health check tries again
-            if isinstance(found, NbestError):
-                log.error("What the other replicas serve cannot be loaded here: %s", found)
-            elif found != loaded.version:
-                log.error("%s has changed since it was loaded; load it again, so that all serve the same.", loaded.path)
-            self._versions[change] = loaded.version  # so that it is said once
+            if isinstance(version, NbestError):
+                log.error("This replica cannot load the weights that the other replicas serve: %s", version)
+            elif version != loaded.version:
+                log.error(
+                    "%s has changed since it was loaded; load it again, so that all replicas serve the same weights.",
+                    loaded.path,
+                )
+            self._versions[change] = loaded.version  # so that the error is logged once
 
     async def __del__(self) -> None:
         await self._resources.aclose()
 
 
 class ScorerReplica:
-    """All scorers of the settings; each batches the groups of all requests that come to this replica."""
+    """All scorers of the settings; each batches the groups of all requests that this replica receives."""
 
     async def __init__(self, settings: Settings, generator: DeploymentHandle, start: StartScorers) -> None:  # type: ignore[misc]
         logs.configure(settings.log_level, settings.log_format)
@@ -175,7 +182,7 @@ class ScorerReplica:
     async def score(
         self, name: str, prompt: Prompt, candidates: Sequence[Candidate]
     ) -> AsyncIterator[Scores | ScoringError | None]:
-        """Nothing, which says that the call has come, and then the scores; closing the stream cancels the scoring."""
+        """Yields None to accept the call, and then the scores; closing the stream cancels the scoring."""
         yield None
         try:
             yield await self._scorers[name].score(prompt, candidates)
@@ -191,7 +198,7 @@ class ScorerReplica:
 
 @serve.ingress()
 class RouterReplica:
-    """The HTTP application over the other two deployments."""
+    """The HTTP application; it calls the other two deployments."""
 
     def __init__(self, settings: Settings, generator: DeploymentHandle, scorer: DeploymentHandle) -> None:
         logs.configure(settings.log_level, settings.log_format)
@@ -222,28 +229,29 @@ class RouterReplica:
         yield await connected(self._generator, self._scorer)
 
     async def _exposition(self) -> bytes:
-        """The metrics of all router and scorer replicas, so that it does not matter which router is scraped."""
+        """The metrics of all router and scorer replicas, so that any router can be scraped."""
         routers = serve.get_deployment_handle(ROUTER, serve.get_replica_context().app_name)
-        told = await asyncio.gather(
+        responses = await asyncio.gather(
             *(
                 handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
                 for handle in (routers, self._scorer)
             ),
             return_exceptions=True,
         )
-        answers = [one for answer in told if isinstance(answer, list) for one in answer]
-        return merged(dict([await self.metrics(), *(one for one in answers if not isinstance(one, BaseException))]))
+        answers = [answer for response in responses if isinstance(response, list) for answer in response]
+        metrics = [answer for answer in answers if not isinstance(answer, BaseException)]
+        return merged(dict([await self.metrics(), *metrics]))
 
 
 async def connected(generator: DeploymentHandle, scorer: DeploymentHandle) -> BestOfN:
-    """The pipeline over both deployments. Waits for a replica of each."""
+    """The pipeline over both deployments; waits until a replica of each answers."""
     scorers = await connect_scorers(scorer)
     failover = FailoverGenerator(await RemoteGenerator.connect(generator))
     return ReplicatedBestOfN(failover, scorers, scorer.needs.remote)
 
 
 def handles(name: str) -> tuple[DeploymentHandle, DeploymentHandle]:
-    """Generator and scorer of the application of that name."""
+    """The handles of generator and scorer in the application of that name."""
     generator, scorer = (serve.get_deployment_handle(deployment, name) for deployment in (GENERATOR, SCORER))
     return generator, scorer
 
@@ -256,7 +264,7 @@ def application(
     """The Serve application of these settings.
 
     Raises:
-        ConfigError: keys have budgets, and there may be several routers.
+        ConfigError: API keys have budgets, and there may be several routers.
     """
     _check_budgets(settings)
     return _deployment(
@@ -270,9 +278,9 @@ def application(
 
 
 def application_without_router(settings: Settings, start_generator: StartGenerator, start_scorers: StartScorers) -> Any:
-    """Generators and scorers alone, for a pipeline in the process that deploys them."""
+    """Generators and scorers without a router, for a pipeline in the process that deploys them."""
     _, scorer = _models(settings, start_generator, start_scorers)
-    return scorer  # which brings the generator, the policy that its judges may ask
+    return scorer  # it is bound to the generator, which its judges may call
 
 
 def _models(settings: Settings, start_generator: StartGenerator, start_scorers: StartScorers) -> tuple[Any, Any]:
@@ -282,10 +290,10 @@ def _models(settings: Settings, start_generator: StartGenerator, start_scorers: 
         GENERATOR,
         settings,
         settings.generator_replicas,
-        # So many requests of the default size fill the engine's batch.
+        # This number of requests of the default size fills the engine's batch.
         target_ongoing=max(1, settings.max_num_seqs // settings.default_best_of),
         **generator_resources(settings),
-    ).bind(settings, start_generator, RecordOnRay())
+    ).bind(settings, start_generator, RayWeightsRegistry())
     scorer = _deployment(
         ScorerReplica,
         SCORER,
@@ -298,7 +306,7 @@ def _models(settings: Settings, start_generator: StartGenerator, start_scorers: 
 
 
 def _check_budgets(settings: Settings) -> None:
-    """Each router counts alone, so a budget would be granted once by each of them."""
+    """Refuses budgets with several routers: each router counts on its own, so each would grant the full budget."""
     routers = replica_range(settings.router_replicas)[1]
     if routers == 1 or settings.keys_file is None:
         return
@@ -311,17 +319,17 @@ def _check_budgets(settings: Settings) -> None:
 
 
 def from_config(values: Mapping[str, Any]) -> Any:
-    """The application whose settings stand under `args` of a Serve config file; the environment counts as ever."""
+    """The application for the settings under `args` of a Serve config file, and those in the environment."""
     return application(load_settings({**values, "ray": True}))
 
 
 @contextmanager
 def deployed(app: Any, settings: Settings, port: int | None, *, name: str = APP_NAME) -> Iterator[None]:
-    """The application on the cluster of this process, until the block is left; reached at `port`, if there is one.
+    """Runs the application on the cluster of this process until the block is left, with HTTP on `port` if not None.
 
     Raises:
-        ConfigError: the cluster already has one.
-        StartError: a replica did not come up.
+        ConfigError: the cluster already runs an application of that name.
+        StartError: a replica did not start.
     """
     before = serve.status()
     if name in before.applications:
@@ -342,26 +350,26 @@ def deployed(app: Any, settings: Settings, port: int | None, *, name: str = APP_
             serve.run(app, name=name, route_prefix=None if port is None else "/")
         except RuntimeError as error:
             statuses = serve.status().applications[name].deployments.items()
-            told = {name: one.message for name, one in statuses if one.status != "HEALTHY"}
-            raise StartError(f"The server did not start: {reason_of_failed_start(told) or error}") from error
+            messages = {name: status.message for name, status in statuses if status.status != "HEALTHY"}
+            raise StartError(f"The server did not start: {reason_of_failed_start(messages) or error}") from error
         yield
     finally:
-        with suppress(TimeoutError):  # requests under way have had their time
+        with suppress(TimeoutError):  # running requests have had their time
             serve.delete(name)
         if not before.proxies and not serve.status().applications:
             serve.shutdown()
 
 
-def reason_of_failed_start(told: Mapping[str, str]) -> str | None:
-    """Of what Serve tells of deployments that did not come up, the error at the end of the first traceback."""
-    for name, message in told.items():
+def reason_of_failed_start(messages: Mapping[str, str]) -> str | None:
+    """The error at the end of the first traceback in Serve's messages; deployment name -> message."""
+    for name, message in messages.items():
         if errors := ERROR_LINE.findall(message):
             return f"{name}: {errors[-1]}"
     return None
 
 
 def reserved_cpus(settings: Settings) -> float:
-    """The cores that all replicas reserve together when there are as many as the settings allow."""
+    """The cores that all replicas reserve together at their largest number in the settings."""
     engine = settings.generator_cpus + (settings.tensor_parallel_size if settings.tensor_parallel_size > 1 else 0)
     return (
         replica_range(settings.generator_replicas)[1] * engine
@@ -381,19 +389,19 @@ def _deployment(
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_s + CLOSING_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
-        max_constructor_retry_count=1,  # what cannot be loaded is told at once, not after three tries
+        max_constructor_retry_count=1,  # a failed load is reported at once, not after three tries
         **resources,
     )(replica)
 
 
 def generator_resources(settings: Settings) -> dict[str, Any]:
-    """Of one engine: its own process, and with tensor parallelism a bundle for the actor of each further device."""
-    itself = {"num_cpus": settings.generator_cpus, "num_gpus": settings.generator_gpus}
+    """The resources of one engine: its replica's process and, with tensor parallelism, a bundle per shard's actor."""
+    replica = {"num_cpus": settings.generator_cpus, "num_gpus": settings.generator_gpus}
     if settings.tensor_parallel_size == 1:
-        return {"ray_actor_options": itself}
+        return {"ray_actor_options": replica}
     shard = {"CPU": 1, "GPU": settings.generator_gpus}
     return {
-        "ray_actor_options": itself | {"num_gpus": 0},
+        "ray_actor_options": replica | {"num_gpus": 0},
         "placement_group_bundles": [{"CPU": settings.generator_cpus}, *[shard] * settings.tensor_parallel_size],
     }
 
@@ -403,8 +411,8 @@ def _replica_id() -> str:
     return f"{replica.deployment_id.name}-{replica.unique_id}"
 
 
-def latest(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Of each growing candidate only the last look, which holds all the earlier ones; in the order of their news."""
+def latest_outcomes(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The last outcome of each candidate, which contains its earlier partial ones; in the order they happened."""
     by_index: dict[int, Outcome] = {}
     for outcome in outcomes:
         by_index.pop(outcome.index, None)

@@ -1,8 +1,8 @@
-"""What the generator replicas of one application are to serve, kept where all of them find it: in Ray's own store.
+"""The registry of the weights that all generator replicas of one application serve, kept in Ray's key-value store.
 
-A replica that is started later, or in place of one that died, serves what was loaded before it came; one that missed a
-change makes up for it at its next health check. The store is that of the cluster's head and lives as long as it does;
-each deployment of the application begins with an empty record.
+A replica that starts later, or replaces a dead one, loads the registered weights at its start. A replica that missed a
+change loads it at its next health check. The store belongs to the head of the cluster and lives as long as the cluster;
+each deployment of the application starts with an empty registry.
 """
 
 import json
@@ -12,41 +12,42 @@ from typing import Protocol
 
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from server.generation.weight_store import CHANGES, Change
+from server.generation.weight_store import WEIGHT_CHANGES, WeightChange
 
 NAMESPACE = "nbest-weights"
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """Weights that were loaded from `path`, and their version."""
+class LoadedWeights:
+    """The path from which weights were loaded, and their version."""
 
     path: str
     version: str
 
 
-Record = dict[Change, Loaded]
+ServedWeights = dict[WeightChange, LoadedWeights]
+"""The last weights that each kind of change has loaded."""
 
 
-class WeightsRecord(Protocol):
-    """The record of one deployment."""
+class WeightsRegistry(Protocol):
+    """The registry of one deployment."""
 
-    def read(self) -> Record: ...
+    def read(self) -> ServedWeights: ...
 
-    def write(self, record: Record) -> None: ...
+    def write(self, served: ServedWeights) -> None: ...
 
 
-class RecordOnRay:
-    """`WeightsRecord` in the store of the cluster: whoever has this object, in whichever process, has that record."""
+class RayWeightsRegistry:
+    """A `WeightsRegistry` in the cluster's store: copies of this object in other processes use the same entry."""
 
     def __init__(self) -> None:
         self._key = uuid.uuid4().hex
 
-    def read(self) -> Record:
+    def read(self) -> ServedWeights:
         stored: bytes | None = _internal_kv_get(self._key, namespace=NAMESPACE)
-        told = json.loads(stored) if stored else {}
-        return {change: Loaded(**told[change]) for change in CHANGES if change in told}
+        entries = json.loads(stored) if stored else {}
+        return {change: LoadedWeights(**entries[change]) for change in WEIGHT_CHANGES if change in entries}
 
-    def write(self, record: Record) -> None:
-        told = {change: asdict(loaded) for change, loaded in record.items()}
-        _internal_kv_put(self._key, json.dumps(told), overwrite=True, namespace=NAMESPACE)
+    def write(self, served: ServedWeights) -> None:
+        entries = {change: asdict(loaded) for change, loaded in served.items()}
+        _internal_kv_put(self._key, json.dumps(entries), overwrite=True, namespace=NAMESPACE)

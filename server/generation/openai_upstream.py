@@ -1,10 +1,10 @@
-"""Any OpenAI-compatible server as the generator.
+"""A generator that samples from another OpenAI-compatible server, the upstream.
 
-One streamed request asks for all N choices, so the upstream computes the prompt once. Servers that cap or ignore `n`
-answer with fewer: what is missing is asked for again, in parallel requests of the size that server does give.
+One streamed request has `n` = N, so the upstream computes the prompt once. A server that caps or ignores `n` returns
+fewer choices: further requests, in parallel and of the size that the server did return, sample the missing ones.
 
-A single choice of a running request cannot be stopped from outside; `cancel` drops it, and leaving the block closes
-the connections, which stops whatever still runs.
+A client cannot stop a single choice of a running request. `cancel` drops the choice's output, and leaving the block
+closes the connections, which stops everything that still runs.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "
 class OpenAIGenerator(FixedWeights):
     """Samples a policy that another server runs.
 
-    Numbers of tokens and cumulative log-probabilities are exact where the upstream returns `logprobs`; without them a
-    streamed piece is counted as one token and the log-probability is unknown.
+    Token counts and cumulative log-probabilities are exact where the upstream returns `logprobs`. Without them each
+    streamed piece counts as one token, and the log-probability is unknown.
     """
 
     def __init__(self, model: str, client: openai.AsyncOpenAI, *, upstream_model: str) -> None:
@@ -38,8 +38,8 @@ class OpenAIGenerator(FixedWeights):
 
     @classmethod
     def connect(cls, base_url: str, api_key: str | None, *, model: str, upstream_model: str) -> Self:
-        """A generator that talks to `base_url` (with its /v1)."""
-        # The deadline of a request is the pipeline's business, and so is whether it is worth a second try.
+        """A generator for the server at `base_url`, which includes /v1."""
+        # The pipeline enforces the request's deadline and decides on a retry.
         client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key or "none", timeout=None, max_retries=0)
         return cls(model, client, upstream_model=upstream_model)
 
@@ -61,7 +61,7 @@ class OpenAIGenerator(FixedWeights):
         """The upstream's stream of chunks for `n` choices.
 
         Raises:
-            NbestError: the upstream's refusal, with its own words.
+            NbestError: the upstream refuses the request; the message is the upstream's.
         """
         shared: dict[str, Any] = {
             "model": self._upstream_model,
@@ -93,11 +93,11 @@ class OpenAIGenerator(FixedWeights):
             messages: Any = [{"role": message.role, "content": message.content} for message in prompt.messages]
             return await self._client.chat.completions.create(messages=messages, logprobs=True, **shared)
         except openai.APIError as error:
-            raise _translated(error) from error
+            raise _as_nbest_error(error) from error
 
 
 class OpenAIGeneration:
-    """One streamed upstream request for all candidates, and more where it gave too few."""
+    """One streamed upstream request for all candidates, and further requests where it returned too few."""
 
     def __init__(
         self, generator: OpenAIGenerator, prompt: Prompt, sampling: SamplingParams, n: int, stream_partial: bool
@@ -109,20 +109,20 @@ class OpenAIGeneration:
         self._n = n
         self._stream_partial = stream_partial
         self._outcomes = OutcomeQueue(n)
-        self._filling: asyncio.Task[None] | None = None
+        self._filler: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         stream = await self._generator.stream(self._prompt, self._sampling, self._n)
-        self._filling = asyncio.create_task(self._fill(stream))
-        self._filling.add_done_callback(self._filled)
+        self._filler = asyncio.create_task(self._fill(stream))
+        self._filler.add_done_callback(self._on_filled)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._filling is not None:
-            self._filling.cancel()
-            await asyncio.gather(self._filling, return_exceptions=True)
+        if self._filler is not None:
+            self._filler.cancel()
+            await asyncio.gather(self._filler, return_exceptions=True)
 
     def __aiter__(self) -> AsyncIterator[list[Outcome]]:
         return aiter(self._outcomes)
@@ -131,57 +131,60 @@ class OpenAIGeneration:
         self._outcomes.drop(index)
 
     async def _fill(self, stream: Any) -> None:
-        """Reads the first stream, then tops up; in the end every candidate has finished or failed."""
-        reason = "the upstream returned fewer choices than asked for"
+        """Reads the first stream, then samples the missing choices; every candidate finishes or fails."""
+        reason = "the upstream returned fewer choices than requested"
         try:
-            given = await self._read(stream, first=0)
-            if 0 < given < self._n:
-                starts = range(given, self._n, given)
-                await asyncio.gather(*(self._draw(start, min(given, self._n - start)) for start in starts))
+            num_choices = await self._read(stream, first=0)
+            if 0 < num_choices < self._n:
+                starts = range(num_choices, self._n, num_choices)
+                await asyncio.gather(*(self._sample(start, min(num_choices, self._n - start)) for start in starts))
         except NbestError as error:
             reason = error.message
         for index in sorted(self._outcomes.expected):
             self._outcomes.put(FailedCandidate(index, reason))
 
-    def _filled(self, filling: asyncio.Task[None]) -> None:
-        """A bug must end the iteration too, or whoever iterates would wait forever."""
-        if not filling.cancelled() and (error := filling.exception()):
+    def _on_filled(self, filler: asyncio.Task[None]) -> None:
+        """Passes an unexpected exception to the iteration, which would otherwise wait forever."""
+        if not filler.cancelled() and (error := filler.exception()):
             self._outcomes.fail(error)
 
-    async def _draw(self, first: int, count: int) -> None:
-        """Candidates first … first + count − 1 from a request of their own, with a seed of their own."""
+    async def _sample(self, first: int, count: int) -> None:
+        """Samples candidates first … first + count − 1 in a separate request, with the seed of the first of them."""
         seed = self._sampling.seed
         sampling = replace(self._sampling, seed=None if seed is None else seed + first)
         await self._read(await self._generator.stream(self._prompt, sampling, count), first)
 
     async def _read(self, stream: Any, first: int) -> int:
-        """Hands on the choices of one stream as candidates `first` + choice index; returns how many it held."""
-        growing: dict[int, _Growing] = {}
+        """Yields the choices of one stream as candidates `first` + choice index; returns the number of choices."""
+        builders: dict[int, _ChoiceBuilder] = {}
         try:
             async with stream:
                 async for chunk in stream:
                     if chunk.usage is not None:
                         self.prompt_tokens = chunk.usage.prompt_tokens
                     for choice in chunk.choices:
-                        one = growing.setdefault(
-                            choice.index, _Growing(first + choice.index, self._sampling.logprobs is not None)
+                        builder = builders.setdefault(
+                            choice.index, _ChoiceBuilder(first + choice.index, self._sampling.logprobs is not None)
                         )
-                        one.extend(choice)
-                        if (choice.finish_reason or self._stream_partial) and one.index < self._n:
-                            self._outcomes.put(one.candidate(choice.finish_reason))
+                        builder.extend(choice)
+                        if (choice.finish_reason or self._stream_partial) and builder.index < self._n:
+                            self._outcomes.put(builder.candidate(choice.finish_reason))
         except openai.APIError as error:
-            raise _translated(error) from error
-        except ValueError:  # not chained: it holds the event
+            raise _as_nbest_error(error) from error
+        except ValueError:  # not chained, because its message contains the event
             raise GenerationError("The upstream server sent an event that is not JSON. Try again.") from None
-        return len(growing)
+        return len(builders)
 
 
 @dataclass(slots=True)
-class _Growing:
-    """Adds up the deltas of one choice; its log-probabilities are always asked for, and told if the client asked."""
+class _ChoiceBuilder:
+    """Adds up the deltas of one choice.
+
+    Every request to the upstream has log-probabilities, for the token counts; the candidate has them on request only.
+    """
 
     index: int
-    tells_logprobs: bool
+    return_logprobs: bool
     text: str = ""
     pieces: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -196,8 +199,8 @@ class _Growing:
             return
         if chat:
             self.logprobs += [
-                TokenLogprob(one.token, one.logprob, tuple((top.token, top.logprob) for top in one.top_logprobs))
-                for one in choice.logprobs.content or ()
+                TokenLogprob(entry.token, entry.logprob, tuple((top.token, top.logprob) for top in entry.top_logprobs))
+                for entry in choice.logprobs.content or ()
             ]
         else:
             tokens, values = choice.logprobs.tokens or (), choice.logprobs.token_logprobs or ()
@@ -208,13 +211,14 @@ class _Growing:
             ]
 
     def candidate(self, finish_reason: str | None) -> Candidate:
+        """The choice so far."""
         return Candidate(
             index=self.index,
             text=self.text,
             num_tokens=len(self.logprobs) or self.pieces,
-            cumulative_logprob=math.fsum(one.logprob for one in self.logprobs) if self.logprobs else None,
+            cumulative_logprob=math.fsum(token.logprob for token in self.logprobs) if self.logprobs else None,
             finish_reason=FINISH_REASONS.get(finish_reason, "stop") if finish_reason else None,
-            logprobs=tuple(self.logprobs) if self.tells_logprobs and self.logprobs else None,
+            logprobs=tuple(self.logprobs) if self.return_logprobs and self.logprobs else None,
         )
 
 
@@ -224,16 +228,16 @@ def _response_format(json_schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": json_schema}}
 
 
-def _translated(error: openai.APIError) -> NbestError:
-    """The upstream's error as one of ours: its refusals are the client's to mend, its failures worth a retry."""
-    said = f"The upstream server says: {error.message}"
+def _as_nbest_error(error: openai.APIError) -> NbestError:
+    """The upstream's error as an nbest error: a refusal is a client error, a failure of the upstream can be retried."""
+    message = f"The upstream server returned an error: {error.message}"
     if isinstance(error, openai.RateLimitError):
-        return OverloadedError(said, retry_after_s=_retry_after_s(error))
+        return OverloadedError(message, retry_after_s=_retry_after_s(error))
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-        return NotReadyError(f"{said} Check the server's api_key setting.")
+        return NotReadyError(f"{message} Check the server's api_key setting.")
     if isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
-        return BadRequestError(said)
-    return GenerationError(said)
+        return BadRequestError(message)
+    return GenerationError(message)
 
 
 def _retry_after_s(error: openai.RateLimitError) -> float:

@@ -1,4 +1,4 @@
-"""The outcomes of one generation, in the order they happen; every generator hands its candidates on through this."""
+"""A queue of one generation's outcomes in the order they happen; every generator yields its candidates through it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,40 +8,40 @@ from server.generation.base import Outcome
 
 
 class OutcomeQueue:
-    """A queue that knows which of its N candidates are still `expected`, and ends when none is."""
+    """An async iterable of lists of outcomes; it ends when none of the N candidates is `expected` any more."""
 
     def __init__(self, n: int) -> None:
         self.expected = set(range(n))
         self._queue: list[Outcome] = []
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._error: BaseException | None = None
 
     def put(self, outcome: Outcome) -> None:
-        """Hands on an outcome; one of a candidate that has ended or was dropped is ignored."""
+        """Queues an outcome; ignores it if its candidate has ended or was dropped."""
         if outcome.index not in self.expected:
             return
         if isinstance(outcome, FailedCandidate) or outcome.finish_reason:
             self.expected.discard(outcome.index)
         self._queue.append(outcome)
-        self._news.set()
+        self._changed.set()
 
     def drop(self, index: int) -> bool:
-        """Expects this candidate no longer and forgets it; says whether it was still being generated."""
+        """Removes a candidate and its queued outcomes; returns whether it was still running."""
         was_expected = index in self.expected
         self.expected.discard(index)
-        self._queue = [one for one in self._queue if one.index != index]
-        self._news.set()
+        self._queue = [outcome for outcome in self._queue if outcome.index != index]
+        self._changed.set()
         return was_expected
 
     def fail(self, error: BaseException) -> None:
-        """Ends the iteration with an error that concerns the whole request."""
+        """Ends the iteration with an error of the whole request."""
         self._error = error
-        self._news.set()
+        self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[list[Outcome]]:
         while self.expected or self._queue:
-            await self._news.wait()
-            self._news.clear()
+            await self._changed.wait()
+            self._changed.clear()
             if self._error is not None:
                 raise self._error
             outcomes, self._queue = self._queue, []

@@ -1,4 +1,4 @@
-"""A prompt becomes the token ids that a policy continues: the same where it is served and where it is trained."""
+"""Encodes a prompt into the token ids that the policy continues; serving and training use the same function."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from server.errors import BadRequestError
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The prompt's token ids, through the model's own chat template for a conversation.
+    """The prompt's token ids; a conversation passes through the model's own chat template.
 
     Raises:
         BadRequestError: there is no chat template, or it refuses the conversation.
@@ -17,6 +17,6 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     conversation = [{"role": message.role, "content": message.content} for message in prompt.messages]
     try:
         encoded = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program that may raise anything
         raise BadRequestError(f"The chat template refuses this conversation: {error}", param="messages") from error
     return list(encoded["input_ids"])

@@ -1,16 +1,19 @@
-"""The engine that is started anew when it dies.
+"""Restarts the engine when it dies.
 
-An engine is a process, and processes die: memory runs out, a kernel has a bug, somebody kills it. `SupervisedGenerator`
-holds the running engine and the way to start another, and watches. When the engine has died
+An engine is a process, and processes die: memory runs out, a kernel has a bug, an operator kills it.
+`SupervisedGenerator` holds the running engine and a function that starts another, and checks the engine's health. When
+the engine has died:
 
-- `check_ready` says so, and requests that come now are refused with an error that is worth a retry;
-- the next one is started in the background: at once, but when engines die one after another after ever longer waits;
-- requests under way wait for it and are drawn again there, once. What had finished stays, and the rest has the seeds it
-  had. A candidate that was handed on while it grew cannot be taken back, so its request fails with that same error; so
-  does every request when the next engine is not to come at once, for then nobody knows how long the wait would be.
+- `check_ready` raises, and new requests are refused with an error that is worth a retry.
+- The next engine is started in the background: at once after a single death, and after increasing waits when engines
+  die one after another.
+- Running requests wait for the next engine and are sampled again on it, once. Finished candidates are kept, and the
+  others keep their seeds. Partial text that was already streamed cannot be taken back, so its request fails with the
+  same retryable error. Every request fails with it when the next start has to wait, because then the wait has no known
+  length.
 
-Deadlines and hang-ups need nothing here: both cancel the waiting like any other work. Neither do weights that were
-loaded while an engine ran: `start` gives them to the next one, and a request that is drawn again is drawn with them.
+Deadlines and disconnects need no code here: both cancel the wait like any other work. Weights that were loaded while an
+engine ran need none either: `start` loads them into the next engine, and a request that is sampled again uses them.
 """
 
 import asyncio
@@ -30,43 +33,45 @@ log = logging.getLogger("nbest")
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """When to start the next engine. An engine that lived for `sound_after_s` was sound: its death is a first one.
+class RestartPolicy:
+    """When to start the next engine: exponential back-off over failures (deaths and failed starts) in a row.
 
-    A first death is answered at once; the k-th in a row after `wait_s` · 2^(k−2), at most `longest_wait_s`.
+    The first failure is followed by a start at once, the k-th in a row by one after `first_wait_s` · 2^(k−2), at most
+    `max_wait_s`. An engine that ran for `stable_after_s` ends the row: its death counts as a first one. The health of
+    an idle engine is checked every `check_interval_s`.
     """
 
-    watch_every_s: float = 1.0
-    sound_after_s: float = 60.0
-    wait_s: float = 2.0
-    longest_wait_s: float = 60.0
+    check_interval_s: float = 1.0
+    stable_after_s: float = 60.0
+    first_wait_s: float = 2.0
+    max_wait_s: float = 60.0
 
-    def before_start(self, deaths: int) -> float:
-        """Seconds to wait after that many deaths and failed starts in a row."""
-        doublings = min(deaths - 2, 30)  # far beyond any limit, and still a float
-        return min(self.wait_s * 2.0**doublings, self.longest_wait_s) if deaths > 1 else 0.0
+    def wait_s(self, failures: int) -> float:
+        """Seconds to wait before a start, after that many failures in a row."""
+        doublings = min(failures - 2, 30)  # far beyond any limit, and still a float
+        return min(self.first_wait_s * 2.0**doublings, self.max_wait_s) if failures > 1 else 0.0
 
 
 class EngineSupervisor(ABC):
-    """A generator over engines one after another, of which one runs at a time."""
+    """A generator over a series of engines, of which one runs at a time."""
 
     model: str
 
     @property
     @abstractmethod
     def engine(self) -> Generator:
-        """The one to ask now.
+        """The running engine.
 
         Raises:
-            NotReadyError: there is none.
+            NotReadyError: no engine runs.
         """
 
     @abstractmethod
-    async def successor(self, dead: Generator) -> Generator:
-        """The engine after one that a request has seen die.
+    async def next_engine(self, dead: Generator) -> Generator:
+        """Waits for the engine that replaces `dead`, which a request has found dead.
 
         Raises:
-            NotReadyError: it does not come, or not soon.
+            NotReadyError: no engine replaces it, or not soon.
         """
 
     def generate(
@@ -85,127 +90,134 @@ class EngineSupervisor(ABC):
 
 
 class SupervisedGenerator(EngineSupervisor):
-    """Starts the next engine itself; made by `create`."""
+    """Starts the next engine in this process; made by `create`."""
 
     def __init__(
         self,
         engine: Generator,
         start: Callable[[], Awaitable[Generator]],
-        patience: Patience,
+        restart_policy: RestartPolicy,
         on_restart: Callable[[float], None] | None,
     ) -> None:
         self.model = engine.model
         self._engine: Generator | None = engine
         self._start = start
-        self._patience = patience
+        self._restart_policy = restart_policy
         self._on_restart = on_restart
-        self._trouble = ""  # what is told while there is no engine
-        self._alarm = asyncio.Event()  # a request met a dead engine
-        self._settled = asyncio.Event()  # there is an engine, or one that is not to be waited for
-        self._settled.set()
-        self._watching = asyncio.create_task(self._watch(engine))
+        self._unavailable_message = ""  # the error while no engine runs
+        self._death_reported = asyncio.Event()  # a request has met a dead engine
+        # Set while an engine runs, or while the next start has to wait, so that requests fail instead of waiting.
+        self._can_answer = asyncio.Event()
+        self._can_answer.set()
+        self._watcher = asyncio.create_task(self._watch(engine))
 
     @classmethod
     async def create(
         cls,
         start: Callable[[], Awaitable[Generator]],
         *,
-        patience: Patience | None = None,
+        restart_policy: RestartPolicy | None = None,
         on_restart: Callable[[float], None] | None = None,
     ) -> Self:
-        """Starts the first engine, whose failure is the caller's; `on_restart` hears the seconds without an engine."""
-        return cls(await start(), start, patience or Patience(), on_restart)
+        """Starts the first engine; an error of that start is raised to the caller.
+
+        `on_restart` is called after each restart with the seconds that no engine ran.
+        """
+        return cls(await start(), start, restart_policy or RestartPolicy(), on_restart)
 
     @property
     def engine(self) -> Generator:
         if self._engine is None:
-            raise NotReadyError(self._trouble)
+            raise NotReadyError(self._unavailable_message)
         return self._engine
 
-    async def successor(self, dead: Generator) -> Generator:
+    async def next_engine(self, dead: Generator) -> Generator:
         if self._engine is dead:
-            self._settled.clear()
-            self._alarm.set()
-        await self._settled.wait()
+            self._can_answer.clear()
+            self._death_reported.set()
+        await self._can_answer.wait()
         return self.engine
 
     async def close(self) -> None:
-        self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
+        self._watcher.cancel()
+        await asyncio.gather(self._watcher, return_exceptions=True)
         engine, self._engine = self._engine, None
-        self._trouble = "The server is stopping; try again in a few seconds."
-        self._settled.set()
+        self._unavailable_message = "The server is stopping; try again in a few seconds."
+        self._can_answer.set()
         if engine is not None:
             await engine.close()
 
     async def _watch(self, engine: Generator) -> None:
         """Replaces each engine that dies, for as long as the server runs."""
         loop = asyncio.get_running_loop()
-        deaths = 0
+        failures = 0
         while True:
             started_s = loop.time()
-            await self._death_of(engine)
+            await self._until_dead(engine)
             died_s = loop.time()
-            deaths = 1 if died_s - started_s >= self._patience.sound_after_s else deaths + 1
-            log.error("The engine has died; another is started.")
-            engine, deaths = await self._replace(engine, deaths)
+            failures = 1 if died_s - started_s >= self._restart_policy.stable_after_s else failures + 1
+            log.error("The engine has died; starting another.")
+            engine, failures = await self._replace(engine, failures)
             if self._on_restart is not None:
                 self._on_restart(loop.time() - died_s)
 
-    async def _death_of(self, engine: Generator) -> None:
-        """Returns when this engine does not answer any more: as soon as a request meets it, else at the next look."""
-        while not self._alarm.is_set():
+    async def _until_dead(self, engine: Generator) -> None:
+        """Returns when this engine no longer answers: when a request reports it, or at the next health check."""
+        while not self._death_reported.is_set():
             try:
                 await engine.check_ready()
             except NotReadyError:
                 break
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._alarm.wait(), self._patience.watch_every_s)
-        self._alarm.clear()
+                await asyncio.wait_for(self._death_reported.wait(), self._restart_policy.check_interval_s)
+        self._death_reported.clear()
 
-    async def _replace(self, dead: Generator, deaths: int) -> tuple[Generator, int]:
-        """The next engine, after however many attempts, and the deaths and failed starts in a row until then."""
-        self._engine, self._trouble = None, "The engine has died and is starting again; try again in a few seconds."
-        self._settled.clear()
+    async def _replace(self, dead: Generator, failures: int) -> tuple[Generator, int]:
+        """Starts engines until one runs; returns it and the number of failures in a row so far."""
+        self._engine = None
+        self._unavailable_message = "The engine has died and is starting again; try again in a few seconds."
+        self._can_answer.clear()
         try:
             await dead.close()
         except Exception:
-            log.exception("What the dead engine left could not all be freed.")
-        told = "Engines die one after another; the reason is in the server's log."
+            log.exception("The resources of the dead engine could not all be freed.")
+        cause = "Engines die one after another; the reason is in the server's log."
         while True:
-            wait_s = self._patience.before_start(deaths)
+            wait_s = self._restart_policy.wait_s(failures)
             if wait_s:
-                self._trouble = f"{told} The next start, after {deaths} failures in a row, is in at most {wait_s:g} s."
-                self._settled.set()
+                self._unavailable_message = (
+                    f"{cause} The next start, after {failures} failures in a row, is in at most {wait_s:g} s."
+                )
+                self._can_answer.set()
                 await asyncio.sleep(wait_s)
             try:
                 self._engine = await self._start()
             except Exception as error:
                 log.exception("The engine could not be started again.")
-                deaths += 1
+                failures += 1
                 reason = error.message if isinstance(error, NbestError) else "The reason is in the server's log."
-                told = f"The engine has died and could not be started again. {reason}"
+                cause = f"The engine has died and could not be started again. {reason}"
             else:
-                self._settled.set()
-                return self._engine, deaths
+                self._can_answer.set()
+                return self._engine, failures
 
 
 class SupervisedGeneration:
     """N candidates that survive the death of one engine."""
 
     def __init__(
-        self, engines: EngineSupervisor, prompt: Prompt, sampling: SamplingParams, n: int, stream_partial: bool
+        self, supervisor: EngineSupervisor, prompt: Prompt, sampling: SamplingParams, n: int, stream_partial: bool
     ) -> None:
-        self._engines = engines
-        self._ask: Callable[[Generator], Generation] = lambda engine: engine.generate(
+        self._supervisor = supervisor
+        self._generate: Callable[[Generator], Generation] = lambda engine: engine.generate(
             prompt, sampling, n, stream_partial=stream_partial
         )
-        self._ended: set[int] = set()  # finished, failed or cancelled: not drawn again
-        self._grown = False
+        self._ended: set[int] = set()  # finished, failed or cancelled; not sampled again
+        self._has_streamed = False
 
     async def __aenter__(self) -> Self:
-        self._engine = self._engines.engine
-        self._generation: Generation = self._ask(self._engine)
+        self._engine = self._supervisor.engine
+        self._generation: Generation = self._generate(self._engine)
         await self._generation.__aenter__()
         return self
 
@@ -221,33 +233,38 @@ class SupervisedGeneration:
     async def __aiter__(self) -> AsyncIterator[list[Outcome]]:
         try:
             async for outcomes in self._generation:
-                yield self._noted(outcomes)
+                self._record(outcomes)
+                yield outcomes
         except EngineDiedError:
-            if self._grown:
+            if self._has_streamed:
                 raise
         else:
             return
-        await self._draw_again()
+        await self._sample_again()
         async for outcomes in self._generation:
-            yield self._noted(outcomes)
+            self._record(outcomes)
+            yield outcomes
 
     async def cancel(self, index: int) -> None:
         self._ended.add(index)
         await self._generation.cancel(index)
 
-    def _noted(self, outcomes: list[Outcome]) -> list[Outcome]:
-        for one in outcomes:
-            if isinstance(one, FailedCandidate) or one.finish_reason:
-                self._ended.add(one.index)
+    def _record(self, outcomes: list[Outcome]) -> None:
+        """Remembers which candidates have ended, and whether partial text was yielded."""
+        for outcome in outcomes:
+            if isinstance(outcome, FailedCandidate) or outcome.finish_reason:
+                self._ended.add(outcome.index)
             else:
-                self._grown = True
-        return outcomes
+                self._has_streamed = True
 
-    async def _draw_again(self) -> None:
-        """Asks the next engine for all of them, since candidate i has its seed by its number, and stops what is had."""
+    async def _sample_again(self) -> None:
+        """Samples all N candidates on the next engine and cancels those that have ended.
+
+        A candidate's seed depends on its index, so the request must have all N.
+        """
         await self._generation.__aexit__(None, None, None)
-        self._engine = await self._engines.successor(self._engine)
-        generation = self._ask(self._engine)
+        self._engine = await self._supervisor.next_engine(self._engine)
+        generation = self._generate(self._engine)
         await generation.__aenter__()
         self._generation = generation
         for index in sorted(self._ended):

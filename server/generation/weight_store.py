@@ -1,11 +1,11 @@
-"""The weights that a running engine is given: LoRA adapters as private copies, each named by what is in it.
+"""The weights that engines of one server load: LoRA adapters as private copies, versioned by their content.
 
 An adapter is a directory that PEFT wrote: `adapter_config.json` and `adapter_model.safetensors`. Its version is a
-digest of the two files. So every replica calls the same weights by the same version, whoever loads an adapter again
-changes nothing, and a prefix cache that is keyed by the version can never mix two.
+digest of the two files. So every replica has the same version for the same weights, loading an adapter again changes
+nothing, and a prefix cache that is keyed by the version can never mix two adapters.
 
-The engine reads a copy, for it may read an adapter again at any time, and whoever trains writes over theirs. Full
-weights are too large for that: they are read where they are.
+The engine reads a copy, because it may read an adapter again at any time and a trainer overwrites its own files. Full
+weights are too large to copy: the engine reads them in place.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from server.errors import BadRequestError
 
-Change = Literal["reload_weights", "load_adapter"]
+WeightChange = Literal["reload_weights", "load_adapter"]
 """The methods of a generator that change its weights, in the order in which a new engine repeats them."""
-CHANGES: tuple[Change, ...] = get_args(Change)
+WEIGHT_CHANGES: tuple[WeightChange, ...] = get_args(WeightChange)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 VERSION_DIGITS = 12
 """48 bits: two of a million adapters share a version with a probability of 0.2 percent."""
@@ -32,7 +32,7 @@ VERSION_DIGITS = 12
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One adapter's files, and what they say. `shapes` are those of its tensors, by name."""
+    """The directory of one adapter, and what its files contain. `shapes`: tensor name -> shape."""
 
     path: Path
     version: str
@@ -42,67 +42,67 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class FullWeights:
-    """A model's own weights, in its directory."""
+    """The directory of a model's full weights, and their version."""
 
     path: Path
     version: str
 
 
 class WeightStore:
-    """What the engines of one server are to serve beside what the settings name; it outlives each of them.
+    """The weights that replace or extend those of the settings; it outlives each engine of the server.
 
-    An engine that starts takes the weights of `reloaded` and the `adapter`, where there are any.
+    A new engine loads `reloaded`, the full weights, and `adapter`, where they are not None.
     """
 
     def __init__(self) -> None:
         self.adapter: Adapter | None = None
         self.reloaded: FullWeights | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="nbest-weights-"))
-        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)  # at the latest when Python ends
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)  # at the latest when Python exits
 
-    def keep(self, source: Path) -> Adapter:
-        """A copy of the adapter at `source`; the one that is there already where nothing has changed.
+    def copy_adapter(self, source: Path) -> Adapter:
+        """A private copy of the adapter in the directory `source`; an existing copy where the files are the same.
 
         Raises:
-            BadRequestError: there is no adapter that could be read.
+            BadRequestError: the directory holds no readable LoRA adapter.
         """
-        with tempfile.TemporaryDirectory(dir=self._directory) as incoming:
-            copied = Path(incoming) / "adapter"
-            copied.mkdir()
+        with tempfile.TemporaryDirectory(dir=self._directory) as directory:
+            incoming = Path(directory) / "adapter"
+            incoming.mkdir()
             for name in (CONFIG, WEIGHTS):
                 try:
-                    shutil.copyfile(source / name, copied / name)
+                    shutil.copyfile(source / name, incoming / name)
                 except OSError as error:
                     raise BadRequestError(
                         f"The adapter {source} has no {name} that can be read ({error.strerror}); give a directory "
                         "that PEFT's save_pretrained has written."
                     ) from error
-            version = digest(copied / CONFIG, copied / WEIGHTS)
-            kept = self._directory / version
-            if not kept.exists():
-                read_adapter(copied, version, told_as=source)
-                copied.rename(kept)
-        return read_adapter(kept, version, told_as=source)
+            version = digest(incoming / CONFIG, incoming / WEIGHTS)
+            copy = self._directory / version
+            if not copy.exists():
+                read_adapter(incoming, version, source=source)
+                incoming.rename(copy)
+        return read_adapter(copy, version, source=source)
 
-    def drop(self, adapter: Adapter) -> None:
-        """Removes a copy that no engine will read again."""
+    def remove(self, adapter: Adapter) -> None:
+        """Deletes a copy that no engine will read again."""
         shutil.rmtree(adapter.path, ignore_errors=True)
 
 
 def digest(*files: Path) -> str:
-    """The version of weights: the first digits of a SHA-256 over the contents."""
-    whole = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            whole.update(hashlib.file_digest(opened, "sha256").digest())
-    return whole.hexdigest()[:VERSION_DIGITS]
+    """The version of weights: the first digits of the SHA-256 of the files' SHA-256 digests."""
+    combined = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            combined.update(hashlib.file_digest(file, "sha256").digest())
+    return combined.hexdigest()[:VERSION_DIGITS]
 
 
-def version_at(change: Change, source: Path) -> str:
-    """The version of what would be loaded from there.
+def version_at(change: WeightChange, source: Path) -> str:
+    """The version of the weights that this change would load from the directory `source`.
 
     Raises:
-        BadRequestError: it is not there.
+        BadRequestError: the directory does not hold them.
     """
     if change == "reload_weights":
         return full_weights(source).version
@@ -116,7 +116,7 @@ def full_weights(source: Path) -> FullWeights:
     """The weights in a model's directory.
 
     Raises:
-        BadRequestError: there are none.
+        BadRequestError: the directory holds no weights.
     """
     files = sorted(source.glob("*.safetensors"))
     if not files:
@@ -126,21 +126,21 @@ def full_weights(source: Path) -> FullWeights:
     return FullWeights(source, digest(*files))
 
 
-def read_adapter(path: Path, version: str, *, told_as: Path) -> Adapter:
-    """What the files of an adapter say, which errors call `told_as`.
+def read_adapter(path: Path, version: str, *, source: Path) -> Adapter:
+    """Reads the adapter in the directory `path`; error messages name it `source`.
 
     Raises:
-        BadRequestError: they are damaged, or of another kind than LoRA.
+        BadRequestError: the files are damaged, or the adapter is not a LoRA adapter.
     """
     try:
         config = json.loads((path / CONFIG).read_bytes())
         with safe_open(path / WEIGHTS, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
     except (ValueError, OSError, SafetensorError) as error:
-        raise BadRequestError(f"The adapter {told_as} cannot be read: {error}; save it again with PEFT.") from error
+        raise BadRequestError(f"The adapter {source} cannot be read: {error}; save it again with PEFT.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise BadRequestError(f"The adapter {told_as} is of PEFT's type {kind}; only LORA can be served.")
+        raise BadRequestError(f"The adapter {source} is of PEFT's type {kind}; only LORA can be served.")
     return Adapter(path, version, rank_of(config), shapes)
 
 

@@ -122,7 +122,7 @@ async def test_a_request_under_way_keeps_its_version(world: World) -> None:
         ended = [one async for outcomes in looks for one in outcomes if isinstance(one, Candidate)]
     assert {one.weights_version for one in ended} == {before}
     engine = engine_behind(world.generator)
-    await engine.adapters.settled()
+    await engine.adapters.removals_done()
     assert len(await engine._engine.list_loras()) == 1, "the version that nobody uses has left the engine"
 
 

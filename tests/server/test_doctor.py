@@ -17,6 +17,7 @@ from server import doctor
 from server.cli import app
 from server.config import ConfigError, Settings
 from server.doctor import Finding, Report
+from server.generation import engine_arguments
 from server.http import api_keys
 
 
@@ -25,8 +26,8 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No settings in the environment, and an engine that is quick to import."""
     for name in [name for name in os.environ if name.startswith("NBEST_")]:
         monkeypatch.delenv(name)
-    engine = SimpleNamespace(pick_dtype={"cpu": "float32", "cuda": "auto"}.__getitem__)
-    monkeypatch.setitem(sys.modules, "server.generation.vllm_engine", engine)
+    monkeypatch.setitem(sys.modules, "server.generation.vllm_engine", SimpleNamespace())
+    monkeypatch.setattr(engine_arguments, "pick_dtype", {"cpu": "float32", "cuda": "auto"}.__getitem__)
 
 
 @pytest.fixture

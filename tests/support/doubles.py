@@ -1,4 +1,4 @@
-"""Scripted doubles of the generator and the scorer: for speed and for faults. The real ones run in end_to_end/."""
+"""Scripted doubles of the generator and the scorer, for speed and for faults. tests/end_to_end runs the real ones."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -14,12 +14,12 @@ MAX_MODEL_LEN = 1000
 
 
 class ScriptedGenerator:
-    """Answers candidate i with `texts[i % len(texts)]` after `delays_s[i]`; None as a text is a failed candidate.
+    """The text of candidate i is `texts[i % len(texts)]`, after `delays_s[i]`; None as a text is a failed candidate.
 
-    One word is one token; a token's log-probability is -1 nat. Words come `word_delay_s` apart where growth is asked
-    for. What goes on from a beginning of k words has its own words from the k-th on. `refusal` is raised instead of
-    starting. `cancelled` collects the indexes whose work was stopped before it finished; `calls` what was asked;
-    `adapters` what was loaded. `die` is the death of the engine under all it does.
+    One word is one token; a token's log-probability is -1 nat. With `stream_partial` words come `word_delay_s` apart.
+    A candidate that continues k words (`sampling.after`) takes its own words from the k-th on. `refusal` is raised
+    instead of starting. `cancelled` collects the indexes that were cancelled before they finished; `calls` the
+    requests; `adapters` the paths that were loaded. `die` makes every running generation fail as if the engine died.
     """
 
     model = "scripted"
@@ -73,7 +73,7 @@ class ScriptedGenerator:
 
 
 class ScriptedGeneration:
-    """N scripted candidates, each written by a task of its own."""
+    """N scripted candidates, each written by its own task."""
 
     prompt_tokens = 7
 
@@ -81,16 +81,16 @@ class ScriptedGeneration:
         self._generator = generator
         self._sampling = sampling
         self._stream_partial = stream_partial
-        self._awaited = set(range(n))  # neither ended nor cancelled, as far as the reader knows
+        self._expected = set(range(n))  # neither yielded as ended nor cancelled
         self._writers: dict[int, asyncio.Task[None]] = {}
-        # None: look again, one was cancelled
+        # None wakes the reader after a cancellation.
         self._outcomes: asyncio.Queue[Outcome | NbestError | None] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         await self._generator.check_ready()
         if self._generator.refusal is not None:
             raise self._generator.refusal
-        self._writers = {index: asyncio.create_task(self._write(index)) for index in sorted(self._awaited)}
+        self._writers = {index: asyncio.create_task(self._write(index)) for index in sorted(self._expected)}
         self._generator.running.add(self)
         return self
 
@@ -102,22 +102,25 @@ class ScriptedGeneration:
             await self.cancel(index)
 
     async def __aiter__(self) -> AsyncIterator[list[Outcome]]:
-        while self._awaited:
-            arrived = [await self._outcomes.get()]
+        while self._expected:
+            messages = [await self._outcomes.get()]
             while not self._outcomes.empty():
-                arrived.append(self._outcomes.get_nowait())
-            for one in arrived:
-                if isinstance(one, NbestError):
-                    raise one
-            outcomes = [one for one in arrived if isinstance(one, Outcome) and one.index in self._awaited]
-            self._awaited -= {one.index for one in outcomes if isinstance(one, FailedCandidate) or one.finish_reason}
+                messages.append(self._outcomes.get_nowait())
+            for message in messages:
+                if isinstance(message, NbestError):
+                    raise message
+            arrived = [message for message in messages if isinstance(message, Outcome)]
+            outcomes = [outcome for outcome in arrived if outcome.index in self._expected]
+            self._expected -= {
+                outcome.index for outcome in outcomes if isinstance(outcome, FailedCandidate) or outcome.finish_reason
+            }
             if outcomes:
                 yield outcomes
 
     async def cancel(self, index: int) -> None:
         if self._writers[index].cancel():
             self._generator.cancelled.append(index)
-        self._awaited.discard(index)
+        self._expected.discard(index)
         self._outcomes.put_nowait(None)
 
     def fail(self, error: NbestError) -> None:
@@ -132,7 +135,7 @@ class ScriptedGeneration:
         begun = self._sampling.begun_tokens
         beginning = self._sampling.after.text.split(" ") if self._sampling.after else []
         words = [*beginning, *text.split(" ")[begun:]]
-        written = words[: begun + self._sampling.most_new_tokens(MAX_MODEL_LEN - begun)]
+        written = words[: begun + self._sampling.max_new_tokens(MAX_MODEL_LEN - begun)]
         if self._stream_partial:
             for count in range(begun + 1, len(written)):
                 self._outcomes.put_nowait(self._candidate(index, words[:count], None))
@@ -152,8 +155,8 @@ class ScriptedGeneration:
 
 
 def _logprobs(words: list[str], num_top: int) -> tuple[TokenLogprob, ...]:
-    """Each word at -1 nat, and beside it the most likely: itself, then other-1 at -2 nats, and so on."""
-    tokens = [word if place == 0 else f" {word}" for place, word in enumerate(words)]
+    """Each word at -1 nat; its most likely tokens are itself, then other-1 at -2 nats, and so on."""
+    tokens = [word if position == 0 else f" {word}" for position, word in enumerate(words)]
     return tuple(
         TokenLogprob(token, -1.0, ((token, -1.0), *((f"other-{k}", -1.0 - k) for k in range(1, num_top)))[:num_top])
         for token in tokens
@@ -161,7 +164,7 @@ def _logprobs(words: list[str], num_top: int) -> tuple[TokenLogprob, ...]:
 
 
 class ScriptedScorer:
-    """Rewards a text by `rewards[text]`, or by its length where it is not listed; an error where `fails` is set."""
+    """Rewards a text with `rewards[text]`, or with its length where it is not listed; raises if `fails` is set."""
 
     name = "scripted-reward"
     needs = Needs()
@@ -178,8 +181,9 @@ class ScriptedScorer:
         if self.fails:
             raise ScoringError("the scripted scorer fails")
         self.groups.append(len(candidates))
-        rewards = tuple(self.rewards.get(c.text, float(len(c.text))) for c in candidates)
-        return Scores(rewards, scored_tokens=sum(len(c.text.split(" ")) for c in candidates))
+        texts = [candidate.text for candidate in candidates]
+        rewards = tuple(self.rewards.get(text, float(len(text))) for text in texts)
+        return Scores(rewards, scored_tokens=sum(len(text.split(" ")) for text in texts))
 
     async def close(self) -> None:
         self.closed = True

@@ -1,7 +1,7 @@
-"""Faults of a cluster, each under twenty requests of which none may be lost: replicas killed, nodes removed.
+"""Faults of a cluster during twenty running requests, none of which may be lost: replicas killed, nodes removed.
 
-A real cluster of several nodes on this machine; generators and scorers are scripted, and wait at a gate that the
-tests open, so that every fault meets its requests in the midst of their work, however slow the machine is.
+A real cluster of several nodes runs on this machine. Generators and scorers are scripted and pause until the test lets
+them continue, so that every fault happens while its requests run, however slow the machine is.
 """
 
 import asyncio
@@ -16,63 +16,63 @@ import ray
 
 from server.config import Settings
 from server.distributed import deployments
-from tests.support.gated import Gate, started_generator, started_scorers
-from tests.support.ray_nodes import PATIENCE_S, Nodes
+from tests.support.pausable_replicas import PausePoints, started_generator, started_scorers
+from tests.support.ray_nodes import TIMEOUT_S, RayNodes
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
-TOGETHER = 20
+NUM_REQUESTS = 20
 SETTINGS = Settings(ray=True, generator_replicas="2", generator_cpus=2, scorer_replicas="2", scorer_cpus=0.5)
 BODY = {"model": "scripted", "prompt": "Well?", "best_of": 2}
 
 
-class Faulty:
-    """The running server, its nodes and the gate."""
+class PausableServer:
+    """The running server, its nodes and its pause points."""
 
-    def __init__(self, url: str, nodes: Nodes, gate: Any) -> None:
+    def __init__(self, url: str, nodes: RayNodes, pause_points: Any) -> None:
         self.url = url
         self.nodes = nodes
-        self._gate = gate
+        self._pause_points = pause_points
 
-    def close(self, place: str) -> None:
-        ray.get(self._gate.set_closed.remote(place, True))
+    def block(self, point: str) -> None:
+        ray.get(self._pause_points.set_blocked.remote(point, True))
 
-    def open(self, place: str) -> None:
-        ray.get(self._gate.set_closed.remote(place, False))
+    def unblock(self, point: str) -> None:
+        ray.get(self._pause_points.set_blocked.remote(point, False))
 
-    async def waiting(self, place: str, count: int) -> list[int]:
-        async with asyncio.timeout(PATIENCE_S):
-            pids: list[int] = await self._gate.waiting.remote(place, count)
+    async def waiting_pids(self, point: str, count: int) -> list[int]:
+        async with asyncio.timeout(TIMEOUT_S):
+            pids: list[int] = await self._pause_points.waiting_pids.remote(point, count)
             return pids
 
-    async def ask(self) -> list[httpx.Response]:
+    async def complete_all(self) -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self.url, timeout=3 * PATIENCE_S, limits=limits) as client:
-            return await asyncio.gather(*(client.post("/v1/completions", json=BODY) for _ in range(TOGETHER)))
+        async with httpx.AsyncClient(base_url=self.url, timeout=3 * TIMEOUT_S, limits=limits) as client:
+            return await asyncio.gather(*(client.post("/v1/completions", json=BODY) for _ in range(NUM_REQUESTS)))
 
     def has_status(self, path: str, status: int) -> bool:
-        return httpx.get(self.url + path, timeout=PATIENCE_S).status_code == status
+        return httpx.get(self.url + path, timeout=TIMEOUT_S).status_code == status
 
     async def until_status(self, path: str, status: int) -> None:
-        assert await asyncio.to_thread(eventually, lambda: self.has_status(path, status), PATIENCE_S)
+        assert await asyncio.to_thread(eventually, lambda: self.has_status(path, status), TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
-def faulty() -> Iterator[Faulty]:
-    """Scorers, router and gate on the head node, a generator on each of two others."""
+def server() -> Iterator[PausableServer]:
+    """Scorers, router and pause points on the head node, a generator on each of two others."""
     application = deployments.application(SETTINGS, started_generator, started_scorers)
-    with Nodes.joined(SETTINGS) as nodes:
-        gate = Gate.start()
-        ray.get(gate.set_closed.remote("death", True))
+    with RayNodes.joined(SETTINGS) as nodes:
+        pause_points = PausePoints.start()
+        ray.get(pause_points.set_blocked.remote("death", True))
         with nodes.serving(application, SETTINGS) as url:
-            faulty = Faulty(url, nodes, gate)
-            asyncio.run(faulty.until_status("/ready", 200))
-            yield faulty
+            server = PausableServer(url, nodes, pause_points)
+            asyncio.run(server.until_status("/ready", 200))
+            yield server
 
 
-def all_answered(replies: list[httpx.Response]) -> None:
-    """With both candidates, scored: of the two texts the longer wins."""
+def assert_all_answered(replies: list[httpx.Response]) -> None:
+    """Every reply has both candidates and their rewards; the longer text wins."""
     for reply in replies:
         assert reply.status_code == 200, reply.text
         assert reply.json()["choices"][0]["text"] == "great fun"
@@ -80,81 +80,81 @@ def all_answered(replies: list[httpx.Response]) -> None:
         assert reply.json()["nbest"]["ranked_by"] == "reward"
 
 
-async def test_one_of_two_generator_replicas_is_killed(faulty: Faulty) -> None:
-    faulty.close("generator")
-    asking = asyncio.create_task(faulty.ask())
-    pids = await faulty.waiting("generator", 2 * TOGETHER)
+async def test_one_of_two_generator_replicas_is_killed(server: PausableServer) -> None:
+    server.block("generator")
+    replies = asyncio.create_task(server.complete_all())
+    pids = await server.waiting_pids("generator", 2 * NUM_REQUESTS)
     assert len(set(pids)) == 2
     os.kill(pids[0], signal.SIGKILL)
-    faulty.open("generator")
-    all_answered(await asking)
+    server.unblock("generator")
+    assert_all_answered(await replies)
 
 
-async def test_all_generator_replicas_are_killed(faulty: Faulty) -> None:
-    await unready_meanwhile(faulty, "generator", 2 * TOGETHER)
+async def test_all_generator_replicas_are_killed(server: PausableServer) -> None:
+    await kill_all_replicas(server, "generator", 2 * NUM_REQUESTS)
 
 
-async def test_the_engines_of_all_replicas_die(faulty: Faulty) -> None:
-    faulty.close("generator")
-    asking = asyncio.create_task(faulty.ask())
-    await faulty.waiting("generator", 2 * TOGETHER)
-    faulty.close("start")
-    faulty.open("death")
-    await faulty.until_status("/ready", 503)
-    await faulty.until_status("/health", 200)
-    faulty.close("death")
-    faulty.open("generator")
-    faulty.open("start")
-    await faulty.until_status("/ready", 200)
-    all_answered(await asking)
+async def test_the_engines_of_all_replicas_die(server: PausableServer) -> None:
+    server.block("generator")
+    replies = asyncio.create_task(server.complete_all())
+    await server.waiting_pids("generator", 2 * NUM_REQUESTS)
+    server.block("start")
+    server.unblock("death")
+    await server.until_status("/ready", 503)
+    await server.until_status("/health", 200)
+    server.block("death")
+    server.unblock("generator")
+    server.unblock("start")
+    await server.until_status("/ready", 200)
+    assert_all_answered(await replies)
 
 
-async def test_one_of_two_scorer_replicas_is_killed(faulty: Faulty) -> None:
-    faulty.close("scorer")
-    asking = asyncio.create_task(faulty.ask())
-    pids = await faulty.waiting("scorer", TOGETHER)
+async def test_one_of_two_scorer_replicas_is_killed(server: PausableServer) -> None:
+    server.block("scorer")
+    replies = asyncio.create_task(server.complete_all())
+    pids = await server.waiting_pids("scorer", NUM_REQUESTS)
     os.kill(pids[0], signal.SIGKILL)
-    faulty.open("scorer")
-    all_answered(await asking)
+    server.unblock("scorer")
+    assert_all_answered(await replies)
 
 
-async def test_all_scorer_replicas_are_killed(faulty: Faulty) -> None:
-    await unready_meanwhile(faulty, "scorer", TOGETHER)
+async def test_all_scorer_replicas_are_killed(server: PausableServer) -> None:
+    await kill_all_replicas(server, "scorer", NUM_REQUESTS)
 
 
-async def unready_meanwhile(faulty: Faulty, place: str, count: int) -> None:
-    """All replicas there die under their requests, and none can start until `/ready` has said so."""
-    faulty.close(place)
-    asking = asyncio.create_task(faulty.ask())
-    pids = set(await faulty.waiting(place, count))
-    faulty.close("start")
+async def kill_all_replicas(server: PausableServer, point: str, count: int) -> None:
+    """Kills all replicas that wait at the point; no other can start until `/ready` has returned 503."""
+    server.block(point)
+    replies = asyncio.create_task(server.complete_all())
+    pids = set(await server.waiting_pids(point, count))
+    server.block("start")
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    faulty.open(place)
-    await faulty.until_status("/ready", 503)
-    await faulty.until_status("/health", 200)
-    faulty.open("start")
-    await faulty.until_status("/ready", 200)
-    all_answered(await asking)
+    server.unblock(point)
+    await server.until_status("/ready", 503)
+    await server.until_status("/health", 200)
+    server.unblock("start")
+    await server.until_status("/ready", 200)
+    assert_all_answered(await replies)
 
 
-async def test_one_of_two_worker_nodes_is_removed(faulty: Faulty) -> None:
-    faulty.close("generator")
-    asking = asyncio.create_task(faulty.ask())
-    pids = await faulty.waiting("generator", 2 * TOGETHER)
-    faulty.nodes.remove_that_of(pids[0])
-    faulty.open("generator")
-    all_answered(await asking)
+async def test_one_of_two_worker_nodes_is_removed(server: PausableServer) -> None:
+    server.block("generator")
+    replies = asyncio.create_task(server.complete_all())
+    pids = await server.waiting_pids("generator", 2 * NUM_REQUESTS)
+    server.nodes.kill_node_of(pids[0])
+    server.unblock("generator")
+    assert_all_answered(await replies)
 
 
-async def test_the_last_worker_node_is_removed_and_another_one_joins(faulty: Faulty) -> None:
-    faulty.close("generator")
-    asking = asyncio.create_task(faulty.ask())
-    pids = await faulty.waiting("generator", 2 * TOGETHER)
-    faulty.nodes.remove_that_of(pids[0])
-    faulty.open("generator")
-    await faulty.until_status("/ready", 503)
-    await faulty.until_status("/health", 200)
-    faulty.nodes.add()
-    await faulty.until_status("/ready", 200)
-    all_answered(await asking)
+async def test_the_last_worker_node_is_removed_and_another_joins(server: PausableServer) -> None:
+    server.block("generator")
+    replies = asyncio.create_task(server.complete_all())
+    pids = await server.waiting_pids("generator", 2 * NUM_REQUESTS)
+    server.nodes.kill_node_of(pids[0])
+    server.unblock("generator")
+    await server.until_status("/ready", 503)
+    await server.until_status("/health", 200)
+    server.nodes.add()
+    await server.until_status("/ready", 200)
+    assert_all_answered(await replies)

@@ -1,11 +1,7 @@
-"""What a dead engine leaves behind is found and cleared away; here other processes stand for the engine's."""
+"""Processes and shared memory of a dead engine are removed; other processes stand for the engine's."""
 
 import asyncio
-import importlib
 import multiprocessing
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -15,22 +11,22 @@ from pathlib import Path
 import pytest
 
 from server.generation import engine_cleanup
-from server.generation.engine_cleanup import ENDS_WITH_ITS_OWNER, OWNER_VARIABLE, EngineProcesses, give_up, started
+from server.generation.engine_cleanup import EngineProcesses, active_children, cancel_start
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def hold(segment: str, holding: "multiprocessing.synchronize.Event") -> None:
+def map_and_hang(segment: str, is_mapped: "multiprocessing.synchronize.Event") -> None:
     """Maps the shared memory, and then hangs."""
     memory = SharedMemory(segment)
-    holding.set()
+    is_mapped.set()
     time.sleep(3600)
     memory.close()
 
 
 @pytest.fixture
 def segment() -> Iterator[SharedMemory]:
-    """Shared memory that nobody frees but the one who clears away."""
+    """Shared memory that the fixture does not free."""
     memory = SharedMemory(create=True, size=64)
     yield memory
     memory.close()
@@ -38,17 +34,17 @@ def segment() -> Iterator[SharedMemory]:
 
 @pytest.fixture
 def engine(segment: SharedMemory) -> Iterator[tuple[BaseProcess, EngineProcesses]]:
-    before = started()
-    holding = SPAWN.Event()
-    process = SPAWN.Process(target=hold, args=(segment.name, holding))
+    children_before = active_children()
+    is_mapped = SPAWN.Event()
+    process = SPAWN.Process(target=map_and_hang, args=(segment.name, is_mapped))
     process.start()
-    assert holding.wait(60)
-    yield process, EngineProcesses.since(before)
+    assert is_mapped.wait(60)
+    yield process, EngineProcesses.since(children_before)
     process.kill()
     process.join()
 
 
-def test_a_killed_process_leaves_no_shared_memory(
+def test_the_shared_memory_of_a_killed_process_is_freed(
     engine: tuple[BaseProcess, EngineProcesses], segment: SharedMemory
 ) -> None:
     process, processes = engine
@@ -58,7 +54,7 @@ def test_a_killed_process_leaves_no_shared_memory(
     assert not Path("/dev/shm", segment.name).exists()
 
 
-def test_a_process_that_stays_is_killed(
+def test_a_process_that_does_not_end_is_killed(
     engine: tuple[BaseProcess, EngineProcesses], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_cleanup, "END_TIMEOUT_S", 0.1)
@@ -68,7 +64,7 @@ def test_a_process_that_stays_is_killed(
     assert not process.is_alive()
 
 
-def test_what_has_been_cleared_away_by_the_engine_itself_is_no_trouble(
+def test_shared_memory_that_the_engine_has_freed_is_no_error(
     engine: tuple[BaseProcess, EngineProcesses], segment: SharedMemory
 ) -> None:
     process, processes = engine
@@ -78,8 +74,8 @@ def test_what_has_been_cleared_away_by_the_engine_itself_is_no_trouble(
     processes.end()
 
 
-async def test_a_start_that_is_given_up_ends_though_its_thread_cannot_be_cancelled() -> None:
-    before = started()
+async def test_a_cancelled_start_ends_although_its_thread_cannot_be_cancelled() -> None:
+    children_before = active_children()
     process = SPAWN.Process(target=time.sleep, args=(3600,))
 
     def start() -> None:
@@ -88,37 +84,5 @@ async def test_a_start_that_is_given_up_ends_though_its_thread_cannot_be_cancell
         raise RuntimeError("the engine did not start")
 
     async with asyncio.timeout(60):
-        await give_up(asyncio.create_task(asyncio.to_thread(start)), before)
+        await cancel_start(asyncio.create_task(asyncio.to_thread(start)), children_before)
     assert not process.is_alive()
-
-
-def work(owner: int, at_work: "multiprocessing.synchronize.Event") -> None:
-    """What a worker does: imports its extension, and then goes on for ever."""
-    os.environ[OWNER_VARIABLE] = str(owner)
-    module, _, extension = ENDS_WITH_ITS_OWNER.rpartition(".")
-    assert hasattr(importlib.import_module(module), extension)
-    at_work.set()
-    time.sleep(3600)
-
-
-def test_a_worker_lives_as_long_as_its_owner_and_no_longer() -> None:
-    owner = subprocess.Popen(["sleep", "3600"])
-    at_work = SPAWN.Event()
-    worker = SPAWN.Process(target=work, args=(owner.pid, at_work))
-    worker.start()
-    assert at_work.wait(60)
-    assert worker.is_alive()
-    owner.kill()
-    owner.wait()
-    worker.join(60)
-    assert worker.exitcode == -signal.SIGKILL
-
-
-def test_a_worker_whose_owner_ended_before_it_began_ends_at_once() -> None:
-    owner = subprocess.Popen(["true"])
-    owner.wait()
-    at_work = SPAWN.Event()
-    worker = SPAWN.Process(target=work, args=(owner.pid, at_work))
-    worker.start()
-    worker.join(60)
-    assert worker.exitcode == -signal.SIGKILL

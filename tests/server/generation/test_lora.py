@@ -1,4 +1,4 @@
-"""Adapters come and go beside requests under way; what cannot be served changes nothing."""
+"""Adapters are loaded and removed while requests run; an adapter that cannot be served changes nothing."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ POLICY = {"model.layers.0.mlp.up_proj": (6, 4), "model.embed_tokens": (9, 4)}
 
 
 class ScriptedLoraEngine:
-    """Remembers the adapters it holds, by number, and what their directories held when they came."""
+    """Records the adapters that it holds (number -> path), and those that were added and removed."""
 
     def __init__(self) -> None:
         self.held: dict[int, str] = {}
@@ -39,7 +39,7 @@ class ScriptedLoraEngine:
 def save(
     path: Path, content: float = 0.0, *, module: str = "model.layers.0.mlp.up_proj", rank: int = 2, **config: object
 ) -> str:
-    """An adapter over a layer of 4 inputs and 6 outputs."""
+    """Saves an adapter for a layer of 4 inputs and 6 outputs."""
     path.mkdir(exist_ok=True)
     stem = f"base_model.model.{module}"
     weights = {
@@ -61,7 +61,7 @@ def adapters(engine: ScriptedLoraEngine) -> EngineAdapters:
     return EngineAdapters(engine, WeightStore(), lambda: POLICY, max_rank=8)
 
 
-async def test_requests_keep_the_version_they_began_with_and_it_goes_when_they_have_ended(
+async def test_requests_keep_their_version_and_it_is_removed_when_they_have_ended(
     engine: ScriptedLoraEngine, adapters: EngineAdapters, tmp_path: Path
 ) -> None:
     first = await adapters.load(save(tmp_path / "v1", 1))
@@ -73,18 +73,18 @@ async def test_requests_keep_the_version_they_began_with_and_it_goes_when_they_h
     assert (a.request, b is a, c.request) == ("request 1", True, "request 2")
     assert (a.adapter.version, c.adapter.version) == (first, second)
     adapters.end(a)
-    await adapters.settled()
+    await adapters.removals_done()
     assert set(engine.held) == {1, 2}
     adapters.end(b)
-    await adapters.settled()
+    await adapters.removals_done()
     assert set(engine.held) == {2}
     assert not a.adapter.path.exists()
     adapters.end(c)
-    await adapters.settled()
-    assert set(engine.held) == {2}, "the newest stays without requests"
+    await adapters.removals_done()
+    assert set(engine.held) == {2}, "the newest version stays without requests"
 
 
-async def test_a_version_nobody_uses_goes_at_once(
+async def test_a_version_without_requests_is_removed_at_once(
     engine: ScriptedLoraEngine, adapters: EngineAdapters, tmp_path: Path
 ) -> None:
     for content in (1, 2, 3):
@@ -92,7 +92,7 @@ async def test_a_version_nobody_uses_goes_at_once(
     assert (set(engine.held), engine.removed) == ({3}, [1, 2])
 
 
-async def test_the_same_files_are_the_same_version_and_are_loaded_once(
+async def test_the_same_files_have_the_same_version_and_are_loaded_once(
     engine: ScriptedLoraEngine, adapters: EngineAdapters, tmp_path: Path
 ) -> None:
     versions = [await adapters.load(save(tmp_path / name, 1)) for name in ("here", "there", "here")]
@@ -100,18 +100,18 @@ async def test_the_same_files_are_the_same_version_and_are_loaded_once(
     assert len(engine.added) == 1
 
 
-async def test_a_version_that_still_draws_can_come_back(
+async def test_a_version_that_requests_still_use_can_become_the_current_one_again(
     engine: ScriptedLoraEngine, adapters: EngineAdapters, tmp_path: Path
 ) -> None:
     await adapters.load(save(tmp_path / "v1", 1))
-    drawing = adapters.begin()
+    first = adapters.begin()
     await adapters.load(save(tmp_path / "v2", 2))
     await adapters.load(str(tmp_path / "v1"))
-    assert adapters.begin() is drawing
+    assert adapters.begin() is first
     assert (len(engine.added), set(engine.held)) == (2, {1})
 
 
-async def test_what_is_written_over_a_loaded_adapter_does_not_reach_the_engine(
+async def test_overwriting_a_loaded_adapter_does_not_change_the_engines_copy(
     engine: ScriptedLoraEngine, adapters: EngineAdapters, tmp_path: Path
 ) -> None:
     version = await adapters.load(save(tmp_path / "v", 1))
@@ -119,30 +119,30 @@ async def test_what_is_written_over_a_loaded_adapter_does_not_reach_the_engine(
     assert version_at("load_adapter", Path(engine.held[1])) == version
 
 
-async def test_the_next_engine_serves_the_same(engine: ScriptedLoraEngine, tmp_path: Path) -> None:
-    shelf, successor = WeightStore(), ScriptedLoraEngine()
-    version = await EngineAdapters(engine, shelf, lambda: POLICY, max_rank=8).load(save(tmp_path / "v", 1))
+async def test_the_next_engine_loads_the_same_adapter(engine: ScriptedLoraEngine, tmp_path: Path) -> None:
+    weight_store, next_engine = WeightStore(), ScriptedLoraEngine()
+    version = await EngineAdapters(engine, weight_store, lambda: POLICY, max_rank=8).load(save(tmp_path / "v", 1))
     save(tmp_path / "v", 2)
-    after = EngineAdapters(successor, shelf, lambda: POLICY, max_rank=8)
-    await after.resume()
-    assert successor.added == [version]
-    assert after.begin() is not None
+    adapters = EngineAdapters(next_engine, weight_store, lambda: POLICY, max_rank=8)
+    await adapters.resume()
+    assert next_engine.added == [version]
+    assert adapters.begin() is not None
 
 
-async def test_an_adapter_the_engine_refuses_is_taken_back_and_the_one_before_goes_on(
+async def test_an_adapter_that_the_engine_refuses_is_removed_and_the_previous_stays(
     engine: ScriptedLoraEngine, adapters: EngineAdapters, tmp_path: Path
 ) -> None:
     first = await adapters.load(save(tmp_path / "v1", 1))
     engine.refusal = "No DoRA."
     with pytest.raises(BadRequestError, match=r"cannot serve the adapter .*v2: No DoRA\."):
         await adapters.load(save(tmp_path / "v2", 2))
-    begun = adapters.begin()
-    assert begun is not None
-    assert (begun.adapter.version, set(engine.held), engine.removed) == (first, {1}, [2])
+    current = adapters.begin()
+    assert current is not None
+    assert (current.adapter.version, set(engine.held), engine.removed) == (first, {1}, [2])
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("changes", "message"),
     [
         ({"rank": 9}, "has rank 9, and ranks up to 8 are served; start the server with --max-lora-rank 9"),
         ({"rank_pattern": {"up_proj": 16}}, "has rank 16"),
@@ -158,14 +158,14 @@ async def test_an_adapter_the_engine_refuses_is_taken_back_and_the_one_before_go
     ],
 )
 async def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(
-    engine: ScriptedLoraEngine, adapters: EngineAdapters, tmp_path: Path, made: dict[str, object], told: str
+    engine: ScriptedLoraEngine, adapters: EngineAdapters, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(BadRequestError, match=told):
-        await adapters.load(save(tmp_path / "v", 1, **made))  # type: ignore[arg-type]
+    with pytest.raises(BadRequestError, match=message):
+        await adapters.load(save(tmp_path / "v", 1, **changes))  # type: ignore[arg-type]
     assert (engine.added, adapters.begin()) == ([], None)
 
 
-async def test_files_that_are_missing_or_damaged_are_told(adapters: EngineAdapters, tmp_path: Path) -> None:
+async def test_missing_or_damaged_files_are_an_error_that_names_them(adapters: EngineAdapters, tmp_path: Path) -> None:
     with pytest.raises(BadRequestError, match=r"has no adapter_config\.json that can be read \(No such file"):
         await adapters.load(str(tmp_path / "nowhere"))
     path = Path(save(tmp_path / "v"))
@@ -174,7 +174,7 @@ async def test_files_that_are_missing_or_damaged_are_told(adapters: EngineAdapte
         await adapters.load(str(path))
 
 
-async def test_more_versions_than_an_engine_holds_are_put_off(adapters: EngineAdapters, tmp_path: Path) -> None:
+async def test_more_versions_than_an_engine_holds_are_refused_for_now(adapters: EngineAdapters, tmp_path: Path) -> None:
     for content in range(4):
         await adapters.load(save(tmp_path / "v", content))
         adapters.begin()
@@ -182,7 +182,7 @@ async def test_more_versions_than_an_engine_holds_are_put_off(adapters: EngineAd
         await adapters.load(save(tmp_path / "v", 5))
 
 
-async def test_without_room_for_adapters_none_is_loaded(engine: ScriptedLoraEngine, tmp_path: Path) -> None:
+async def test_an_engine_without_adapters_loads_none(engine: ScriptedLoraEngine, tmp_path: Path) -> None:
     adapters = EngineAdapters(engine, WeightStore(), lambda: POLICY, max_rank=None)
     with pytest.raises(BadRequestError, match="started without adapters"):
         await adapters.load(save(tmp_path / "v"))

@@ -1,7 +1,7 @@
-"""One scripted server in both modes, in one process and on Ray, for the promises that both keep.
+"""A scripted server in both modes, in one process and on Ray, for tests of what both modes must do.
 
-A request's first message (or its text) is the name of a script, so that one deployment plays them all. What happens in
-a replica is told to a `Witness`, which the test asks.
+A request's first message, or its prompt text, is the name of a script, so one deployment runs every script. The
+generator records what happens to its candidates in an `EventLog`, from which the test reads.
 """
 
 import asyncio
@@ -33,13 +33,13 @@ from server.observability.metrics import Metrics
 from server.pipeline.best_of_n import BestOfN
 from tests.support.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
 
-PATIENCE_S = 60
-"""For what takes milliseconds, on a machine that has much else to do."""
-TASTE = {"dull": -2.0, "a fine film": 1.0, "great fun": 2.5}
+TIMEOUT_S = 60
+"""For operations of milliseconds, on a busy machine."""
+REWARDS = {"dull": -2.0, "a fine film": 1.0, "great fun": 2.5}
 
 
-class Dies(ScriptedGenerator):
-    """Its process ends as soon as it has begun to generate."""
+class CrashingGenerator(ScriptedGenerator):
+    """Ends its process as soon as a generation has started."""
 
     def __init__(self) -> None:
         super().__init__(["never"], delays_s={0: 600})
@@ -51,7 +51,7 @@ class Dies(ScriptedGenerator):
         return super().generate(prompt, sampling, n, stream_partial=stream_partial)
 
 
-class DyingScorer(ScriptedScorer):
+class CrashingScorer(ScriptedScorer):
     async def score(self, *_: Any) -> Scores:
         os._exit(1)
 
@@ -59,94 +59,98 @@ class DyingScorer(ScriptedScorer):
 SCRIPTS: dict[str, Callable[[], ScriptedGenerator]] = {
     "films": lambda: ScriptedGenerator(["dull", "a fine film", "great fun"]),
     "one fails": lambda: ScriptedGenerator(["dull", None, "great fun"]),
-    "grows": lambda: ScriptedGenerator(["first " + "word " * 200], word_delay_s=60),
+    "partial text": lambda: ScriptedGenerator(["first " + "word " * 200], word_delay_s=60),
     "slow": lambda: ScriptedGenerator(["dull", "a fine film", "great fun"], delays_s={1: 600, 2: 600}),
     "endless": lambda: ScriptedGenerator(["dull"], delays_s={0: 600, 1: 600, 2: 600}),
     "slow to start": lambda: ScriptedGenerator(["dull"], delays_s={0: 600}),
     "refused": lambda: ScriptedGenerator([], refusal=BadRequestError("No.", param="messages")),
     "too long": lambda: ScriptedGenerator([], refusal=ContextLengthError("Too long.", param="messages")),
     "overloaded": lambda: ScriptedGenerator([], refusal=OverloadedError("Full.", retry_after_s=7)),
-    "chatters": lambda: ScriptedGenerator([" ".join(map(str, range(500)))]),
-    "dies": Dies,
+    "many tokens": lambda: ScriptedGenerator([" ".join(map(str, range(500)))]),
+    "crashes": CrashingGenerator,
     "down": lambda: ScriptedGenerator([], refusal=NotReadyError("Gone.")),
 }
 
 
-class Witness(Protocol):
-    """Hears in the replica what happens to candidates, and tells the test."""
+class EventLog(Protocol):
+    """Records in a replica what happens to candidates; the test reads it."""
 
-    def tell(self, event: str, script: str, index: int) -> None: ...
+    def record(self, event: str, script: str, index: int) -> None: ...
 
-    def hear(self, event: str, script: str, count: int) -> list[int]:
-        """The candidates of this script to which it has happened since the last question, once they are `count`."""
+    def wait_for(self, event: str, script: str, count: int) -> list[int]:
+        """The indexes recorded for this event and script since the previous call, once there are `count`."""
 
 
-class ThreadWitness:
+class ThreadEventLog:
+    """The event log of a server in a thread of the test's process."""
+
     def __init__(self) -> None:
-        self._news = threading.Condition()
-        self._told = defaultdict[tuple[str, str], list[int]](list)
+        self._changed = threading.Condition()
+        self._indexes = defaultdict[tuple[str, str], list[int]](list)
 
-    def tell(self, event: str, script: str, index: int) -> None:
-        with self._news:
-            self._told[event, script].append(index)
-            self._news.notify_all()
+    def record(self, event: str, script: str, index: int) -> None:
+        with self._changed:
+            self._indexes[event, script].append(index)
+            self._changed.notify_all()
 
-    def hear(self, event: str, script: str, count: int) -> list[int]:
-        with self._news:
-            assert self._news.wait_for(lambda: len(self._told[event, script]) >= count, PATIENCE_S)
-            return sorted(self._told.pop((event, script)))
+    def wait_for(self, event: str, script: str, count: int) -> list[int]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self._indexes[event, script]) >= count, TIMEOUT_S)
+            return sorted(self._indexes.pop((event, script)))
 
 
-class ActorWitness:
-    """A `ThreadWitness` in an actor, found by its name."""
+class ActorEventLog:
+    """A `ThreadEventLog` in a Ray actor, which is looked up by its name."""
 
-    NAME = "witness"
+    NAME = "event-log"
 
     @classmethod
-    def start(cls) -> "ActorWitness":
-        held = ray.remote(ThreadWitness).options(
+    def start(cls) -> "ActorEventLog":
+        actor = ray.remote(ThreadEventLog).options(
             name=cls.NAME, namespace=cls.NAME, num_cpus=0, max_concurrency=4, lifetime="detached"
         )
-        ray.get(held.remote().__ray_ready__.remote())
+        ray.get(actor.remote().__ray_ready__.remote())
         return cls()
 
-    def tell(self, event: str, script: str, index: int) -> None:
-        ray.get_actor(self.NAME, self.NAME).tell.remote(event, script, index)
+    def record(self, event: str, script: str, index: int) -> None:
+        ray.get_actor(self.NAME, self.NAME).record.remote(event, script, index)
 
-    def hear(self, event: str, script: str, count: int) -> list[int]:
-        told: list[int] = ray.get(ray.get_actor(self.NAME, self.NAME).hear.remote(event, script, count))
-        return told
+    def wait_for(self, event: str, script: str, count: int) -> list[int]:
+        indexes: list[int] = ray.get(ray.get_actor(self.NAME, self.NAME).wait_for.remote(event, script, count))
+        return indexes
 
 
-class _Told(list[int]):
-    def __init__(self, witness: Witness, script: str) -> None:
+class _RecordedCancellations(list[int]):
+    """The `cancelled` list of a scripted generator; what is appended goes to the event log."""
+
+    def __init__(self, events: EventLog, script: str) -> None:
         super().__init__()
-        self._witness = witness
+        self._events = events
         self._script = script
 
     def append(self, index: int) -> None:
-        self._witness.tell("cancelled", self._script, index)
+        self._events.record("cancelled", self._script, index)
 
 
-class Scripts:
-    """A generator that plays the script its prompt names."""
+class ScriptByPromptGenerator:
+    """A generator that runs the script that the prompt names."""
 
     model = "scripted"
 
-    def __init__(self, witness: Witness) -> None:
-        self._witness = witness
+    def __init__(self, events: EventLog) -> None:
+        self._events = events
 
     def generate(self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False) -> Generation:
         script = prompt.text or prompt.messages[0].content
         generator = SCRIPTS[script]()
-        generator.cancelled = _Told(self._witness, script)
-        self._witness.tell("started", script, n)
+        generator.cancelled = _RecordedCancellations(self._events, script)
+        self._events.record("started", script, n)
         return generator.generate(prompt, sampling, n, stream_partial=stream_partial)
 
     async def load_adapter(self, path: str) -> str:
-        if path.endswith("unfit"):
+        if path.endswith("misfit"):
             raise BadRequestError("It does not fit.")
-        self._witness.tell("loaded", path, 0)
+        self._events.record("loaded", path, 0)
         return version_at("load_adapter", Path(path))
 
     async def reload_weights(self, path: str) -> str:
@@ -156,26 +160,26 @@ class Scripts:
         """Always ready."""
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to free."""
 
 
 def scorers() -> dict[str, Scorer]:
-    made = {"taste": ScriptedScorer(TASTE), "broken": ScriptedScorer(fails=True), "dying": DyingScorer()}
-    for name, scorer in made.items():
+    by_name = {"taste": ScriptedScorer(REWARDS), "broken": ScriptedScorer(fails=True), "crashing": CrashingScorer()}
+    for name, scorer in by_name.items():
         scorer.name = name
-    return dict(made)
+    return dict(by_name)
 
 
 @dataclass
 class Server:
-    """A server under test, whichever its mode."""
+    """A running server in either mode."""
 
     url: str
-    witness: Witness
+    events: EventLog
 
     def post(self, path: str, script: str, **fields: Any) -> httpx.Response:
         body = {"model": "scripted", "messages": [{"role": "user", "content": script}], "best_of": 3} | fields
-        return httpx.post(self.url + path, json=body, timeout=PATIENCE_S)
+        return httpx.post(self.url + path, json=body, timeout=TIMEOUT_S)
 
     def chat(self, script: str, **fields: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", script, **fields)
@@ -183,48 +187,48 @@ class Server:
 
 @contextmanager
 def in_process() -> Iterator[Server]:
-    witness = ThreadWitness()
+    events = ThreadEventLog()
 
     @asynccontextmanager
     async def start() -> AsyncIterator[BestOfN]:
-        yield BestOfN(Scripts(witness), scorers())
+        yield BestOfN(ScriptByPromptGenerator(events), scorers())
 
     app = create_app(start, Settings(), Metrics())
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, http="httptools", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
-    yield Server(f"http://{address_of(listener)}", witness)
+    yield Server(f"http://{address_of(listener)}", events)
     server.should_exit = True
-    thread.join(PATIENCE_S)
+    thread.join(TIMEOUT_S)
 
 
 @contextmanager
 def on_ray() -> Iterator[Server]:
-    """Two of each, so that nothing holds only because there is one of each."""
+    """Two replicas of each deployment, so that no test passes only because there is a single replica."""
     settings = Settings(ray=True, generator_replicas="2", scorer_replicas="2", router_replicas="2")
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     with joined_cluster(settings):
-        witness = ActorWitness.start()
-        application = deployments.application(settings, _start_scripts, _start_scorers)
+        events = ActorEventLog.start()
+        application = deployments.application(settings, _started_generator, _started_scorers)
         with deployments.deployed(application, settings, port):
-            yield Server(f"http://127.0.0.1:{port}", witness)
+            yield Server(f"http://127.0.0.1:{port}", events)
 
 
 MODES = {"in one process": in_process, "on Ray": on_ray}
 
 
 @asynccontextmanager
-async def _start_scripts(_: Settings) -> AsyncIterator[Scripts]:
-    yield Scripts(ActorWitness())
+async def _started_generator(_: Settings) -> AsyncIterator[ScriptByPromptGenerator]:
+    yield ScriptByPromptGenerator(ActorEventLog())
 
 
 @asynccontextmanager
-async def _start_scorers(*_: Any) -> AsyncIterator[Mapping[str, Scorer]]:
+async def _started_scorers(*_: Any) -> AsyncIterator[Mapping[str, Scorer]]:
     yield scorers()
 
 
 def generator_handle() -> Any:
-    """The handle of the generator deployment, as a router has it."""
+    """The handle of the generator deployment, as a router uses it."""
     return serve.get_deployment_handle(deployments.GENERATOR, deployments.APP_NAME)
