@@ -14,7 +14,7 @@ import torch
 from server.generation.base import SamplingParams
 from server.generation.weight_store import CONFIG, WEIGHTS, Adapter
 from tests.end_to_end.served import START_TIMEOUT_S, engine_behind
-from tests.support.enumerable import LESSONS, RewardedAnswers
+from tests.support.enumerable import PROBLEMS, RewardedAnswers
 from tests.support.tiny_models import ENGINE_HEAD_DIM, draw_weights, save_tiny_policy
 from training.policy.finetune import RunOptions
 from training.rl.backend import Actors, server_settings, started_actors
@@ -43,10 +43,10 @@ def small_engine() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_rloo_through_the_engine_ends_at_the_optimum_of_rlhf(lesson: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_rloo_through_the_engine_ends_at_the_optimum_of_rlhf(problem: str, tmp_path: Path) -> None:
     """As in `tests/training/rl/test_worlds.py`, with a new adapter in the engine after every step."""
-    world = RewardedAnswers(tmp_path, LESSONS[lesson])
+    world = RewardedAnswers(tmp_path, PROBLEMS[problem])
     reward = f"reward={world.save_reward_function(tmp_path / 'reward.py')}"
     settings = ReinforceTraining(**world.training, reward_model=reward)
     written = train_rl(world.prompts, tmp_path / "out", settings, RunOptions(progress=False), holdout=0.0)

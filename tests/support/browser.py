@@ -1,7 +1,7 @@
-"""A real headless Chromium, driven over its DevTools protocol.
+"""A real headless Chromium, controlled over its DevTools protocol.
 
-https://chromedevtools.github.io/devtools-protocol/ has the commands. One page a browser, which starts empty and leaves
-nothing behind.
+https://chromedevtools.github.io/devtools-protocol/ lists the commands. Each browser has one page and a fresh profile,
+which is deleted at the end.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import websockets
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--headless",
-    "--no-sandbox",  # which a container's root has no other way round
+    "--no-sandbox",  # root in a container cannot use the sandbox
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-quic",
@@ -30,15 +30,16 @@ FLAGS = (
     "--no-first-run",
     "--remote-debugging-port=0",
 )
-PATIENCE_S = 60
-LOOKS_A_SECOND = 50
-LARGEST_MESSAGE_BYTES = 2**26
+TIMEOUT_S = 60
+POLLS_PER_S = 50
+MAX_MESSAGE_BYTES = 2**26
 CONTROL = 2
+"""The DevTools protocol's modifier bit of the control key."""
 KEY_CODES = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowRight": 39}
 
 
 class Page:
-    """The one page of a browser. What it asks of the network and complains about is collected."""
+    """The only page of a browser; `requests` collects the URLs it requests, `complaints` its errors and warnings."""
 
     def __init__(self, socket: websockets.ClientConnection, session: str) -> None:
         self._socket = socket
@@ -49,29 +50,31 @@ class Page:
         self.complaints: list[str] = []
 
     async def listen(self) -> None:
-        """Takes what the browser says, until it is gone."""
-        async for message in self._socket:
-            said = json.loads(message)
-            if "id" in said:
-                self._answers.pop(said["id"]).set_result(said)
-            elif said["method"] == "Network.requestWillBeSent":
-                self.requests.append(said["params"]["request"]["url"])
-            elif said["method"] == "Runtime.exceptionThrown":
-                self.complaints.append(json.dumps(said["params"]["exceptionDetails"]))
-            elif said["method"] == "Log.entryAdded":
-                entry = said["params"]["entry"]
+        """Reads the browser's messages until the connection closes."""
+        async for data in self._socket:
+            message = json.loads(data)
+            if "id" in message:
+                self._answers.pop(message["id"]).set_result(message)
+            elif message["method"] == "Network.requestWillBeSent":
+                self.requests.append(message["params"]["request"]["url"])
+            elif message["method"] == "Runtime.exceptionThrown":
+                self.complaints.append(json.dumps(message["params"]["exceptionDetails"]))
+            elif message["method"] == "Log.entryAdded":
+                entry = message["params"]["entry"]
                 self.complaints.append(f"{entry['text']} {entry.get('url', '')}")
 
     async def send(self, method: str, **params: Any) -> Any:
+        """Sends a command to the page and returns its result."""
         number = next(self._ids)
         self._answers[number] = asyncio.get_running_loop().create_future()
         command = {"id": number, "sessionId": self._session, "method": method, "params": params}
         await self._socket.send(json.dumps(command))
-        answer = await asyncio.wait_for(self._answers[number], PATIENCE_S)
+        answer = await asyncio.wait_for(self._answers[number], TIMEOUT_S)
         assert "error" not in answer, answer
         return answer["result"]
 
     async def go(self, url: str) -> None:
+        """Loads a page."""
         await self.send("Page.navigate", url=url)
         await self.until("document.readyState === 'complete'")
 
@@ -83,23 +86,23 @@ class Page:
 
     async def until(self, condition: str) -> None:
         """Returns when the expression is true."""
-        for _ in range(PATIENCE_S * LOOKS_A_SECOND):
+        for _ in range(TIMEOUT_S * POLLS_PER_S):
             if await self.js(f"Boolean({condition})"):
                 return
-            await asyncio.sleep(1 / LOOKS_A_SECOND)
-        raise TimeoutError(f"{condition} did not come true:\n{await self.text('body')}")
+            await asyncio.sleep(1 / POLLS_PER_S)
+        raise TimeoutError(f"{condition} did not become true:\n{await self.text('body')}")
 
     async def text(self, selector: str) -> str:
         return str(await self.js(f"document.querySelector({json.dumps(selector)}).innerText"))
 
     async def fill(self, field: str, text: str) -> None:
-        """Types into a field, over what was there; one that is folded away is unfolded."""
-        found = f"document.querySelector({json.dumps(field)})"
-        await self.js(f"{found}.closest('details')?.setAttribute('open', ''), {found}.select()")
+        """Replaces the text of a field by typing; opens the <details> that contains it."""
+        element = f"document.querySelector({json.dumps(field)})"
+        await self.js(f"{element}.closest('details')?.setAttribute('open', ''), {element}.select()")
         await self.send("Input.insertText", text=text)
 
     async def choose(self, field: str, value: str) -> None:
-        """One option of a select."""
+        """Selects an option of a <select>."""
         select = f"document.querySelector({json.dumps(field)})"
         changed = "for (const kind of ['input', 'change']) select.dispatchEvent(new Event(kind, {bubbles: true}))"
         await self.js(f"(() => {{ const select = {select}; select.value = {json.dumps(value)}; {changed} }})()")
@@ -118,13 +121,13 @@ class Page:
         )
 
     async def prefer(self, scheme: str) -> None:
-        """What the system prefers: light or dark."""
+        """Sets the preferred colour scheme: light or dark."""
         await self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Page]:
-    """A page in a browser of its own."""
+    """Starts a browser and yields its page."""
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = await asyncio.create_subprocess_exec(
@@ -132,7 +135,7 @@ async def chromium() -> AsyncIterator[Page]:
         )
         try:
             address = await _address(Path(profile))
-            async with websockets.connect(address, max_size=LARGEST_MESSAGE_BYTES) as socket, _page(socket) as page:
+            async with websockets.connect(address, max_size=MAX_MESSAGE_BYTES) as socket, _page(socket) as page:
                 yield page
         finally:
             process.terminate()
@@ -140,19 +143,19 @@ async def chromium() -> AsyncIterator[Page]:
 
 
 async def _address(profile: Path) -> str:
-    """Where the browser listens, which it leaves in its profile."""
-    told = profile / "DevToolsActivePort"
-    for _ in range(PATIENCE_S * LOOKS_A_SECOND):
-        if told.exists() and len(lines := told.read_text().splitlines()) == 2:
+    """The address at which the browser listens, which it writes into its profile."""
+    port_file = profile / "DevToolsActivePort"
+    for _ in range(TIMEOUT_S * POLLS_PER_S):
+        if port_file.exists() and len(lines := port_file.read_text().splitlines()) == 2:
             port, path = lines
             return f"ws://127.0.0.1:{port}{path}"
-        await asyncio.sleep(1 / LOOKS_A_SECOND)
-    raise TimeoutError("Chromium did not begin to listen")
+        await asyncio.sleep(1 / POLLS_PER_S)
+    raise TimeoutError("Chromium did not start to listen")
 
 
 @asynccontextmanager
 async def _page(socket: websockets.ClientConnection) -> AsyncIterator[Page]:
-    """Opens a page and follows it. The first two commands are the browser's and not yet the page's."""
+    """Opens a page and enables its events; the first two commands go to the browser, the others to the page."""
     await socket.send(json.dumps({"id": 1, "method": "Target.createTarget", "params": {"url": "about:blank"}}))
     target = (await _answer(socket, 1))["targetId"]
     attach = {"targetId": target, "flatten": True}
@@ -169,7 +172,7 @@ async def _page(socket: websockets.ClientConnection) -> AsyncIterator[Page]:
 
 
 async def _answer(socket: websockets.ClientConnection, number: int) -> Any:
-    async with asyncio.timeout(PATIENCE_S):
-        while (said := json.loads(await socket.recv())).get("id") != number:
+    async with asyncio.timeout(TIMEOUT_S):
+        while (message := json.loads(await socket.recv())).get("id") != number:
             pass
-    return said["result"]
+    return message["result"]

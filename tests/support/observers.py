@@ -1,4 +1,4 @@
-"""An observer of runs that remembers what it was called with."""
+"""An observer of runs that records its calls."""
 
 from reranker.candidate import Candidate, ScoredCandidate
 from server.generation.base import Outcome
@@ -6,7 +6,7 @@ from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 
 
 class RecordingObserver(RunObserver):
-    """Keeps every call's argument, in order, by kind."""
+    """Records the argument of every call, in order, by method."""
 
     def __init__(self, *, streams_partial: bool = False) -> None:
         self.streams_partial = streams_partial

@@ -1,4 +1,4 @@
-"""Offline runs over scripted doubles, in this process or in one that can be killed."""
+"""Offline runs with scripted doubles, in this process or in a child process that can be killed."""
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -24,7 +24,10 @@ SETTINGS = Settings(model="scripted", reward_models={"length": "logprob"}, max_n
 
 
 class SeededGenerator(ScriptedGenerator):
-    """Candidate i says the prompt, and a word that its seed decides; `delay_s` apart, so that others come between."""
+    """The text of candidate i is the prompt and a word that depends on its seed.
+
+    Candidates finish up to 2 · `delay_s` apart, so that those of other requests finish in between.
+    """
 
     def __init__(self, delay_s: float = 0) -> None:
         super().__init__([])
@@ -42,9 +45,10 @@ class SeededGenerator(ScriptedGenerator):
 
 @contextmanager
 def scripted(generator: ScriptedGenerator, scorer: ScriptedScorer | None = None) -> Iterator[None]:
-    """Within it, `nbest batch` and `nbest rerank` find these doubles in place of the models.
+    """Within the block `nbest batch` and `nbest rerank` use these doubles in place of the models.
 
-    The command kills what its process has started; in a test that would be the engine of other tests.
+    The command kills all child processes of its process; in a test these include the engines of other tests, so here it
+    kills none.
     """
 
     @asynccontextmanager
@@ -68,10 +72,10 @@ def write_lines(path: Path, lines: list[Any]) -> Path:
 
 
 def records(out: Path, name: str = "results.jsonl") -> dict[int, dict[str, Any]]:
-    """The records by line of the input; that there is one a line is asserted."""
-    found = [json.loads(line) for line in (out / name).read_text().splitlines()]
-    by_line = {record["line"]: record for record in found}
-    assert len(by_line) == len(found), f"a line is twice in {name}"
+    """The records by input line; asserts that no line has two."""
+    all_records = [json.loads(line) for line in (out / name).read_text().splitlines()]
+    by_line = {record["line"]: record for record in all_records}
+    assert len(by_line) == len(all_records), f"a line occurs twice in {name}"
     return by_line
 
 
@@ -81,6 +85,6 @@ def run(source: Path, out: Path, generator: ScriptedGenerator | None = None, **o
 
 
 def run_in_child(source: Path, out: Path, delay_s: float, defaults: Mapping[str, Any], started: Event) -> None:
-    """What a child process does; `started` is set when the run begins."""
+    """The function of a child process: sets `started`, and then runs."""
     started.set()
     run(source, out, SeededGenerator(delay_s), defaults=defaults, in_flight=8)

@@ -1,4 +1,4 @@
-"""The app over scripted doubles, reached in memory or through a real socket."""
+"""The HTTP app with scripted doubles, called in memory or through a real socket."""
 
 import asyncio
 import socket
@@ -35,7 +35,7 @@ def app_over(served: BestOfN, metrics: Metrics | None = None, **settings: Any) -
 
 @asynccontextmanager
 async def client_of(app: FastAPI, key: str | None = None) -> AsyncIterator[httpx.AsyncClient]:
-    """A client in memory; replies arrive whole. Ready when entered; the key is for finding that out, and no longer."""
+    """A client in memory that gets whole replies; waits until the app is ready, with `key` if /ready needs a key."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -55,13 +55,13 @@ def client_over(
 async def address_of(
     app: FastAPI, *, shutdown_grace_s: int = 5, key: str | None = None, **settings: Any
 ) -> AsyncIterator[str]:
-    """The address of a real server on a free port; replies arrive as they are sent and clients can hang up.
+    """The address of a real server on a free port: replies are streamed, and clients can disconnect.
 
-    The settings are those that bound a connection.
+    `settings` are those that limit a connection.
     """
-    with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # asyncio turns Nagle's wait off where TCP is named
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # asyncio disables Nagle's algorithm only if TCP is named
         listener.bind(("127.0.0.1", 0))
-        listener.listen()  # so that a client that comes before the server waits for it
+        listener.listen()  # so that a client that connects before the server starts waits for it
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -85,4 +85,4 @@ async def until_ready(client: httpx.AsyncClient, key: str | None = None) -> None
         if (await client.get("/ready", headers=headers)).is_success:
             return
         await asyncio.sleep(0.001)
-    raise TimeoutError("the pipeline was not entered")
+    raise TimeoutError("the pipeline did not become ready")

@@ -1,7 +1,8 @@
-"""Models and tokenizers of a few kilobytes, made from scratch: real code paths, no download, milliseconds to run.
+"""Models and tokenizers of a few kilobytes, created from scratch: real code paths, no download, milliseconds to run.
 
-Weights are random but wide, so that every token moves the score: a test that two scores are equal can then fail. They
-are drawn by numpy: torch's generator gives other numbers on a CPU with other vector instructions.
+Weights are random with a large standard deviation, so that every token changes the score and a test that two scores are
+equal can fail. They are drawn by numpy, because torch's generator gives other numbers on a CPU with other vector
+instructions.
 """
 
 from pathlib import Path
@@ -39,13 +40,13 @@ CORPUS = [
 CONTEXT_LENGTH = 128
 WEIGHT_STD = 0.3
 ENGINE_HEAD_DIM = 32
-"""The least that the engine's attention takes on a CPU."""
+"""The smallest head dimension that the engine's attention supports on a CPU."""
 
 
 def tiny_tokenizer(
     *, adds_bos: bool = False, chat_template: str | None = CHATML, corpus: list[str] = CORPUS
 ) -> PreTrainedTokenizerBase:
-    """Byte-level BPE with pad equal to EOS, as most chat models have it; another corpus gives other tokens."""
+    """A byte-level BPE tokenizer whose pad token is EOS, as in most chat models; another corpus gives other tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = token_decoders.ByteLevel()
@@ -70,16 +71,16 @@ def tiny_tokenizer(
 
 
 def tiny_bert_tokenizer() -> PreTrainedTokenizerBase:
-    """Words of the corpus, dressed as [CLS] … [SEP]; no chat template."""
+    """A WordPiece tokenizer that encodes a text as [CLS] … [SEP]; it has no chat template."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
         vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    dressing = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    special_tokens = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=dressing
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=special_tokens
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -118,7 +119,7 @@ def save_tiny_policy(
     seed: int = 0,
     **more: Any,
 ) -> Path:
-    """A tiny Llama language model with its tokenizer, as save_pretrained writes it; `more` is of its configuration."""
+    """Saves a tiny Llama language model with its tokenizer; `more` are fields of its configuration."""
     tokenizer = tokenizer or tiny_tokenizer()
     config = tiny_config("llama", tokenizer, num_layers=num_layers, **{"tie_word_embeddings": True} | more)
     draw_weights(AutoModelForCausalLM.from_config(config), seed).save_pretrained(directory)
@@ -134,7 +135,7 @@ def save_tiny_reward_model(
     num_labels: int = 1,
     seed: int = 0,
 ) -> Path:
-    """A tiny sequence classifier with its tokenizer, as save_pretrained writes it."""
+    """Saves a tiny sequence classifier with its tokenizer."""
     tokenizer = tokenizer or (tiny_bert_tokenizer() if architecture == "bert" else tiny_tokenizer())
     config = tiny_config(architecture, tokenizer, num_labels=num_labels)
     draw_weights(AutoModelForSequenceClassification.from_config(config), seed).save_pretrained(directory)
@@ -143,7 +144,7 @@ def save_tiny_reward_model(
 
 
 def save_tiny_adapter(directory: Path, policy: Path, *, seed: int = 0, rank: int = 4, **more: Any) -> Path:
-    """A random LoRA adapter over a saved policy, as PEFT writes it; `more` is of its configuration."""
+    """Saves a random LoRA adapter for a saved policy; `more` are fields of its configuration."""
     targets = more.pop("target_modules", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **more)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy), config)
@@ -154,7 +155,7 @@ def save_tiny_adapter(directory: Path, policy: Path, *, seed: int = 0, rank: int
 def save_tiny_reward_adapter(
     directory: Path, policy: Path, *, num_layers: int | None = None, task_type: str = "SEQ_CLS"
 ) -> Path:
-    """A reward adapter over a saved policy, every weight random, as if it had been trained."""
+    """Saves a reward adapter for a saved policy with every weight random, as if it had been trained."""
     model = get_peft_model(
         load_classifier(str(policy), new_head=True, num_layers=num_layers),
         LoraConfig(task_type=task_type, target_modules="all-linear", r=2),
@@ -166,9 +167,9 @@ def save_tiny_reward_adapter(
 
 @torch.no_grad()
 def draw_weights(model: Any, seed: int) -> Any:
-    """The model with every weight and bias that can learn drawn anew; norms stay as transformers made them."""
-    numbers = np.random.default_rng(seed)
+    """Replaces every trainable weight and bias by random numbers, except those of norms; returns the model."""
+    rng = np.random.default_rng(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "norm" not in name.lower():
-            parameter.copy_(torch.from_numpy(numbers.normal(0, WEIGHT_STD, parameter.shape)))
+            parameter.copy_(torch.from_numpy(rng.normal(0, WEIGHT_STD, parameter.shape)))
     return model

@@ -1,10 +1,10 @@
-"""A generator over a tiny policy in this process: what the engine does with adapters, in milliseconds.
+"""A generator that samples a tiny policy with transformers, and loads adapters as the engine does, in milliseconds.
 
-It keeps what it has computed of each prompt under the version that computed it, as vLLM does. `fault` breaks one thing:
+It caches each prompt's keys and values until the weights change, as vLLM does. `fault` breaks one step:
 
-    stale           a new adapter is announced and not loaded
-    wrong scale     it is loaded at twice its strength
-    stale prefix    what an earlier version computed of a prompt is used again
+    stale           a new adapter gets a version and is not loaded
+    wrong scale     an adapter is loaded at twice its scale
+    stale prefix    the cache of an earlier version is used again
 """
 
 import copy
@@ -28,37 +28,36 @@ Fault = Literal["stale", "wrong scale", "stale prefix"]
 
 
 class TorchGenerator:
-    """Draws from softmax(logits / temperature), each candidate of a request by one number a token of its seed."""
+    """Samples from softmax(logits / temperature), with one uniform number per token from the request's seed."""
 
     model = "torch"
 
     def __init__(self, policy: Path, adapter: Path | None = None) -> None:
         self.fault: Fault | None = None
         self.versions: list[str] = []
-        self.asked: list[Prompt] = []
+        self.prompts: list[Prompt] = []
         self.tokenizer: Any = AutoTokenizer.from_pretrained(policy)
         self.policy: Any = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
         if adapter is not None:
             self.policy = get_peft_model(self.policy, LoraConfig.from_pretrained(adapter)).eval()
-            self._scale = 1.0
         self._prefixes: dict[str, Any] = {}
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> "TorchGeneration":
-        self.asked.append(prompt)
+        self.prompts.append(prompt)
         return TorchGeneration(self, prompt, sampling, n)
 
     async def check_ready(self) -> None:
-        """Always."""
+        """Always ready."""
 
     async def load_adapter(self, path: str) -> str:
         version = version_at("load_adapter", Path(path))
         self.versions.append(version)
         if self.fault != "stale":
             weights = load_file(Path(path) / "adapter_model.safetensors")
-            strength = 2.0 if self.fault == "wrong scale" else 1.0
-            scaled = {name: weight * (strength if "lora_B" in name else 1.0) for name, weight in weights.items()}
+            scale = 2.0 if self.fault == "wrong scale" else 1.0
+            scaled = {name: weight * (scale if "lora_B" in name else 1.0) for name, weight in weights.items()}
             set_peft_model_state_dict(self.policy, scaled)
         if self.fault != "stale prefix":
             self._prefixes.clear()
@@ -74,7 +73,7 @@ class TorchGenerator:
         """Nothing to free."""
 
     @torch.inference_mode()
-    def draw(self, prompt_ids: list[int], sampling: SamplingParams, n: int) -> list[Candidate]:
+    def sample(self, prompt_ids: list[int], sampling: SamplingParams, n: int) -> list[Candidate]:
         assert sampling.max_tokens is not None
         uniform_N_T = torch.rand(
             n, sampling.max_tokens, generator=torch.Generator().manual_seed(sampling.seed or 0), dtype=torch.float64
@@ -85,18 +84,19 @@ class TorchGenerator:
         ids: list[list[int]] = [[] for _ in range(n)]
         logprobs: list[list[float]] = [[] for _ in range(n)]
         ended = [False] * n
-        for place in range(sampling.max_tokens):
+        for position in range(sampling.max_tokens):
             logits = self.policy(input_ids=input_ids, past_key_values=cache).logits[:, -1]
-            of_vocabulary = (logits.double() / sampling.temperature).log_softmax(-1)
-            below = of_vocabulary.exp().cumsum(-1) < uniform_N_T[:, place, None]
-            chosen = below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-            of_chosen = of_vocabulary.gather(-1, chosen)
-            for row, (token, logprob) in enumerate(zip(chosen[:, 0].tolist(), of_chosen[:, 0].tolist(), strict=True)):
+            logprobs_N_V = (logits.double() / sampling.temperature).log_softmax(-1)
+            below_N_V = logprobs_N_V.exp().cumsum(-1) < uniform_N_T[:, position, None]
+            tokens_N_1 = below_N_V.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+            logprobs_N_1 = logprobs_N_V.gather(-1, tokens_N_1)
+            steps = zip(tokens_N_1[:, 0].tolist(), logprobs_N_1[:, 0].tolist(), strict=True)
+            for row, (token, logprob) in enumerate(steps):
                 if not ended[row]:
                     ids[row].append(token)
                     logprobs[row].append(logprob)
                     ended[row] = token == self.tokenizer.eos_token_id
-            input_ids = chosen
+            input_ids = tokens_N_1
         return [self._candidate(row, ids[row], logprobs[row], ended[row]) for row in range(n)]
 
     def _prefix(self, token_ids: list[int]) -> Any:
@@ -119,7 +119,7 @@ class TorchGenerator:
 
 
 class TorchGeneration:
-    """All candidates at once."""
+    """N candidates that are sampled together."""
 
     def __init__(self, generator: TorchGenerator, prompt: Prompt, sampling: SamplingParams, n: int) -> None:
         self._generator = generator
@@ -134,10 +134,10 @@ class TorchGeneration:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing runs any more."""
+        """Nothing to cancel."""
 
     async def __aiter__(self) -> AsyncIterator[list[Outcome]]:
-        yield [*self._generator.draw(self._prompt_ids, self._sampling, self._n)]
+        yield [*self._generator.sample(self._prompt_ids, self._sampling, self._n)]
 
     async def cancel(self, index: int) -> None:
-        """Nothing runs any more."""
+        """Nothing to cancel."""

@@ -17,7 +17,7 @@ import pytest
 from reranker.models.shared_trunk import SharedTrunk
 from server.config import Settings
 from tests.support.doubles import ScriptedScorer
-from tests.support.enumerable import LESSONS, RewardedAnswers
+from tests.support.enumerable import PROBLEMS, RewardedAnswers
 from tests.support.torch_generator import TorchGenerator
 from training.policy.finetune import RunOptions
 from training.rl.backend import Actors
@@ -35,9 +35,11 @@ METHODS: dict[str, Callable[..., PPOTraining | ReinforceTraining]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("lesson", "overlap"), [*((lesson, False) for lesson in LESSONS), ("bandit of 4 arms", True)])
-def test_a_policy_ends_at_the_optimum_of_rlhf(lesson: str, overlap: bool, method: str, tmp_path: Path) -> None:
-    world = RewardedAnswers(tmp_path, LESSONS[lesson])
+@pytest.mark.parametrize(
+    ("problem", "overlap"), [*((problem, False) for problem in PROBLEMS), ("bandit of 4 arms", True)]
+)
+def test_a_policy_ends_at_the_optimum_of_rlhf(problem: str, overlap: bool, method: str, tmp_path: Path) -> None:
+    world = RewardedAnswers(tmp_path, PROBLEMS[problem])
 
     @asynccontextmanager
     async def start(engine: Settings, held: SharedTrunk | None) -> AsyncIterator[Actors]:

@@ -158,7 +158,7 @@ def test_prompts_that_are_held_out_are_not_learnt_from(base: Path, prompts: Path
     out, world = base.parent / "out", World(base)
     settings = settings_of("reinforce", base, steps=8, evaluate_every=100)
     train_rl(prompts, out, settings, quiet(), holdout=0.4, start=world.start)
-    drawn = [prompt.text for prompt in world.generators[0].asked]
+    drawn = [prompt.text for prompt in world.generators[0].prompts]
     evaluated = {one["prompt"] for one in samples_of(out, 0)}
     assert 0 < len(evaluated) < len(OPENINGS)
     assert {prompt: drawn.count(prompt) for prompt in evaluated} == dict.fromkeys(evaluated, 2), "at the start and end"
