@@ -1,17 +1,17 @@
-"""Answers that can be checked: how far each way to choose among N gets on arithmetic word problems.
+"""Accuracy of each selection strategy against N on arithmetic word problems, whose answers can be checked.
 
-The policy answers problems made by rule (`word_problems`) in the form of worked examples. One pool of candidates a
-problem gives every curve for every n, without drawing again (`reranker.estimators`):
+The policy answers generated problems (`word_problems`) after worked examples. One pool of candidates for each problem
+gives every curve at every n without sampling again (`reranker.estimators`):
 
-    greedy               the policy's likeliest tokens, one answer
+    greedy               one answer, decoded greedily
     majority             the most frequent answer
     verifier             best-of-n by `arithmetic_verifier`, which does not know the answer
-    reward               best-of-n by a Bradley-Terry reward model trained on the policy's own right and wrong answers
-                         to other problems; three trainings, with seeds of their own
+    reward               best-of-n by a Bradley-Terry reward model trained on the policy's own correct and incorrect
+                         answers to other problems; three trainings with different seeds
     weighted majority    votes weighted by that reward
-    oracle               pass@n: a right answer is among them
+    oracle               pass@n: at least one of the n answers is correct
 
-What was drawn, trained and scored is kept in --out, and a run that was interrupted goes on there.
+Samples, trained models and rewards are kept in --out; an interrupted run continues from there.
 
     python -m benchmarks.arithmetic [--out runs/arithmetic]
 """
@@ -36,7 +36,7 @@ from rich.progress import track
 
 from benchmarks.arithmetic_verifier import __file__ as verifier_file
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in
+from benchmarks.stats import write_result
 from benchmarks.word_problems import ANSWER_REGEX, WordProblem, word_problems
 from reranker import estimators, selection
 from reranker.answers import by_regex, canonical
@@ -53,14 +53,14 @@ PROBLEMS_SEED = 1
 NUM_TRAIN, NUM_TEST = 216, 144
 TRAIN_POOL, TEST_POOL = 12, 32
 AT_ONCE = 9
-"""Problems asked at a time: their candidates fill the engine."""
+"""Problems sampled at a time: their candidates fill the engine."""
 N = (1, 2, 4, 8, 16, 32)
 TRAINING_SEEDS = (0, 1, 2)
 PAIRS_A_PROBLEM = 3
 RECIPE = ("--model", MODEL, "--layers", "20", "--lora-layers", "10", "--epochs", "3", "--batch-size", "16")
 MAX_TOKENS = 24
 SUBSETS = 200
-"""Random subsets of the pool a problem for the one strategy without a closed form."""
+"""Random subsets of each problem's pool, for the strategy that has no closed form."""
 
 extract = by_regex(ANSWER_REGEX)
 console = Console(stderr=True)
@@ -69,16 +69,17 @@ console = Console(stderr=True)
 async def sample(
     generator: Generator, problem: WordProblem, n: int, *, seed: int, temperature: float = 1.0
 ) -> list[str]:
+    """The texts of n candidates, by index."""
     sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=seed, stop=("\n",))
     texts: dict[int, str] = {}
     async with generator.generate(Prompt(text=problem.prompt), sampling, n) as generation:
         async for outcomes in generation:
-            texts |= {one.index: one.text for one in outcomes if isinstance(one, Candidate)}
+            texts |= {outcome.index: outcome.text for outcome in outcomes if isinstance(outcome, Candidate)}
     return [texts[index] for index in sorted(texts)]
 
 
 async def draw(out: Path, train: Sequence[WordProblem], test: Sequence[WordProblem]) -> None:
-    """Writes a line per problem to OUT/train.jsonl and OUT/test.jsonl; what is there already is not drawn again."""
+    """Writes a line for each problem to OUT/train.jsonl and OUT/test.jsonl; problems already there are skipped."""
     jobs = {"train.jsonl": (train, TRAIN_POOL), "test.jsonl": (test, TEST_POOL)}
     if all(len(read_lines(out / name)) == len(problems) for name, (problems, _) in jobs.items()):
         return
@@ -86,16 +87,23 @@ async def draw(out: Path, train: Sequence[WordProblem], test: Sequence[WordProbl
     async with factory.start(settings) as pipeline:
         for name, (problems, pool) in jobs.items():
             done = len(read_lines(out / name))
-            waiting = [problems[at : at + AT_ONCE] for at in range(done, len(problems), AT_ONCE)]
-            for group in track(waiting, f"Drawing {name}", console=console):
-                seeds = {one.question: 1_000_000 + 1000 * problems.index(one) for one in group}
-                drawn, greedy = await asyncio.gather(
-                    asyncio.gather(*(sample(pipeline.generator, one, pool, seed=seeds[one.question]) for one in group)),
-                    asyncio.gather(*(sample(pipeline.generator, one, 1, seed=0, temperature=0.0) for one in group)),
+            groups = [problems[start : start + AT_ONCE] for start in range(done, len(problems), AT_ONCE)]
+            for group in track(groups, f"Sampling {name}", console=console):
+                seeds = [1_000_000 + 1000 * problems.index(problem) for problem in group]
+                samples, greedy = await asyncio.gather(
+                    asyncio.gather(
+                        *(
+                            sample(pipeline.generator, problem, pool, seed=seed)
+                            for problem, seed in zip(group, seeds, strict=True)
+                        )
+                    ),
+                    asyncio.gather(
+                        *(sample(pipeline.generator, problem, 1, seed=0, temperature=0.0) for problem in group)
+                    ),
                 )
                 with (out / name).open("a") as file:
-                    for one, texts, (first,) in zip(group, drawn, greedy, strict=True):
-                        file.write(json.dumps(asdict(one) | {"greedy": first, "texts": texts}) + "\n")
+                    for problem, texts, (first,) in zip(group, samples, greedy, strict=True):
+                        file.write(json.dumps(asdict(problem) | {"greedy": first, "texts": texts}) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -103,29 +111,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def is_right(text: str, answer: int) -> bool:
-    found = extract(text)
-    return found is not None and int(found) == answer
+    extracted = extract(text)
+    return extracted is not None and int(extracted) == answer
 
 
 def question(pool: Mapping[str, Any]) -> str:
-    """The problem as verifier and reward read it: as the policy does, without the worked examples."""
+    """The prompt that verifier and reward model read: the policy's, without the worked examples."""
     return f"Question: {pool['question']}\nAnswer:"
 
 
 def preferences(pools: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Pairs of a right and a wrong answer to the same problem; no answer is in two of them."""
+    """Pairs of a correct and an incorrect answer to the same problem; no answer is in two pairs."""
     rows = []
     for pool in pools:
         texts = list(dict.fromkeys(pool["texts"]))
         chosen = [text for text in texts if is_right(text, pool["answer"])]
         rejected = [text for text in texts if not is_right(text, pool["answer"])]
         pairs = zip(chosen[:PAIRS_A_PROBLEM], rejected, strict=False)
-        rows += [{"prompt": question(pool), "chosen": right, "rejected": wrong} for right, wrong in pairs]
+        rows += [{"prompt": question(pool), "chosen": correct, "rejected": wrong} for correct, wrong in pairs]
     return rows
 
 
 def train(out: Path, seed: int) -> Path:
-    """The reward model of this seed, trained by `nbest train reward` unless it is there."""
+    """The adapter of the reward model with this seed; `nbest train reward` makes it where it is missing."""
     run = out / f"reward-{seed}"
     if not (run / "adapter").is_dir():
         data = out / "preferences.jsonl"
@@ -162,44 +170,45 @@ async def score(out: Path, adapters: Mapping[str, Path]) -> None:
             prompt = Prompt(text=question(pool))
             rewards = {name: (await model.score(prompt, candidates)).rewards_N for name, model in models.items()}
             rewards["verifier"] = (await verifier.score(prompt, candidates)).rewards_N
-            lines.append(pool | {"rewards": {name: [round(r, 4) for r in of] for name, of in rewards.items()}})
+            rounded = {name: [round(reward, 4) for reward in rewards_N] for name, rewards_N in rewards.items()}
+            lines.append(pool | {"rewards": rounded})
     (out / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 Curve = Callable[[Mapping[str, Any], int], float]
-"""(pool, n) -> the expected share of right answers."""
+"""(pool, n) -> the probability that the selected answer is correct."""
 
 
 def curves(reward_names: Sequence[str]) -> dict[str, Curve]:
-    def rightness(pool: Mapping[str, Any]) -> list[float]:
+    def correctness(pool: Mapping[str, Any]) -> list[float]:
         return [float(is_right(text, pool["answer"])) for text in pool["texts"]]
 
     def answers(pool: Mapping[str, Any]) -> list[str | None]:
-        return [canonical(found) if (found := extract(text)) is not None else None for text in pool["texts"]]
+        extracted = map(extract, pool["texts"])
+        return [None if answer is None else canonical(answer) for answer in extracted]
 
     def oracle(pool: Mapping[str, Any], n: int) -> float:
-        right = rightness(pool)
-        return estimators.pass_at_n(len(right), round(sum(right)), n)
+        correct = correctness(pool)
+        return estimators.pass_at_n(len(correct), round(sum(correct)), n)
 
     def majority(pool: Mapping[str, Any], n: int) -> float:
         return estimators.majority_at_n(answers(pool), str(pool["answer"]), n)
 
     def best_by(name: str, pool: Mapping[str, Any], n: int) -> float:
-        return estimators.expected_value_of_best(pool["rewards"][name], rightness(pool), n)
+        return estimators.expected_value_of_best(pool["rewards"][name], correctness(pool), n)
 
     def weighted(name: str, pool: Mapping[str, Any], n: int) -> float:
-        found = answers(pool)
         scored = [
             ScoredCandidate(Candidate(index, text, 0), reward)
             for index, (text, reward) in enumerate(zip(pool["texts"], pool["rewards"][name], strict=True))
         ]
-        voting = {index: one for index, one in enumerate(found) if one is not None}
-        select = partial(selection.weighted_majority, answers=voting)
-        values = dict(enumerate(rightness(pool)))
+        votes = {index: answer for index, answer in enumerate(answers(pool)) if answer is not None}
+        select = partial(selection.weighted_majority, answers=votes)
+        values = dict(enumerate(correctness(pool)))
         return estimators.expected_value_of_selected(scored, values, n, select, draws=SUBSETS)
 
-    def mean_over_trainings(of: Callable[[str, Mapping[str, Any], int], float]) -> Curve:
-        return lambda pool, n: fmean(of(name, pool, n) for name in reward_names)
+    def mean_over_trainings(curve: Callable[[str, Mapping[str, Any], int], float]) -> Curve:
+        return lambda pool, n: fmean(curve(name, pool, n) for name in reward_names)
 
     return {
         "oracle (pass@n)": oracle,
@@ -255,8 +264,8 @@ def evaluate(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/arithmetic"), help="where pools and models are kept")
-    parser.add_argument("--anew", action="store_true", help="forget what is kept there and begin again")
+    parser.add_argument("--out", type=Path, default=Path("runs/arithmetic"), help="directory of samples and models")
+    parser.add_argument("--anew", action="store_true", help="delete that directory and start again")
     arguments = parser.parse_args()
     out: Path = arguments.out
     if arguments.anew and out.is_dir():
@@ -266,7 +275,7 @@ def main() -> None:
     asyncio.run(draw(out, problems[:NUM_TRAIN], problems[NUM_TRAIN:]))
     adapters = {f"reward-{seed}": train(out, seed) for seed in TRAINING_SEEDS}
     asyncio.run(score(out, adapters))
-    hand_in("arithmetic", evaluate(out))
+    write_result("arithmetic", evaluate(out))
 
 
 if __name__ == "__main__":

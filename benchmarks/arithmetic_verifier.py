@@ -1,7 +1,7 @@
-"""A verifier of written sums that does not know the answer: a `python:` scorer in eighteen lines.
+"""A `python:` scorer that verifies written equations without knowing the answer.
 
-It checks what can be checked from the outside: that the equation is true, and that it is about the numbers of the
-question. Whether they should have been added or multiplied it cannot tell.
+It checks that the equation is true and that its operands are the numbers of the question. It cannot check that the
+operation is the one the question requires.
 """
 
 import operator
@@ -12,13 +12,13 @@ APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def check(prompt: str, completions: list[str]) -> list[float]:
-    """1 for a true equation over the two numbers of the last question, 0.5 for a true one over others, else 0."""
-    asked = sorted(re.findall(r"\d+", prompt.rpartition("Question:")[2]))
-    return [_check(asked, completion) for completion in completions]
+    """1 for a true equation with the two numbers of the last question, 0.5 for another true equation, else 0."""
+    operands = sorted(re.findall(r"\d+", prompt.rpartition("Question:")[2]))
+    return [_check(operands, completion) for completion in completions]
 
 
-def _check(asked: list[str], completion: str) -> float:
-    found = EQUATION.search(completion)
-    if found is None or APPLY[found[2]](int(found[1]), int(found[3])) != int(found[4]):
+def _check(operands: list[str], completion: str) -> float:
+    equation = EQUATION.search(completion)
+    if equation is None or APPLY[equation[2]](int(equation[1]), int(equation[3])) != int(equation[4]):
         return 0.0
-    return 1.0 if sorted([found[1], found[3]]) == asked else 0.5
+    return 1.0 if sorted([equation[1], equation[3]]) == operands else 0.5

@@ -1,8 +1,8 @@
-"""The memory of `nbest batch` over inputs of ten thousand, a hundred thousand and a million lines.
+"""Peak memory of `nbest batch` over inputs of ten thousand, a hundred thousand and a million lines.
 
-Each run is a process of its own: the command's own code over an input that is written for it, with a generator and a
-scorer that take no time, so that lines pass as fast as they can be read, answered and written. What is told is the peak
-of the process's resident memory. Every second line has a `custom_id`, since those are remembered.
+Each run is a separate process that runs the command's code over a generated input. A scripted generator and a scripted
+scorer answer at once, so reading and writing lines set the pace. Measured is the process's peak resident memory. Every
+second line has a `custom_id`, because the command keeps those in memory.
 
     python -m benchmarks.batch_memory [--lines 10000 100000 1000000]
 
@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in
+from benchmarks.stats import write_result
 from reranker.candidate import Prompt
 from server.generation.base import SamplingParams
 from server.offline import batch
@@ -34,8 +34,8 @@ TEXT = "It is a warm, unhurried film that trusts its actors, and they repay it i
 MIB = 1 << 20
 
 
-class Forgetful(ScriptedGenerator):
-    """Remembers no request: what it holds would count as memory of the run."""
+class StatelessGenerator(ScriptedGenerator):
+    """Does not record its requests, since they would count as memory of the run."""
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
@@ -46,24 +46,24 @@ class Forgetful(ScriptedGenerator):
 def write_input(path: Path, lines: int) -> None:
     with path.open("w") as file:
         for line in range(lines):
-            named = {"custom_id": f"line-{line}"} if line % 2 else {}
-            file.write(json.dumps({**named, "prompt": f"Film number {line} is"}) + "\n")
+            custom_id = {"custom_id": f"line-{line}"} if line % 2 else {}
+            file.write(json.dumps({**custom_id, "prompt": f"Film number {line} is"}) + "\n")
 
 
 def run(lines: int) -> dict[str, Any]:
-    """One run in this process; its peak memory is that of this run alone."""
+    """One run in this process, whose peak memory is that of this run alone."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "in.jsonl"
         write_input(source, lines)
         before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-        began_s = time.perf_counter()
-        with scripted(Forgetful([TEXT])):
+        start_s = time.perf_counter()
+        with scripted(StatelessGenerator([TEXT])):
             options = BatchOptions(str(source), Path(scratch) / "out", defaults={"best_of": 1})
             summary = batch.batch(SETTINGS, options, Console(quiet=True))
         assert (summary["answered"], summary["failed"]) == (lines, 0)
         return {
             "lines": lines,
-            "seconds": time.perf_counter() - began_s,
+            "seconds": time.perf_counter() - start_s,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB,
             "peak_before_mib": before_mib,
             "results_mib": (Path(scratch) / "out" / "results.jsonl").stat().st_size / MIB,
@@ -73,7 +73,7 @@ def run(lines: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--alone", type=int, help="One run of so many lines in this process; prints its figures.")
+    parser.add_argument("--alone", type=int, help="run this number of lines once in this process and print the figures")
     arguments = parser.parse_args()
     if arguments.alone:
         print(json.dumps(run(arguments.alone)))
@@ -81,10 +81,10 @@ def main() -> None:
     runs = []
     for lines in arguments.lines:
         command = [sys.executable, "-m", "benchmarks.batch_memory", "--alone", str(lines)]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        runs.append(json.loads(told.splitlines()[-1]))
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        runs.append(json.loads(output.splitlines()[-1]))
         print(runs[-1], file=sys.stderr)
-    hand_in("batch_memory", {"runs": runs, "provenance": provenance()})
+    write_result("batch_memory", {"runs": runs, "provenance": provenance()})
 
 
 if __name__ == "__main__":

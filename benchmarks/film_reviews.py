@@ -1,4 +1,4 @@
-"""Thirty first words of a film review, neither for nor against: what follows is the policy's to decide."""
+"""The held-out prompts: thirty openings of film reviews, neither positive nor negative, for the policy to continue."""
 
 OPENINGS = (
     "This film is",

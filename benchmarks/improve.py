@@ -1,17 +1,18 @@
-"""Best-of-n at the time of the request against best-of-n taught to the policy.
+"""Best-of-n at inference against policies trained on best-of-n samples.
 
-SmolLM2 continues openings of film reviews and `movie-sentiment` rewards what it writes. On held-out openings, at
-best_of=1, these are measured:
+SmolLM2 continues openings of film reviews and `movie-sentiment` rewards the continuations. Measured on held-out
+openings, at best_of=1:
 
-    base            the policy as it comes, and from one pool of 32 samples a prompt its best of n for n = 1 ... 32
-    round 1, 2      after rounds of rejection sampling, `nbest improve`: best of 8 on other openings, fine-tuned on
+    base            the untrained policy, and its best of n for n = 1 ... 32, from a pool of 32 samples for each prompt
+    round 1, 2      after one and two rounds of rejection sampling (`nbest improve`): fine-tuned on the best of 8
+                    samples for other openings
     dpo             after DPO on the best against the worst of the first round's samples
 
-Each by its mean reward, the VADER lexicon (-1 to 1), which nothing was trained on, the perplexity of what it writes
+Measures are the mean reward, the VADER lexicon (-1 to 1), which no policy was trained on, the perplexity of the samples
 under the base policy, and KL(policy || base) in nats a sequence: the mean of log pi - log pi_base over the samples. For
 best of n the KL is the bound log n - (n - 1)/n. Intervals are bootstrap intervals over prompts.
 
-What is drawn and trained is kept in --out, and a run that was interrupted goes on there.
+Samples and trained models are kept in --out; an interrupted run continues from there.
 
     python -m benchmarks.improve [--out runs/improve]
 """
@@ -37,7 +38,7 @@ from benchmarks.policy_evaluation import (
     write_openings,
 )
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in
+from benchmarks.stats import write_result
 
 ROUNDS = 2
 RECIPE = ("--epochs", "4", "--batch-size", "8", "--seed", "0")
@@ -48,7 +49,7 @@ POOL_SEED, EVALUATION_SEED = "7", "0"
 
 
 def train(out: Path) -> dict[str, tuple[str, Path]]:
-    """All that is drawn and trained; (policy, its samples on the held-out openings) by name."""
+    """Samples and trains all policies; returns name -> (policy, directory of its samples on the held-out openings)."""
     train_openings = write_openings(out / "train.jsonl", training_openings.OPENINGS)
     held_out = write_openings(out / "held-out.jsonl", film_reviews.OPENINGS)
     sample(held_out, out / "pool", MODEL, max(N), POOL_SEED)
@@ -65,12 +66,12 @@ def train(out: Path) -> dict[str, tuple[str, Path]]:
         f"round {number}": (str(rejection / f"round-{number}" / "sft" / "model"), rejection / f"round-{number}")
         for number in range(1, ROUNDS + 1)
     }
-    evaluated = {name: (model, place / "evaluation") for name, (model, place) in policies.items()}
+    evaluated = {name: (model, directory / "evaluation") for name, (model, directory) in policies.items()}
     return {"base": (MODEL, out / "pool"), **evaluated, "dpo": (str(dpo / "model"), dpo / "evaluation")}
 
 
 def evaluate(out: Path, policies: dict[str, tuple[str, Path]]) -> dict[str, Any]:
-    pools = {name: read(out, name, model, place) for name, (model, place) in policies.items()}
+    pools = {name: read(out, name, model, directory) for name, (model, directory) in policies.items()}
     base = pools.pop("base")
     rejection = json.loads((out / "rejection" / "summary.json").read_text())
     return {
@@ -85,16 +86,16 @@ def evaluate(out: Path, policies: dict[str, tuple[str, Path]]) -> dict[str, Any]
         "best_of_n_of_the_base": best_of_n(base),
         "policies_at_best_of_1": {name: measured(pool, 1) for name, pool in pools.items()},
         "distinct_first_words": {name: distinct(pool) for name, pool in {"base": base, **pools}.items()},
-        "samples": {name: [asdict(pool[0]) for pool in of] for name, of in {"base": base, **pools}.items()},
+        "samples": {name: [asdict(pool[0]) for pool in of_name] for name, of_name in {"base": base, **pools}.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/improve"), help="where samples and models are kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/improve"), help="directory of samples and models")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    hand_in("improve", evaluate(out, train(out)))
+    write_result("improve", evaluate(out, train(out)))
 
 
 if __name__ == "__main__":

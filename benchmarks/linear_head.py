@@ -1,7 +1,7 @@
-"""What the trunk knows untuned: a linear head on its frozen last states, averaged over each text.
+"""The baseline of `benchmarks.movie_sentiment`: a linear head on the frozen trunk's last hidden states.
 
-The baseline of `benchmarks.movie_sentiment`. It is trained by the same Bradley-Terry loss on the same texts as the
-adapter, and reads the whole trunk where the adapter reads the lower layers.
+The head reads the states averaged over each text. It is trained with the same Bradley-Terry loss on the same texts as
+the adapter, and uses all layers of the trunk where the adapter uses the lower ones.
 """
 
 from collections.abc import Callable
@@ -16,26 +16,27 @@ from reranker.models.device import computes_bfloat16
 from reranker.models.rendering import Rendered, pad
 from reranker.models.reward_model import make_renderer
 from training.data.preferences import PreferenceRow, ordered_pairs, render_rows
+from training.reward.config import RewardTraining
 from training.reward.evaluate import score_all
-from training.reward.train import RewardTraining, bradley_terry_loss
+from training.reward.train import bradley_terry_loss
 
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.1
 
 ScoreRows = Callable[[list[PreferenceRow], Path], list[tuple[float, ...]]]
-"""(rated texts, the file to name in errors) -> for each row one reward."""
+"""(rated texts, the file that errors name) -> a reward for each row."""
 
 
 def train_linear_head(
     train: list[PreferenceRow], source: Path, settings: RewardTraining, *, steps: int = 600, texts_per_step: int = 512
 ) -> ScoreRows:
-    """A head for the trunk, style, least gap and seed of the settings, trained on rated texts."""
+    """Trains a head on rated texts, with the trunk, style, minimum rating gap and seed of the settings."""
     base = resolve(settings.base_model)
     trunk = AutoModel.from_pretrained(base, dtype=torch.float32).eval()
     renderer = make_renderer(base, trunk, settings.style)
 
     def states(rows: list[PreferenceRow], source: Path) -> torch.Tensor:
-        return _mean_states(trunk, [e.rendered[0] for e in render_rows(rows, renderer, source)])
+        return _mean_states(trunk, [row.rendered[0] for row in render_rows(rows, renderer, source)])
 
     states_N_D = states(train, source)
     center_D, scale_D = states_N_D.mean(0), states_N_D.std(0)
@@ -50,17 +51,17 @@ def train_linear_head(
         optimizer.zero_grad()
         torch.autograd.backward([bradley_terry_loss(states_N_D[chosen] @ weights_D, better_K, worse_K)])
         optimizer.step()
-    learnt_D = weights_D.detach()
+    trained_D = weights_D.detach()
 
     def score(rows: list[PreferenceRow], source: Path) -> list[tuple[float, ...]]:
-        return [(reward,) for reward in (((states(rows, source) - center_D) / scale_D) @ learnt_D).tolist()]
+        return [(reward,) for reward in (((states(rows, source) - center_D) / scale_D) @ trained_D).tolist()]
 
     return score
 
 
 @torch.inference_mode()
 def _mean_states(trunk: Any, rendered_N: list[Rendered]) -> torch.Tensor:
-    """states_N_D: last hidden states averaged over each text."""
+    """states_N_D: the last hidden states averaged over each text, in the order of rendered_N."""
     states: list[torch.Tensor] = []
 
     def pool(batch: list[Rendered]) -> list[float]:
@@ -68,9 +69,10 @@ def _mean_states(trunk: Any, rendered_N: list[Rendered]) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu")):
             states_N_T_D = trunk(input_ids=input_ids_N_T, attention_mask=mask_N_T, use_cache=False).last_hidden_state
         weights_N_T_1 = mask_N_T[:, :, None] / mask_N_T.sum(1)[:, None, None]
-        places = range(len(states), len(states) + len(batch))
+        positions = range(len(states), len(states) + len(batch))
         states.extend((states_N_T_D * weights_N_T_1).sum(1))
-        return [float(place) for place in places]
+        return [float(position) for position in positions]
 
-    order_N = [int(place) for place in score_all(pool, rendered_N)]
+    # score_all batches by length and returns the values in the order of rendered_N: here each state's position.
+    order_N = [int(position) for position in score_all(pool, rendered_N)]
     return torch.stack(states)[order_N].clone()

@@ -1,14 +1,14 @@
-"""Human ratings of film-review snippets: the data behind the `movie-sentiment` reward model.
+"""The training data of the `movie-sentiment` reward model: human ratings of film-review snippets.
 
 10,605 sentences of film reviews, each rated from -4 to 4 by about twenty people (Hutto & Gilbert, "VADER: A
-Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014). They travel, under the MIT
-licence, inside the source distribution of vaderSentiment 3.3.2; pip fetches it and the digest below pins it.
+Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014). They are part of the source
+distribution of vaderSentiment 3.3.2, under the MIT licence; pip downloads it and the digest below pins it.
 
-A snippet goes to train, validation or test by the hash of its text, never by chance or place in the file: however often
-the split is made, and whatever pairs are formed afterwards, no snippet is on two sides.
+The hash of a snippet's text assigns it to train, validation or test, independent of chance and of its position in the
+file. Repeated splits are identical, and no snippet is in two splits, whatever pairs are formed afterwards.
 
-The same people rated snippets of three other domains, which nothing here is trained on: they tell how far the taste
-learnt from films carries.
+The same people rated snippets of three other domains. Nothing is trained on those; they measure how well the reward
+model transfers.
 """
 
 import io
@@ -33,7 +33,7 @@ MEMBERS = {
     "news": "nytEditorialSnippets",  # opinion pages of the New York Times
     "tweets": "tweets",
 }
-"""Domain -> its table in the archive."""
+"""Domain -> the name of its table in the archive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,10 @@ class RatedText:
 
 
 def fetch_sdist(directory: Path) -> Path:
-    """The source distribution, from what pip is configured with, into `directory` (made if need be) unless it is there.
+    """Downloads the source distribution with pip into `directory` unless it is there; creates the directory.
 
     Raises:
-        RuntimeError: pip could not fetch it, or what came is not the pinned file.
+        RuntimeError: pip could not download it, or its digest is not the pinned one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "vaderSentiment-3.3.2.tar.gz"
@@ -60,12 +60,12 @@ def fetch_sdist(directory: Path) -> Path:
             raise RuntimeError(f"pip could not download {REQUIREMENT}; its own message stands above") from error
     digest = sha256_of(path)
     if digest != SDIST_SHA256:
-        raise RuntimeError(f"{path} is not the expected file (sha256 {digest}); delete it and run again")
+        raise RuntimeError(f"{path} has an unexpected digest (sha256 {digest}); delete it and run again")
     return path
 
 
 def read_sdist(path: Path, domain: str) -> list[RatedText]:
-    """The rated snippets of a domain, each text once."""
+    """The rated snippets of a domain, without duplicates."""
     with tarfile.open(path) as sdist:
         bundle = next(member for member in sdist if member.name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=io.BytesIO(_read(sdist, bundle))) as data:
@@ -87,7 +87,7 @@ def parse_ratings(table: str) -> list[RatedText]:
 
 
 def deduplicate(texts: list[RatedText]) -> list[RatedText]:
-    """The first of every text; texts are the same if they differ in case, spaces and punctuation only."""
+    """The first snippet of every text; texts that differ in case, spaces and punctuation alone count as the same."""
     first: dict[str, RatedText] = {}
     for rated in texts:
         first.setdefault(_normalised(rated.text), rated)
@@ -95,24 +95,24 @@ def deduplicate(texts: list[RatedText]) -> list[RatedText]:
 
 
 def split_of(text: str) -> str:
-    """Of all texts a tenth is "test", a tenth "validation" and the rest "train"; depends on the text alone."""
+    """The split of a text, by its hash: a tenth of all texts is "test", a tenth "validation" and the rest "train"."""
     return {0: "test", 1: "validation"}.get(_hash(text) % 10, "train")
 
 
-def drawn(texts: list[str], count: int) -> list[bool]:
-    """For each text whether it is among the `count` drawn by hash: always the same, wherever they stand in the file."""
-    chosen = set(sorted(range(len(texts)), key=lambda place: _hash(texts[place]))[:count])
-    return [place in chosen for place in range(len(texts))]
+def sampled(texts: list[str], count: int) -> list[bool]:
+    """For each text whether it is in the sample of `count` texts with the lowest hashes, in whatever order they are."""
+    chosen = set(sorted(range(len(texts)), key=lambda index: _hash(texts[index]))[:count])
+    return [index in chosen for index in range(len(texts))]
 
 
 def unseen(texts: Iterable[str], trained_on: Iterable[str]) -> list[bool]:
-    """For each text whether it is none of those trained on, in whatever case and punctuation."""
+    """For each text whether it is absent from `trained_on`, ignoring case and punctuation."""
     trained = {_normalised(text) for text in trained_on}
     return [_normalised(text) not in trained for text in texts]
 
 
 def write_splits(directory: Path) -> dict[str, Path]:
-    """train.jsonl, validation.jsonl and test.jsonl of {"text", "rating"} in `directory`, by name of the split."""
+    """Writes train.jsonl, validation.jsonl and test.jsonl, rows of {"text", "rating"}; returns split -> path."""
     texts = read_sdist(fetch_sdist(directory), FILMS)
     return {
         split: _write(directory / f"{split}.jsonl", [rated for rated in texts if split_of(rated.text) == split])
@@ -121,7 +121,7 @@ def write_splits(directory: Path) -> dict[str, Path]:
 
 
 def write_other_domains(directory: Path) -> dict[str, Path]:
-    """The same for each other domain, whole, by its name."""
+    """Writes a file of {"text", "rating"} rows for each other domain, not split; returns domain -> path."""
     sdist = fetch_sdist(directory)
     return {
         domain: _write(directory / f"{domain.replace(' ', '-')}.jsonl", read_sdist(sdist, domain))
@@ -130,7 +130,7 @@ def write_other_domains(directory: Path) -> dict[str, Path]:
 
 
 def _write(path: Path, texts: list[RatedText]) -> Path:
-    path.write_text("".join(json.dumps({"text": t.text, "rating": t.rating}) + "\n" for t in texts))
+    path.write_text("".join(json.dumps({"text": rated.text, "rating": rated.rating}) + "\n" for rated in texts))
     return path
 
 

@@ -1,10 +1,10 @@
-"""Makes the `movie-sentiment` reward model and measures it: `python -m benchmarks.movie_sentiment`.
+"""Trains and evaluates the `movie-sentiment` reward model: `python -m benchmarks.movie_sentiment`.
 
-Fetches the ratings, splits them, trains by the recipe below, installs the adapter in reranker/pretrained/ and writes
-the evaluation to benchmarks/results/, on the test split of the film reviews and on the other domains of the source,
-with two baselines on the same comparisons.
+It downloads the ratings, splits them, trains with the recipe below, installs the adapter in reranker/pretrained/ and
+writes the evaluation to benchmarks/results/. Evaluated are the test split of the film reviews and the other domains of
+the source, with two baselines on the same comparisons:
 
-    VADER          the hand-made lexicon and rules of the paper the ratings come from
+    VADER          the hand-made lexicon and rules of the paper that published the ratings
     linear head    see `benchmarks.linear_head`
 """
 
@@ -22,19 +22,21 @@ import typer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.linear_head import ScoreRows, train_linear_head
-from benchmarks.movie_ratings import REQUIREMENT, SDIST_SHA256, drawn, unseen, write_other_domains, write_splits
+from benchmarks.movie_ratings import REQUIREMENT, SDIST_SHA256, sampled, unseen, write_other_domains, write_splits
 from benchmarks.provenance import provenance
 from reranker.models.bundled import PRETRAINED_REWARDS
 from reranker.models.reward_model import RewardModel
 from training.data.preferences import PreferenceRow, read_rows
+from training.reward.config import RewardTraining
 from training.reward.evaluate import RewardEvaluation, accuracies, score_rows
-from training.reward.train import RewardTraining, train_reward
+from training.reward.train import train_reward
 
 NAME = "movie-sentiment"
 RECIPE = RewardTraining(
     style="document", num_layers=18, lora_layers=6, lora_rank=8, epochs=2.0, batch_size=32, learning_rate=5e-4, seed=0
 )
-"""18 of 30 layers: linear probes tell ratings best near there, and scoring costs less: benchmarks/layer_probe.py."""
+"""18 of 30 layers: linear probes predict ratings best near that depth (benchmarks/layer_probe.py), and fewer layers
+make scoring cheaper."""
 
 PACKAGES = ("torch", "transformers", "peft", "vaderSentiment")
 
@@ -43,13 +45,13 @@ RESULTS = Path("benchmarks/results/reward_movie-sentiment.json")
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory of the run: data, adapter, metrics.")] = Path("build") / NAME,
-    results: Annotated[Path, typer.Option(help="Where the evaluation goes.")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="Output file of the evaluation.")] = RESULTS,
     domain_snippets: Annotated[
-        int, typer.Option(min=2, help="Snippets of each other domain to measure on, drawn by hash.")
+        int, typer.Option(min=2, help="Number of snippets of each other domain to evaluate on, sampled by hash.")
     ] = 1000,
-    evaluate_only: Annotated[bool, typer.Option(help="Measure the installed adapter, train nothing.")] = False,
+    evaluate_only: Annotated[bool, typer.Option(help="Evaluate the installed adapter without training.")] = False,
 ) -> None:
-    """Make the movie-sentiment reward model and measure it."""
+    """Train the movie-sentiment reward model and evaluate it."""
     splits = write_splits(out / "data")
     if not evaluate_only:
         started = time.monotonic()
@@ -61,7 +63,7 @@ def main(
 
 
 def install(adapter: Path, run: dict[str, Any]) -> None:
-    """Replaces the adapter nbest comes with; its model card stays."""
+    """Replaces the adapter that is shipped with nbest; its model card is kept."""
     target = PRETRAINED_REWARDS[NAME]
     target.mkdir(parents=True, exist_ok=True)
     for file in adapter.iterdir():
@@ -72,7 +74,7 @@ def install(adapter: Path, run: dict[str, Any]) -> None:
 
 
 def evaluate(splits: dict[str, Path], other_domains: dict[str, Path], domain_snippets: int) -> dict[str, Any]:
-    """The installed adapter and the baselines, with all that is needed to tell where it came from."""
+    """Pair accuracies of the installed adapter and the baselines, with data, recipe and provenance."""
     train = read_rows(splits["train"])
     scorers: dict[str, ScoreRows] = {
         NAME: partial(score_rows, RewardModel.load(NAME, device="cpu", dtype="float32")),
@@ -82,14 +84,16 @@ def evaluate(splits: dict[str, Path], other_domains: dict[str, Path], domain_sni
 
     def measure(rows: list[PreferenceRow], source: Path) -> dict[str, Any]:
         rewards = {name: score(rows, source) for name, score in scorers.items()}
-        return {name: _percent(accuracies(found, rows, min_gap=RECIPE.min_gap)) for name, found in rewards.items()}
+        return {
+            name: _percent(accuracies(rewards_N, rows, min_gap=RECIPE.min_gap)) for name, rewards_N in rewards.items()
+        }
 
     def measure_domain(source: Path) -> dict[str, Any]:
         rows = read_rows(source)
         new = list(itertools.compress(rows, unseen(map(_text, rows), map(_text, train))))
-        chosen = list(itertools.compress(new, drawn(list(map(_text, new)), domain_snippets)))
-        told = {"snippets": len(chosen), "drawn_from": len(new), "left_out_as_trained_on": len(rows) - len(new)}
-        return told | {"scorers": measure(chosen, source)}
+        chosen = list(itertools.compress(new, sampled(list(map(_text, new)), domain_snippets)))
+        counts = {"snippets": len(chosen), "drawn_from": len(new), "left_out_as_trained_on": len(rows) - len(new)}
+        return counts | {"scorers": measure(chosen, source)}
 
     return {
         "data": {"source": REQUIREMENT, "sha256": SDIST_SHA256}
@@ -104,7 +108,7 @@ def evaluate(splits: dict[str, Path], other_domains: dict[str, Path], domain_sni
 
 
 def vader(rows: list[PreferenceRow], _: Path) -> list[tuple[float, ...]]:
-    """For each row the lexicon's compound score of its text."""
+    """The lexicon's compound score of each row's text."""
     analyzer = SentimentIntensityAnalyzer()
     return [(float(analyzer.polarity_scores(_text(row))["compound"]),) for row in rows]
 
@@ -114,11 +118,12 @@ def _text(row: PreferenceRow) -> str:
 
 
 def _percent(evaluation: RewardEvaluation) -> dict[str, Any]:
-    def one(accuracy: Any) -> dict[str, Any]:
+    def in_percent(accuracy: Any) -> dict[str, Any]:
         percents = {name: round(100 * getattr(accuracy, name), 2) for name in ("accuracy", "low", "high")}
         return percents | {"comparisons": accuracy.comparisons}
 
-    return one(evaluation.overall) | {"by_gap": {name: one(accuracy) for name, accuracy in evaluation.by_gap.items()}}
+    by_gap = {name: in_percent(accuracy) for name, accuracy in evaluation.by_gap.items()}
+    return in_percent(evaluation.overall) | {"by_gap": by_gap}
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""What overload does to those who are admitted: p95 at capacity and at ten times of it, and what is shed.
+"""Latency of admitted requests and number of rejected ones at one and ten times the server's capacity.
 
-A server process answers completions over a real socket; this process sends them open-loop, at Poisson times that do not
-wait for answers, as independent clients do. The load is told as a multiple of capacity, which is the most candidates a
-second that the engine finishes: worked out for the scripted engine, and for the real one measured first, with as many
-requests kept open as may run.
+A server process answers completions over a real socket. This process sends them open loop: arrivals are Poisson and do
+not wait for replies, as those of independent clients. Load is given as a multiple of capacity, the number of candidates
+a second that the engine completes. For the scripted engine capacity is computed; for the real one it is measured first,
+with as many requests in flight as may run.
 
-The scripted engine advances up to SLOTS sequences by a token every STEP_S, first come, first served, which is what
-continuous batching does; what is above waits inside it. By default a request takes two seconds at best, so that ten
-times capacity is still few requests a second, and neither HTTP nor the client is what is measured; `in_server_p95_s` is
-the same latency without them. With --unbounded admission is switched off, to see what it is for.
+The scripted engine advances up to SLOTS sequences by one token every STEP_S, first come, first served, as continuous
+batching does; further sequences wait in its queue. By default a request takes at least two seconds, so that ten times
+capacity is still few requests a second and neither HTTP nor the client limits the figures; `in_server_p95_s` is the
+latency without both. --unbounded switches admission control off, for comparison.
 
-    python -m benchmarks.overload                # scripted: both loads take about SECONDS each
+    python -m benchmarks.overload                # scripted engine: each of the two loads takes about --seconds
     python -m benchmarks.overload --engine real --rates 1 10 --seconds 60
 
 Writes benchmarks/results/overload.json.
@@ -26,7 +26,7 @@ import resource
 import socket
 import statistics
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import repeat
 from types import TracebackType
@@ -37,14 +37,14 @@ import psutil
 import uvicorn
 
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in, percentiles
+from benchmarks.stats import percentiles, write_result
 from reranker.candidate import Candidate, Prompt
 from server import factory
 from server.app import create_app
 from server.config import Settings
 from server.generation.base import FixedWeights, Outcome, SamplingParams
 from server.generation.outcome_queue import OutcomeQueue
-from server.http.limits import bounded_by
+from server.http.limits import bounded_protocol
 from server.launch import kill_children
 from server.observability.metrics import Metrics
 from server.pipeline.best_of_n import BestOfN
@@ -58,8 +58,8 @@ SEED = 1
 
 
 @dataclasses.dataclass(slots=True)
-class Lane:
-    """One candidate in the scripted engine."""
+class Sequence:
+    """A candidate that the scripted engine generates."""
 
     index: int
     tokens_left: int
@@ -68,12 +68,12 @@ class Lane:
 
 
 class FixedRateEngine(FixedWeights):
-    """Gives a token to each of the first SLOTS sequences every STEP_S, whatever else happens."""
+    """Adds a token to each of the first SLOTS sequences every STEP_S."""
 
     model = SCRIPTED_MODEL
 
     def __init__(self) -> None:
-        self.sequences: list[Lane] = []
+        self.sequences: list[Sequence] = []
 
     async def run(self) -> None:
         next_s = time.monotonic()
@@ -86,7 +86,7 @@ class FixedRateEngine(FixedWeights):
                     sequence.outcomes.put(
                         Candidate(sequence.index, "word", sequence.num_tokens, finish_reason="length")
                     )
-            self.sequences = [one for one in self.sequences if one.tokens_left]
+            self.sequences = [sequence for sequence in self.sequences if sequence.tokens_left]
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
@@ -108,7 +108,7 @@ class FixedRateGeneration:
     def __init__(self, engine: FixedRateEngine, num_tokens: int, n: int) -> None:
         self._engine = engine
         self._outcomes = OutcomeQueue(n)
-        self._sequences = [Lane(index, num_tokens, num_tokens, self._outcomes) for index in range(n)]
+        self._sequences = [Sequence(index, num_tokens, num_tokens, self._outcomes) for index in range(n)]
 
     async def __aenter__(self) -> Self:
         self._engine.sequences += self._sequences
@@ -125,7 +125,8 @@ class FixedRateGeneration:
 
     async def cancel(self, index: int) -> None:
         if self._outcomes.drop(index):
-            self._engine.sequences = [one for one in self._engine.sequences if one is not self._sequences[index]]
+            cancelled = self._sequences[index]
+            self._engine.sequences = [sequence for sequence in self._engine.sequences if sequence is not cancelled]
 
 
 @asynccontextmanager
@@ -137,7 +138,7 @@ async def scripted() -> AsyncIterator[BestOfN]:
 
 
 def serve(listener: socket.socket, settings: Settings, *, real: bool) -> None:
-    """The server process: the app and the protocol as they ship, and one route more that tells the memory."""
+    """The server process: the shipped app and protocol, with an additional route that returns its memory."""
     metrics = Metrics()
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
@@ -150,7 +151,7 @@ def serve(listener: socket.socket, settings: Settings, *, real: bool) -> None:
     app = create_app(start, settings, metrics)
     app.add_api_route("/memory", memory)
     config = uvicorn.Config(
-        app, loop="uvloop", http=bounded_by(settings), ws="none", access_log=False, log_level="warning"
+        app, loop="uvloop", http=bounded_protocol(settings), ws="none", access_log=False, log_level="warning"
     )
     try:
         uvicorn.Server(config).run(sockets=[listener])
@@ -160,7 +161,7 @@ def serve(listener: socket.socket, settings: Settings, *, real: bool) -> None:
 
 @dataclasses.dataclass(slots=True)
 class Load:
-    """What became of the requests of one load."""
+    """The outcomes of the requests of one load. Requests that got a 429 are in `retry_after_s` and `shed_after_s`."""
 
     latencies_s: list[float] = dataclasses.field(default_factory=list)
     in_server_s: list[float] = dataclasses.field(default_factory=list)
@@ -170,21 +171,21 @@ class Load:
     failed: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-async def ask(client: httpx.AsyncClient, body: dict[str, Any], load: Load) -> None:
-    begun_s = time.perf_counter()
+async def send(client: httpx.AsyncClient, body: dict[str, Any], load: Load) -> None:
+    start_s = time.perf_counter()
     try:
         reply = await client.post("/v1/completions", json=body)
     except httpx.HTTPError as error:
         load.failed[type(error).__name__] = load.failed.get(type(error).__name__, 0) + 1
         return
-    took_s = time.perf_counter() - begun_s
+    elapsed_s = time.perf_counter() - start_s
     if reply.is_success:
-        load.latencies_s.append(took_s)
+        load.latencies_s.append(elapsed_s)
         timings_s = reply.json()["nbest"]["timings_s"]
         load.in_server_s.append(timings_s["total"])
         load.queued_s.append(timings_s["queue"])
     elif reply.status_code == 429:
-        load.shed_after_s.append(took_s)
+        load.shed_after_s.append(elapsed_s)
         load.retry_after_s.append(int(reply.headers["Retry-After"]))
     else:
         load.failed[str(reply.status_code)] = load.failed.get(str(reply.status_code), 0) + 1
@@ -193,37 +194,37 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], load: Load) -> No
 async def open_loop(
     client: httpx.AsyncClient, bodies: Iterator[dict[str, Any]], rate_per_s: float, seconds: float
 ) -> Load:
-    """The next request at each Poisson time; a fifth of the time before is for warming up and is not counted."""
-    clock, warm, load = random.Random(SEED), Load(), Load()
-    begun_s = due_s = time.perf_counter()
-    warm_until_s = begun_s + seconds / 5
-    async with asyncio.TaskGroup() as asking:
-        while due_s < warm_until_s + seconds:
+    """Sends a request at each Poisson arrival for `seconds`, after a warm-up of a fifth of it that is not counted."""
+    rng, warm_up, load = random.Random(SEED), Load(), Load()
+    start_s = due_s = time.perf_counter()
+    warm_up_end_s = start_s + seconds / 5
+    async with asyncio.TaskGroup() as tasks:
+        while due_s < warm_up_end_s + seconds:
             await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            asking.create_task(ask(client, next(bodies), warm if due_s < warm_until_s else load))
-            due_s += clock.expovariate(rate_per_s)
+            tasks.create_task(send(client, next(bodies), warm_up if due_s < warm_up_end_s else load))
+            due_s += rng.expovariate(rate_per_s)
     return load
 
 
 async def measured_capacity(
     client: httpx.AsyncClient, body: dict[str, Any], settings: Settings, seconds: float
 ) -> float:
-    """Candidates a second with as many requests kept open as may run."""
+    """Completed candidates a second with as many requests in flight as may run."""
     load = Load()
-    until_s = time.perf_counter() + seconds
+    end_s = time.perf_counter() + seconds
 
-    async def keep_asking() -> None:
-        while time.perf_counter() < until_s:
-            await ask(client, body, load)
+    async def send_until_the_end() -> None:
+        while time.perf_counter() < end_s:
+            await send(client, body, load)
 
-    await ask(client, body, Load())
-    begun_s, best_of = time.perf_counter(), int(body["best_of"])
-    await asyncio.gather(*(keep_asking() for _ in range(settings.max_num_seqs // best_of)))
-    return len(load.latencies_s) * best_of / (time.perf_counter() - begun_s)
+    await send(client, body, Load())
+    start_s, best_of = time.perf_counter(), int(body["best_of"])
+    await asyncio.gather(*(send_until_the_end() for _ in range(settings.max_num_seqs // best_of)))
+    return len(load.latencies_s) * best_of / (time.perf_counter() - start_s)
 
 
 def summary(load: Load, memory: dict[str, int]) -> dict[str, Any]:
-    def p(values: Sequence[float], percent: int) -> float | None:
+    def p(values: list[float], percent: int) -> float | None:
         if len(values) < 2:
             return None
         return round(percentiles(values)[f"p{percent}"], 4)
@@ -246,7 +247,7 @@ def summary(load: Load, memory: dict[str, int]) -> dict[str, Any]:
 async def measure(url: str, settings: Settings, flags: argparse.Namespace) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        while (await client.get("/ready")).is_error:  # noqa: ASYNC110  # another process tells nobody when
+        while (await client.get("/ready")).is_error:  # noqa: ASYNC110  # another process sets no event
             await asyncio.sleep(0.1)
         [model] = (await client.get("/v1/models")).json()["data"]
         body = {
@@ -272,12 +273,12 @@ async def measure(url: str, settings: Settings, flags: argparse.Namespace) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["scripted", "real"], default="scripted")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 10.0], help="multiples of capacity")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each load, after a fifth of it to warm up")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 10.0], help="loads as multiples of capacity")
+    parser.add_argument("--seconds", type=float, default=30.0, help="duration of each load, after a warm-up of a fifth")
     parser.add_argument("--best-of", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=80, help="max_tokens of each candidate")
-    parser.add_argument("--unbounded", action="store_true", help="switch admission off")
-    parser.add_argument("--name", default="overload", help="of the file of results")
+    parser.add_argument("--unbounded", action="store_true", help="switch admission control off")
+    parser.add_argument("--name", default="overload", help="name of the result file")
     flags = parser.parse_args()
 
     off: dict[str, Any] = {}
@@ -297,7 +298,7 @@ def main() -> None:
     p95_s = [load["p95_s"] for load in result["loads"].values()]
     if None not in p95_s:
         result["p95_ratio_last_to_first"] = round(p95_s[-1] / p95_s[0], 3)
-    hand_in(flags.name, {**result, "provenance": provenance(vars(flags))})
+    write_result(flags.name, {**result, "provenance": provenance(vars(flags))})
 
 
 if __name__ == "__main__":

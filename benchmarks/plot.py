@@ -1,4 +1,4 @@
-"""Draws every figure whose results are there, from benchmarks/results alone: `python -m benchmarks.plot`."""
+"""Draws every figure whose result file exists, from benchmarks/results alone: `python -m benchmarks.plot`."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
-from matplotlib import pyplot as plt  # the backend first: there may be no display
+from matplotlib import pyplot as plt  # after the choice of the backend: there may be no display
 
 from benchmarks.provenance import RESULTS
 from benchmarks.stats import knee
@@ -19,9 +19,9 @@ from benchmarks.stopping import frontier
 FIGURES = RESULTS.parent / "figures"
 WINNER, JUDGE = "#1f5fa8", "#c2571a"
 CURVES = (("#222222", "^"), ("#7a3fa0", "D"), ("#1f5fa8", "o"), ("#2e8b57", "s"), ("#c2571a", "v"))
-"""Told apart by colour and by marker."""
+"""(colour, marker) of each curve."""
 TRAINED = (CURVES[1], CURVES[3], CURVES[4], CURVES[0])
-"""Policies beside the curve of best-of-n, which is blue with circles."""
+"""Styles of trained policies; the curve of best-of-n is blue with circles."""
 OF_POLICY = {
     "plain": CURVES[0],
     "adaptive": CURVES[1],
@@ -38,7 +38,7 @@ MEASURES = {
 
 
 def quality(result: dict[str, Any]) -> Path:
-    """Reward of the winner and the independent judge against N, with their 95 % intervals."""
+    """Reward and VADER score of the winner against N, with 95 % intervals."""
     best_of = [int(n) for n in result["winner_reward"]]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     panels = [
@@ -46,9 +46,9 @@ def quality(result: dict[str, Any]) -> Path:
         ("winner_vader", "independent judge\n(VADER lexicon, -1 to 1)", JUDGE),
     ]
     for axis, (key, label, colour) in zip(axes, panels, strict=True):
-        means = [one["mean"] for one in result[key].values()]
-        below = [one["mean"] - one["low"] for one in result[key].values()]
-        above = [one["high"] - one["mean"] for one in result[key].values()]
+        means = [interval["mean"] for interval in result[key].values()]
+        below = [interval["mean"] - interval["low"] for interval in result[key].values()]
+        above = [interval["high"] - interval["mean"] for interval in result[key].values()]
         axis.errorbar(best_of, means, yerr=[below, above], marker="o", capsize=4, color=colour)
         axis.set_xscale("log", base=2)
         axis.set_xticks(best_of, [str(n) for n in best_of])
@@ -64,18 +64,18 @@ def quality(result: dict[str, Any]) -> Path:
 
 
 def arithmetic(result: dict[str, Any]) -> Path:
-    """Share of right answers against n, a curve for each way to choose, with 95 % intervals over problems."""
+    """Share of correct answers against n, a curve for each selection strategy, with 95 % intervals over problems."""
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for (name, curve), (colour, marker) in zip(result["curves"].items(), CURVES, strict=True):
-        n = [int(one) for one in curve]
-        axis.plot(n, [100 * one["mean"] for one in curve.values()], marker=marker, color=colour, label=name)
-        low, high = ([100 * one[bound] for one in curve.values()] for bound in ("low", "high"))
-        axis.fill_between(n, low, high, color=colour, alpha=0.1, linewidth=0)
+        sizes = [int(n) for n in curve]
+        axis.plot(sizes, [100 * share["mean"] for share in curve.values()], marker=marker, color=colour, label=name)
+        low, high = ([100 * share[bound] for share in curve.values()] for bound in ("low", "high"))
+        axis.fill_between(sizes, low, high, color=colour, alpha=0.1, linewidth=0)
     axis.axhline(100 * result["greedy"]["mean"], color="#555555", linestyle="--", label="greedy, one answer")
     axis.set_xscale("log", base=2)
-    axis.set_xticks(n, [str(one) for one in n])
+    axis.set_xticks(sizes, [str(n) for n in sizes])
     axis.set_xlabel("n")
-    axis.set_ylabel("right answers, %")
+    axis.set_ylabel("correct answers, %")
     axis.set_ylim(0, 100)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
@@ -94,22 +94,22 @@ def improve(result: dict[str, Any]) -> Path:
 
 
 def against_kl(result: dict[str, Any], path: Path, base: str = "base") -> Path:
-    """Reward, judge and perplexity against KL to the base: best of n as a curve, trained policies as points.
+    """Reward, VADER score and perplexity against KL to the base: best of n as a curve, trained policies as points.
 
-    `base` is what the policy is called that all of them left.
+    `base` is the name of the policy that training started from.
     """
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     policies = result["policies_at_best_of_1"]
     for axis, measure in zip(axes, MEASURES, strict=True):
         _best_of_n_against_kl(axis, result, measure, base)
-        for (name, one), (colour, marker) in zip(policies.items(), TRAINED, strict=False):
-            _point(axis, one, measure, colour, marker, f"{name}, best_of 1")
+        for (name, figures), (colour, marker) in zip(policies.items(), TRAINED, strict=False):
+            _point(axis, figures, measure, colour, marker, f"{name}, best_of 1")
     axes[0].legend(fontsize=7, frameon=False, loc="lower right")
     return _saved(figure, path, result)
 
 
 def rl(result: dict[str, Any]) -> Path:
-    """Reward of the samples learnt from against minutes, and reward and judge against KL: a point for each seed."""
+    """Reward of the training samples against minutes, and reward and VADER score against KL, a point for each seed."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for axis, measure in zip(axes[1:], ("reward", "vader"), strict=True):
         _best_of_n_against_kl(axis, result, measure)
@@ -123,7 +123,7 @@ def rl(result: dict[str, Any]) -> Path:
             for axis, measure in zip(axes[1:], ("reward", "vader"), strict=True):
                 _point(axis, run["held_out"], measure, colour, marker, label)
     axes[0].set_xlabel("minutes of training")
-    axes[0].set_ylabel("reward of the samples learnt from")
+    axes[0].set_ylabel("reward of the training samples")
     axes[0].grid(alpha=0.3)
     axes[0].spines[["top", "right"]].set_visible(False)
     for axis in axes[:2]:
@@ -137,8 +137,8 @@ def _step_s(row: dict[str, float]) -> float:
 
 def _best_of_n_against_kl(axis: Any, result: dict[str, Any], measure: str, base: str = "base") -> None:
     best = result["best_of_n_of_the_base"]
-    kl = [one["kl"]["mean"] for one in best.values()]
-    means, low, high = ([one[measure][bound] for one in best.values()] for bound in ("mean", "low", "high"))
+    kl = [figures["kl"]["mean"] for figures in best.values()]
+    means, low, high = ([figures[measure][bound] for figures in best.values()] for bound in ("mean", "low", "high"))
     axis.plot(
         kl, means, marker="o", color=WINNER, label=f"best of n of the {base}, n = 1 … {max(map(int, best))} (KL: bound)"
     )
@@ -151,9 +151,9 @@ def _best_of_n_against_kl(axis: Any, result: dict[str, Any], measure: str, base:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _point(axis: Any, found: dict[str, Any], measure: str, colour: str, marker: str, label: str | None) -> None:
-    """A policy by its KL and a measure, each with its interval."""
-    x, y = found["kl"], found[measure]
+def _point(axis: Any, figures: dict[str, Any], measure: str, colour: str, marker: str, label: str | None) -> None:
+    """A policy's measure against its KL, each with its interval."""
+    x, y = figures["kl"], figures[measure]
     axis.errorbar(
         x["mean"],
         y["mean"],
@@ -179,17 +179,20 @@ def _saved(figure: Any, path: Path, result: dict[str, Any]) -> Path:
 
 
 def stopping(result: dict[str, Any]) -> Path:
-    """Mean reward of the winner against what was drawn: plain best-of-n, and each policy at its best settings."""
+    """Mean reward of the winner against tokens: plain best-of-n, and the best settings of each policy."""
     figure, axes = plt.subplots(1, len(result["plain"]), figsize=(11, 4), layout="constrained")
     for axis, (pools, plain) in zip(axes, result["plain"].items(), strict=True):
-        tokens, means, low, high = ([one[key] for one in plain.values()] for key in ("tokens", "reward", "low", "high"))
+        tokens, means, low, high = (
+            [figures[key] for figures in plain.values()] for key in ("tokens", "reward", "low", "high")
+        )
         axis.plot(tokens, means, color=CURVES[0][0], marker=CURVES[0][1], markersize=3, label="plain best-of-n")
         axis.fill_between(tokens, low, high, color=CURVES[0][0], alpha=0.08, linewidth=0)
         goal = plain[str(result["plain_n"])]
         axis.plot(goal["tokens"], goal["reward"], marker="o", markersize=9, markerfacecolor="none", color=CURVES[0][0])
-        for name, found in result["policies"][pools].items():
+        for name, policy in result["policies"][pools].items():
             colour, marker = OF_POLICY[name]
-            x, y = zip(*((one["tokens"], one["reward"]) for one in frontier(found["curve"])), strict=True)
+            best = frontier(policy["curve"])
+            x, y = [setting["tokens"] for setting in best], [setting["reward"] for setting in best]
             axis.plot(x, y, marker=marker, markersize=3, color=colour, label=name)
         axis.axhline(goal["reward"], color="#999999", linewidth=0.8, linestyle="--")
         axis.set_xlabel(f"{result['unit'][pools]} a prompt")
@@ -205,20 +208,20 @@ def stopping(result: dict[str, Any]) -> Path:
 
 
 def latency(result: dict[str, Any]) -> Path:
-    """Seconds of a request against N, here and on Ray; against how many are asked at a time; and what comes in time."""
+    """Seconds of a request against N, in process and on Ray; against concurrency; and goodput against load."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     on_ray = RESULTS / "latency_ray.json"
-    places = {"in process": result} | ({"on Ray": json.loads(on_ray.read_text())} if on_ray.exists() else {})
-    for (place, found), (colour, marker) in zip(places.items(), (CURVES[2], CURVES[4]), strict=False):
-        _seconds_against(axes[0], found["candidates"], "best_of", colour, marker, place)
+    backends = {"in process": result} | ({"on Ray": json.loads(on_ray.read_text())} if on_ray.exists() else {})
+    for (backend, figures), (colour, marker) in zip(backends.items(), (CURVES[2], CURVES[4]), strict=False):
+        _seconds_against(axes[0], figures["candidates"], "best_of", colour, marker, backend)
     _seconds_against(axes[1], result["concurrency"], "at_once", *CURVES[2], "best_of 16")
     axes[0].set_xlabel("best_of, one request at a time")
     axes[1].set_xlabel("requests at a time")
     loads = result["goodput"]["loads"].values()
-    rates = [one["requests_per_s"] for one in loads]
-    axes[2].plot(rates, rates, color="#999999", linestyle="--", linewidth=0.8, label="asked")
+    rates = [load["requests_per_s"] for load in loads]
+    axes[2].plot(rates, rates, color="#999999", linestyle="--", linewidth=0.8, label="requests sent")
     axes[2].plot(
-        rates, [one["good"]["per_s"] for one in loads], color=CURVES[3][0], marker="s", label="answered in time"
+        rates, [load["good"]["per_s"] for load in loads], color=CURVES[3][0], marker="s", label="answered in time"
     )
     axes[2].set_xlabel(f"requests a second, best_of {result['goodput']['best_of']}, Poisson")
     axes[2].set_ylabel(f"a second, within {result['goodput']['objective_s']:.1f} s")
@@ -233,19 +236,19 @@ def latency(result: dict[str, Any]) -> Path:
 
 
 def _seconds_against(axis: Any, cases: list[Any], over: str, colour: str, marker: str, label: str) -> None:
-    """The median, and up to the 99th percentile."""
-    x = [one[over] for one in cases]
-    medians, highest = ([one["total_s"][key] for one in cases] for key in ("p50", "p99"))
+    """Plots the median of `total_s`, with a band up to the 99th percentile."""
+    x = [case[over] for case in cases]
+    medians, highest = ([case["total_s"][key] for case in cases] for key in ("p50", "p99"))
     axis.plot(x, medians, color=colour, marker=marker, label=f"{label}, median to p99")
     axis.fill_between(x, medians, highest, color=colour, alpha=0.15, linewidth=0)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(x, [str(one) for one in x])
+    axis.set_xticks(x, [str(value) for value in x])
     axis.set_ylabel("seconds to the last token")
     axis.set_ylim(bottom=0)
 
 
 def cost(result: dict[str, Any]) -> Path:
-    """Mean reward against what it costs on the running engine: plain best-of-n and every policy, each a curve."""
+    """Mean reward against cost on the running engine: a curve for plain best-of-n and for every policy."""
     costs = {
         "tokens": "tokens generated a request",
         "total_s": "seconds a request, alone",
@@ -253,18 +256,20 @@ def cost(result: dict[str, Any]) -> Path:
     }
     figure, axes = plt.subplots(1, len(costs), figsize=(12, 3.8), layout="constrained", sharey=True)
     for axis, (unit, label) in zip(axes, costs.items(), strict=True):
-        times = 1000 if unit == "price" else 1
+        scale = 1000 if unit == "price" else 1
         for name, measured in result["curves"].items():
             curve, (colour, marker) = sorted(measured, key=itemgetter(unit)), OF_POLICY[name]
-            spent = [times * one[unit] for one in curve]
-            rewards, low, high = ([one["reward"][key] for one in curve] for key in ("mean", "low", "high"))
+            spent = [scale * point[unit] for point in curve]
+            rewards, low, high = ([point["reward"][key] for point in curve] for key in ("mean", "low", "high"))
             axis.plot(spent, rewards, color=colour, marker=marker, markersize=4, label=name)
             if name == "plain":
                 axis.fill_between(spent, low, high, color=colour, alpha=0.08, linewidth=0)
-                for one, x, y in zip(curve, spent, rewards, strict=True):
-                    axis.annotate(str(one["best_of"]), (x, y), textcoords="offset points", xytext=(3, -10), fontsize=7)
-                at = knee(spent, rewards)
-                axis.plot(spent[at], rewards[at], "o", markersize=11, markerfacecolor="none", color=JUDGE, label="knee")
+                for n, x, y in zip((point["best_of"] for point in curve), spent, rewards, strict=True):
+                    axis.annotate(str(n), (x, y), textcoords="offset points", xytext=(3, -10), fontsize=7)
+                bend = knee(spent, rewards)
+                axis.plot(
+                    spent[bend], rewards[bend], "o", markersize=11, markerfacecolor="none", color=JUDGE, label="knee"
+                )
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -281,7 +286,7 @@ def cost(result: dict[str, Any]) -> Path:
     return path
 
 
-DRAWN = {
+FIGURE_OF_RESULT = {
     "quality": quality,
     "arithmetic": arithmetic,
     "improve": improve,
@@ -294,10 +299,10 @@ DRAWN = {
 
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
-    for name, draw in DRAWN.items():
-        found = RESULTS / f"{name}.json"
-        if found.exists():
-            print(f"wrote {draw(json.loads(found.read_text()))}")
+    for name, draw in FIGURE_OF_RESULT.items():
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            print(f"wrote {draw(json.loads(file.read_text()))}")
 
 
 if __name__ == "__main__":

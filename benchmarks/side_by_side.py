@@ -2,7 +2,7 @@
 
     nbest                 nbest serve, with scoring
     vllm, defaults        vllm serve with its defaults and n=16, without scoring
-    vllm, our settings    the same with the settings of nbest's engine: the lower bound for anything that samples with it
+    vllm, our settings    the same with the settings of nbest's engine: the lower bound for anything that uses it
     vllm, then score      the same, then transformers scores all candidates in a padded batch, in this process
     script                transformers alone: generate(num_return_sequences=16), then a padded batch
     its-hub               its-hub 1.2.0 over vllm serve with our settings: 16 requests, then nbest's reward model

@@ -1,4 +1,4 @@
-"""Means with intervals, and how a benchmark hands in its figures."""
+"""Means with intervals, percentiles, ratios, and the writer of result files."""
 
 import json
 import math
@@ -18,19 +18,23 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The 50th, 95th and 99th, between the values where they fall between."""
+    """The 50th, 95th and 99th percentile, interpolated between neighbouring values."""
     cuts = statistics.quantiles([*values, *values[-1:]] if len(values) == 1 else values, n=100, method="inclusive")
     return {f"p{percent}": cuts[percent - 1] for percent in (50, 95, 99)}
 
 
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and extremes of a figure over rounds, and the number of rounds."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "rounds": len(values)}
+
+
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """The ratio of two times measured in turn, round by round: median, extremes and number of rounds."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "rounds": len(ratios)}
+    """The spread of the ratio of two figures that were measured alternately, taken round by round."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
 def knee(costs: Sequence[float], gains: Sequence[float]) -> int:
-    """Which point of a rising curve bends most: the one furthest above the line from its first to its last point.
+    """The index of the knee of a rising curve: the point furthest above the line from its first to its last point.
 
     Kneedle without smoothing (Satopää et al. 2011), both axes scaled to 0 … 1.
     """
@@ -41,8 +45,8 @@ def knee(costs: Sequence[float], gains: Sequence[float]) -> int:
     return above.index(max(above))
 
 
-def hand_in(name: str, result: dict[str, Any]) -> Path:
-    """Writes `benchmarks/results/NAME.json` and prints the result as the last line."""
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Writes `benchmarks/results/NAME.json` and prints the result, without its samples, as the last line of output."""
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps({**result, "samples": "…"} if "samples" in result else result))

@@ -1,4 +1,4 @@
-"""First words of a film review to train on, made by rule. None is one of `film_reviews`, which are measured on."""
+"""The training prompts: 48 generated openings of film reviews, none of which is among the held-out `film_reviews`."""
 
 SUBJECTS = (
     "The lead actress",

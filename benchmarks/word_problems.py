@@ -1,7 +1,7 @@
-"""Arithmetic word problems of one step, made by rule: the answer to each is known.
+"""Generated one-step arithmetic word problems with known answers.
 
-A problem is a sentence with two numbers that are to be added, subtracted or multiplied; which, the words say. They are
-as easy as they are because SmolLM2-135M gets hardly any of two steps right, and of those with long sums no more.
+A problem is a sentence with two numbers; its wording says whether to add, subtract or multiply them. The problems are
+this easy because SmolLM2-135M solves hardly any two-step problems, and hardly any with large numbers.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ NAMES = ("Anna", "Ben", "Clara", "Dan", "Emma", "Finn", "Grace", "Hugo", "Ida", 
 THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers")
 
 ANSWER_REGEX = r"=\s*(-?\d+)"
-"""Where an answer in the form of the worked examples has its result."""
+"""Extracts the result from an answer in the form of the worked examples."""
 
 WORKED_EXAMPLES = """\
 Question: Lily has 6 pears and gets 3 more. How many pears does Lily have now?
@@ -28,7 +28,7 @@ Answer: 3 * 5 = 15
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A question and the whole number that answers it; `operands` are the numbers in it, in order."""
+    """A question and its answer, an integer; `operands` are the numbers in the question, in order."""
 
     question: str
     operation: str
@@ -37,18 +37,18 @@ class WordProblem:
 
     @property
     def prompt(self) -> str:
-        """The question as the policy gets it, after three worked examples; a newline ends the answer."""
+        """The policy's prompt: three worked examples, then the question. A newline ends the answer."""
         return f"{WORKED_EXAMPLES}Question: {self.question}\nAnswer:"
 
 
 def word_problems(count: int, seed: int) -> list[WordProblem]:
-    """`count` problems, the three operations in turn; the same for the same seed.
+    """`count` problems that alternate between the three operations; the same seed gives the same problems.
 
-    No two have the same operation on the same numbers in the same order, so that any part of the list can be learnt
-    from and the rest tested on.
+    No two problems have the same operation on the same numbers in the same order, so any part of the list can be used
+    for training and the rest for testing.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: fewer than `count` different problems exist.
     """
     random = Random(seed)
     operands = {
@@ -56,14 +56,14 @@ def word_problems(count: int, seed: int) -> list[WordProblem]:
         "-": [(a, b) for a in range(6, 25) for b in range(2, a - 1)],
         "*": [(a, b) for a in range(2, 14) for b in range(2, 14)],
     }
-    in_turn: list[tuple[str, tuple[int, int]]] = []
+    problems: list[tuple[str, tuple[int, int]]] = []
     for pairs in operands.values():
         random.shuffle(pairs)
     for turn in range(min(map(len, operands.values()))):
-        in_turn += [(operation, pairs[turn]) for operation, pairs in operands.items()]
-    if count > len(in_turn):
-        raise ValueError(f"there are {len(in_turn)} different problems, not {count}")
-    return [_worded(operation, a, b, random) for operation, (a, b) in in_turn[:count]]
+        problems += [(operation, pairs[turn]) for operation, pairs in operands.items()]
+    if count > len(problems):
+        raise ValueError(f"there are {len(problems)} different problems, not {count}")
+    return [_worded(operation, a, b, random) for operation, (a, b) in problems[:count]]
 
 
 def _worded(operation: str, a: int, b: int, random: Random) -> WordProblem:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts import model_card, reliability, tables_latency, tables_rl
+from scripts import model_card, reliability, tables_latency, tables_readme, tables_rl
 from scripts.markdown import machine, table, with_extremes
 
 ROOT = Path(__file__).parent.parent
@@ -376,7 +376,7 @@ def blockwise(found: Any) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "figures": quality,
+    "figures": lambda: tables_readme.figures(result),
     "quality": quality,
     "scoring-overhead": scoring_overhead,
     "prefill": prefill,
@@ -400,10 +400,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "latency-scaling": if_measured("latency", tables_latency.scaling),
     "goodput": if_measured("latency", tables_latency.goodput),
     "reliability": lambda: reliability.table(result_if_there),
-    "rl-memory": if_measured("rl_run", tables_rl.memory),
+    "rl-memory": if_measured("rl_breakdown", tables_rl.memory),
     "rl-memory-large": tables_rl.memory_7b,
-    "rl-time": if_measured("rl_run", tables_rl.time),
-    "rl-speed": if_measured("rl_speed", tables_rl.speed),
+    "rl-time": if_measured("rl_breakdown", tables_rl.time),
+    "rl-learner-throughput": if_measured("rl_learner_throughput", tables_rl.learner_throughput),
     "rl-overlap": if_measured("rl_overlap", tables_rl.overlap),
     "provenance": provenance,
 }

@@ -74,7 +74,7 @@ def time(found: dict[str, Any]) -> str:
     )
 
 
-def speed(found: dict[str, Any]) -> str:
+def learner_throughput(found: dict[str, Any]) -> str:
     """The learner's tokens a second against a bare loop's."""
     rows = [f"| {what} | {with_extremes(one)} |\n" for what, one in found["share_of_bare"].items()]
     rounds = next(iter(found["share_of_bare"].values()))["rounds"]

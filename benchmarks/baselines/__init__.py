@@ -1,1 +1,1 @@
-"""Other projects that do best-of-N, each in an environment of its own that is made when it is first measured."""
+"""Other best-of-N projects, each run in its own virtual environment, which is created at the first measurement."""

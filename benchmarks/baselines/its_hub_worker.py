@@ -1,6 +1,6 @@
-"""Best-of-N as its-hub 1.2.0 does it: N requests for one answer each, then the reward model on all of them.
+"""Best-of-N by its-hub 1.2.0: N requests with one answer each, then the reward model scores all of them.
 
-It runs in its-hub's environment. The reward model is a served one, asked once with all answers of a prompt.
+This script runs in its-hub's environment. The reward model is served: one POST /v1/score has all answers of a prompt.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ class ServedRewardModel(AbstractOutcomeRewardModel):  # type: ignore[misc]  # it
         raise NotImplementedError("its-hub asks for ascore")
 
     async def ascore(self, messages: Any, orchestrator: Any = None, **kwargs: Any) -> list[float]:
-        prompt = [{"role": one.role, "content": one.content} for one in messages[0][:-1]]
+        prompt = [{"role": message.role, "content": message.content} for message in messages[0][:-1]]
         body = {
             "messages": prompt,
             "candidates": [conversation[-1].content for conversation in messages],
@@ -31,37 +31,37 @@ class ServedRewardModel(AbstractOutcomeRewardModel):  # type: ignore[misc]  # it
         }
         async with aiohttp.ClientSession() as session, session.post(f"{self.url}/v1/score", json=body) as reply:
             reply.raise_for_status()
-            return [one["score"] for one in (await reply.json())["data"]]
+            return [line["score"] for line in (await reply.json())["data"]]
 
 
-async def answer(question: dict[str, Any]) -> dict[str, Any]:
+async def answer(request: dict[str, Any]) -> dict[str, Any]:
     lm = OpenAICompatibleLanguageModel(
-        f"{question['url']}/v1",
+        f"{request['url']}/v1",
         "unused",
-        question["model"],
-        max_tokens=question["max_tokens"],
+        request["model"],
+        max_tokens=request["max_tokens"],
         temperature=1.0,
     )
-    best_of_n = BestOfN(ServedRewardModel(question["reward_url"], question["reward_model"]))
+    best_of_n = BestOfN(ServedRewardModel(request["reward_url"], request["reward_model"]))
     try:
-        found = await asyncio.gather(
+        results = await asyncio.gather(
             *(
-                best_of_n.ainfer(lm, question["prompt"], question["n"], return_response_only=False)
-                for _ in range(question["requests"])
+                best_of_n.ainfer(lm, request["prompt"], request["n"], return_response_only=False)
+                for _ in range(request["requests"])
             )
         )
     finally:
         await lm.close()
-    return {"tokens": [one.usage.completion_tokens for one in found], "text": found[0].the_one["content"]}
+    return {"tokens": [result.usage.completion_tokens for result in results], "text": results[0].the_one["content"]}
 
 
 def main() -> None:
     for line in sys.stdin:
         try:
-            told = asyncio.run(answer(json.loads(line)))
-        except Exception as error:  # noqa: BLE001 (whatever it is, the benchmark is told)
-            told = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(told), flush=True)
+            reply = asyncio.run(answer(json.loads(line)))
+        except Exception as error:  # noqa: BLE001 (every failure is reported to the benchmark)
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Best-of-N as optillm 0.4.0 does it (`bon`): N answers in one request, then the policy grades them one by one.
+"""Best-of-N by optillm 0.4.0 (`bon`): N answers in one request, then the policy grades them one at a time.
 
-It runs in optillm's environment.
+This script runs in optillm's environment.
 """
 
 import json
@@ -13,32 +13,32 @@ from openai import OpenAI
 from optillm.bon import best_of_n_sampling
 
 
-def answer(question: dict[str, Any]) -> dict[str, Any]:
-    client = OpenAI(api_key="unused", base_url=f"{question['url']}/v1", max_retries=0, timeout=600)
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    client = OpenAI(api_key="unused", base_url=f"{request['url']}/v1", max_retries=0, timeout=600)
 
-    def one(_: int) -> Any:
+    def best_of_n(_: int) -> Any:
         return best_of_n_sampling(
             "You are a helpful assistant.",
-            question["prompt"],
+            request["prompt"],
             client,
-            question["model"],
-            question["n"],
-            request_config={"max_tokens": question["max_tokens"]},
+            request["model"],
+            request["n"],
+            request_config={"max_tokens": request["max_tokens"]},
         )
 
-    with ThreadPoolExecutor(question["requests"]) as threads:
-        found = list(threads.map(one, range(question["requests"])))
-    return {"tokens": [tokens for _, tokens in found], "text": found[0][0]}
+    with ThreadPoolExecutor(request["requests"]) as threads:
+        results = list(threads.map(best_of_n, range(request["requests"])))
+    return {"tokens": [tokens for _, tokens in results], "text": results[0][0]}
 
 
 def main() -> None:
-    logging.disable(logging.INFO)  # a line for every request
+    logging.disable(logging.INFO)  # it logs a line for every request
     for line in sys.stdin:
         try:
-            told = answer(json.loads(line))
-        except Exception as error:  # noqa: BLE001 (whatever it is, the benchmark is told)
-            told = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(told), flush=True)
+            reply = answer(json.loads(line))
+        except Exception as error:  # noqa: BLE001 (every failure is reported to the benchmark)
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":

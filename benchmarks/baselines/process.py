@@ -1,6 +1,6 @@
-"""A peer as a process: made once, then asked as often as wanted, so that neither installing nor importing is measured.
+"""A baseline as a process that is started once and answers many requests, so that no installation or import is timed.
 
-The worker script reads a JSON object a line and answers with one. It never runs in this project's environment.
+The worker script reads one JSON object a line and writes one back. It never runs in this project's environment.
 """
 
 import asyncio
@@ -15,20 +15,22 @@ from typing import Any, Self
 from torch import __version__ as torch_version
 
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbest" / "peers"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbest" / "baselines"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-LONGEST_LINE = 1 << 24
+MAX_LINE_BYTES = 1 << 24
 
 
-class PeerError(Exception):
-    """A peer that could not be installed or that failed."""
+class BaselineError(Exception):
+    """A baseline could not be installed, or it failed."""
 
 
 def environment(requirement: str, *, torch: bool) -> Path:
-    """The Python of an environment with that requirement, made where there is none; with torch's build for CPUs.
+    """The Python of a virtual environment with that requirement; the environment is created where it is missing.
+
+    With `torch`, torch's build for CPUs is installed first.
 
     Raises:
-        PeerError: it cannot be installed, with what pip said.
+        BaselineError: it cannot be installed; the message has pip's last line.
     """
     directory = CACHE / requirement.replace("[", "-").replace("]", "").replace("==", "-")
     python = directory / "bin" / "python"
@@ -39,7 +41,7 @@ def environment(requirement: str, *, torch: bool) -> Path:
     if torch:
         try:
             _pip(python, torch_version)
-        except PeerError:
+        except BaselineError:
             _pip(python, torch_version, "--index-url", TORCH_INDEX)
     _pip(python, requirement)
     complete.touch()
@@ -47,15 +49,15 @@ def environment(requirement: str, *, torch: bool) -> Path:
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    done = subprocess.run(
+    result = subprocess.run(
         [python, "-m", "pip", "install", "-q", *arguments], capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise PeerError(f"pip install {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
+    if result.returncode:
+        raise BaselineError(f"pip install {' '.join(arguments)}: {result.stderr.strip().splitlines()[-1]}")
 
 
-class Peer:
-    """A worker script of this folder, running in the environment of `python`. Use it in `async with`."""
+class BaselineProcess:
+    """A worker script of this folder, run by `python`. It runs inside `async with`."""
 
     def __init__(self, python: Path, script: str) -> None:
         self._command = (str(python), str(HERE / script))
@@ -63,7 +65,7 @@ class Peer:
     async def __aenter__(self) -> Self:
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=clean, limit=LONGEST_LINE
+            *self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=clean, limit=MAX_LINE_BYTES
         )
         return self
 
@@ -74,19 +76,19 @@ class Peer:
         self._process.stdin.close()
         await self._process.wait()
 
-    async def ask(self, **question: Any) -> Any:
-        """Its answer.
+    async def answer(self, **request: Any) -> Any:
+        """The worker's reply to one request.
 
         Raises:
-            PeerError: it ended, or says that it failed.
+            BaselineError: the worker ended, or it reported an error.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question).encode() + b"\n")
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
         line = await self._process.stdout.readline()
         if not line:
-            raise PeerError(f"{self._command[1]} ended with {await self._process.wait()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise PeerError(answer["error"])
-        return answer
+            raise BaselineError(f"{self._command[1]} ended with {await self._process.wait()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise BaselineError(reply["error"])
+        return reply

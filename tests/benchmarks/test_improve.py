@@ -1,4 +1,4 @@
-"""From samples whose rewards and likelihoods are known to the figures of `benchmarks.improve`, its table and plot."""
+"""The figures, table and plot of `benchmarks.improve`, from samples with known rewards and log-probabilities."""
 
 import json
 import math
@@ -16,7 +16,10 @@ PROMPTS = ("This film", "The plot")
 
 
 def samples(count: int, nats: float) -> list[dict[str, Any]]:
-    """Rewards 0, 1, 2, ... for each prompt; ten tokens of two nats each under the base, `nats` in all by the policy."""
+    """Samples with rewards 0, 1, 2, ... for each prompt.
+
+    Each has ten tokens, a log-probability of -20 nats under the base and of `nats` under the policy.
+    """
     return [
         asdict(JudgedSample(prompt, f" is {reward}", float(reward), 0.5, 10, -20.0, nats))
         for prompt in PROMPTS
@@ -37,20 +40,21 @@ def result(tmp_path: Path) -> dict[str, Any]:
     return improve.evaluate(tmp_path, dict.fromkeys(pools, ("a model", tmp_path)))
 
 
-def test_best_of_n_and_what_was_taught_stand_on_the_same_axes(result: dict[str, Any]) -> None:
+def test_best_of_n_and_trained_policies_have_the_same_measures(result: dict[str, Any]) -> None:
     best, policies = result["best_of_n_of_the_base"], result["policies_at_best_of_1"]
     assert best["1"]["reward"]["mean"] == pytest.approx(15.5)
     assert best["32"]["reward"]["mean"] == pytest.approx(31.0)
     assert best["2"]["kl"] == {"mean": pytest.approx(math.log(2) - 0.5)}
     assert policies["round 1"]["reward"]["mean"] == pytest.approx(1.5)
-    assert {name: one["kl"]["mean"] for name, one in policies.items()} == {"round 1": 2.0, "round 2": 4.0, "dpo": 5.0}
+    kl = {name: figures["kl"]["mean"] for name, figures in policies.items()}
+    assert kl == {"round 1": 2.0, "round 2": 4.0, "dpo": 5.0}
     assert policies["dpo"]["perplexity_under_base"]["mean"] == pytest.approx(math.exp(2))
     assert result["demonstrations"] == [6, 5]
     assert result["pairs"] == 7
     assert result["distinct_first_words"]["dpo"] == 1.0
 
 
-def test_the_table_and_the_plot_are_made_of_the_results(
+def test_the_table_and_the_plot_show_the_result(
     result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plot, "FIGURES", tmp_path)

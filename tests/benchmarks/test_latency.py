@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks of latency and cost, by hand; and that their tables and plots can be made."""
+"""The figures of the latency and cost benchmarks, checked by hand, and their tables and plots."""
 
 import json
 from pathlib import Path
@@ -16,29 +16,29 @@ from scripts import tables_latency
 PRICES = Prices(per_hour=36.0, per_million=(1.0, 2.0, 0.5))
 
 
-def test_percentiles_lie_between_the_values_where_they_fall_between() -> None:
-    assert percentiles([float(one) for one in range(101)]) == {"p50": 50, "p95": 95, "p99": 99}
+def test_percentiles_are_interpolated_between_values() -> None:
+    assert percentiles([float(value) for value in range(101)]) == {"p50": 50, "p95": 95, "p99": 99}
     assert percentiles([1.0, 2.0])["p50"] == 1.5
 
 
-def test_a_price_is_that_of_the_machine_and_of_the_tokens() -> None:
+def test_a_price_is_the_sum_of_the_machines_and_the_tokens() -> None:
     assert PRICES.of(10.0, 1000, 500, 2000) == pytest.approx(0.1 + (1000 * 1 + 500 * 2 + 2000 * 0.5) / 1e6)
 
 
-def test_goodput_counts_what_came_in_time() -> None:
+def test_goodput_counts_answers_within_the_objective() -> None:
     assert good([0.5, 1.0, 1.1, 9.0], objective_s=1.0, seconds=4.0) == {"per_s": 0.5, "share": 0.5}
     assert good([], objective_s=1.0, seconds=4.0) == {"per_s": 0.0, "share": 0.0}
 
 
-def test_two_requests_at_a_time_share_the_machine() -> None:
+def test_two_concurrent_requests_share_the_price_of_the_machine() -> None:
     answers = Answers([0.1, 0.3], [2.0, 2.0], [10, 20], [40, 60], [100, 100])
-    found = summary(answers, 2.0, PRICES)
-    assert found["requests_per_s"] == 1.0
-    assert found["tokens_per_s"] == 50.0
-    assert found["price"] == pytest.approx(1.0 * 0.01 + (15 * 1 + 50 * 2 + 100 * 0.5) / 1e6)
+    figures = summary(answers, 2.0, PRICES)
+    assert figures["requests_per_s"] == 1.0
+    assert figures["tokens_per_s"] == 50.0
+    assert figures["price"] == pytest.approx(1.0 * 0.01 + (15 * 1 + 50 * 2 + 100 * 0.5) / 1e6)
 
 
-def test_the_knee_is_furthest_above_the_line_between_the_ends() -> None:
+def test_the_knee_is_the_point_furthest_above_the_line_between_the_ends() -> None:
     assert knee([1, 2, 4, 8], [0.0, 5.0, 6.0, 7.0]) == 1
     assert knee([0, 1, 2, 10], [0.0, 1.0, 9.0, 10.0]) == 2
 
@@ -86,7 +86,7 @@ LATENCY: dict[str, Any] = {
 }
 
 
-def test_the_tables_and_plots_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_and_plots_show_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plot, "FIGURES", tmp_path)
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     (tmp_path / "latency.json").write_text(json.dumps(LATENCY))
@@ -99,31 +99,31 @@ def test_the_tables_and_plots_are_made(tmp_path: Path, monkeypatch: pytest.Monke
     assert plot.latency(LATENCY).stat().st_size > 0
 
 
-def test_reward_is_drawn_against_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_is_plotted_against_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plot, "FIGURES", tmp_path)
 
     def point(n: int) -> dict[str, Any]:
         reward = {"mean": 1.0 + n, "low": 0.5, "high": 9.0}
         return {"best_of": n, "reward": reward, "tokens": 64.0 * n, "total_s": 0.5 * n, "price": 1e-5 * n}
 
-    found = {
+    result = {
         "policy": "tiny",
         "prompts": 3,
         "max_tokens": 64,
         "curves": {"plain": [point(n) for n in (1, 2, 4)], "adaptive": [point(3)]},
     }
-    assert plot.cost(found).stat().st_size > 0
+    assert plot.cost(result).stat().st_size > 0
 
 
-def test_the_frontier_is_what_no_other_setting_beats() -> None:
+def test_the_frontier_holds_the_settings_that_no_other_setting_beats() -> None:
     settings = [{"tokens": tokens, "reward": reward} for tokens, reward in ((3, 2.0), (1, 1.0), (2, 0.5), (2, 1.5))]
-    assert [one["tokens"] for one in frontier(settings)] == [1, 2, 3]
+    assert [setting["tokens"] for setting in frontier(settings)] == [1, 2, 3]
 
 
-def test_others_stand_beside_nbest() -> None:
+def test_the_side_by_side_table_compares_each_way_with_nbest() -> None:
     ratio = {"median": 2.5, "low": 2.0, "high": 3.0, "rounds": 3}
     measured = {"one_request_s": 1.5, "requests_per_s": 0.8, "tokens_a_request": 1024.0}
-    found = {
+    result = {
         "best_of": 16,
         "max_tokens": 64,
         "at_once": 4,
@@ -132,7 +132,7 @@ def test_others_stand_beside_nbest() -> None:
         "times_as_long_as_nbest": {"script": {"one": ratio, "at once": ratio}},
         "bars": {"script": {"load": "at once", "at_least": 2.0}},
     }
-    told = tables_latency.side_by_side(found)
+    table = tables_latency.side_by_side(result)
     line = "| script | 1.50 s | 0.80 | 1024 | 2.50 (2.00 … 3.00) | 2.50 (2.00 … 3.00) | 2.00 (several) |"
-    assert line in told
-    assert "Left out: optillm, pip install: no." in told
+    assert line in table
+    assert "Left out: optillm, pip install: no." in table

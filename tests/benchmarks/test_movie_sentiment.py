@@ -13,26 +13,26 @@ def measured() -> dict[str, Any]:
     return dict(json.loads((ROOT / RESULTS).read_text())["test"])
 
 
-def test_the_reward_beats_its_baselines_by_more_than_the_intervals() -> None:
+def test_the_reward_model_beats_its_baselines_by_more_than_the_intervals() -> None:
     results = measured()
     ours = results.pop(NAME)
     assert ours["low"] > 85.1
     assert all(ours["low"] > baseline["high"] for baseline in results.values())
 
 
-def test_every_domain_is_measured_with_every_scorer_near_and_far() -> None:
+def test_every_domain_is_evaluated_with_every_scorer_for_small_and_large_gaps() -> None:
     domains = json.loads((ROOT / RESULTS).read_text())["other_domains"]
     assert set(domains) == set(OTHER_DOMAINS)
     for domain in domains.values():
         assert set(domain["scorers"]) == set(measured())
-        assert all("0 to 1" in one["by_gap"] and one["comparisons"] for one in domain["scorers"].values())
+        assert all("0 to 1" in figures["by_gap"] and figures["comparisons"] for figures in domain["scorers"].values())
 
 
-def test_the_adapter_is_the_one_the_recipe_makes_and_small() -> None:
+def test_the_shipped_adapter_matches_the_recipe_and_is_small() -> None:
     directory = PRETRAINED_REWARDS[NAME]
     config = json.loads((directory / "adapter_config.json").read_text())
-    told = replace(RewardConfig.load(directory), reward_mean=None, reward_std=None)
-    assert told == RewardConfig(RECIPE.base_model, RECIPE.style, RECIPE.num_layers)
+    without_statistics = replace(RewardConfig.load(directory), reward_mean=None, reward_std=None)
+    assert without_statistics == RewardConfig(RECIPE.base_model, RECIPE.style, RECIPE.num_layers)
     assert config["r"] == RECIPE.lora_rank
     assert len(config["layers_to_transform"]) == RECIPE.lora_layers
     assert (directory / "adapter_model.safetensors").stat().st_size < 6_000_000

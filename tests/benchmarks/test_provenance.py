@@ -12,7 +12,7 @@ from benchmarks.provenance import RESULTS, provenance
 from scripts.doc_tables import RENAMED
 from tests.support.paths import ROOT
 
-FORMER_KEYS = {"birth", "measured", "evaluated", "machine"}
+FORMER_KEYS = {"measured", "evaluated", "machine"}
 
 
 def objects(value: Any) -> Iterator[dict[str, Any]]:
@@ -26,11 +26,11 @@ def objects(value: Any) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_result_carries_its_provenance_under_one_key(path: Path) -> None:
     result = json.loads(path.read_text())
-    sources = [found["provenance"] for found in objects(result) if "provenance" in found]
+    sources = [node["provenance"] for node in objects(result) if "provenance" in node]
     assert result["provenance"] in sources
     assert all({"commit", "date", "versions", "cpu"} <= source.keys() for source in sources)
-    assert not any(FORMER_KEYS & found.keys() for found in objects(result))
-    assert not any("commit" in found for found in objects(result) if found not in sources)
+    assert not any(FORMER_KEYS & node.keys() for node in objects(result))
+    assert not any("commit" in node for node in objects(result) if node not in sources)
 
 
 def test_provenance_records_code_machine_and_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From runs whose samples are known to the figures of `benchmarks.rl`, its table and plot."""
+"""The figures, table and plot of `benchmarks.rl`, from runs with known samples."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from scripts import doc_tables
 
 
 def pools(rewards: list[float], nats: float) -> list[list[JudgedSample]]:
-    return [[JudgedSample("This film", f" is {one}", one, 0.5, 10, -20.0, nats) for one in rewards]] * 2
+    return [[JudgedSample("This film", f" is {reward}", reward, 0.5, 10, -20.0, nats) for reward in rewards]] * 2
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for method, seed, reward in (("ppo", 0, 6.0), ("ppo", 1, 8.0), ("reinforce", 0, 7.0)):
         run = tmp_path / f"{method}-{seed}"
         run.mkdir()
-        samples = [asdict(one) for pool in pools([reward, reward + 1], -15.0) for one in pool]
+        samples = [asdict(sample) for pool in pools([reward, reward + 1], -15.0) for sample in pool]
         (tmp_path / "judged" / f"{run.name}.json").write_text(json.dumps(samples))
         with (run / "metrics.csv").open("w") as file:
             table = csv.DictWriter(file, [*rl.KEPT, "value_loss"])
@@ -54,7 +54,7 @@ def test_a_run_is_measured_by_its_samples_and_its_steps(result: dict[str, Any]) 
     assert len(run["steps"]) == 4
 
 
-def test_the_table_and_the_plot_are_made_of_the_results(
+def test_the_table_and_the_plot_show_the_result(
     result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plot, "FIGURES", tmp_path)

@@ -1,4 +1,4 @@
-"""The soak's own checks: a server without fault passes them, and each planted fault is found."""
+"""The checks of the soak test: a correct server passes, and each planted fault is reported."""
 
 from copy import deepcopy
 from typing import Any
@@ -28,16 +28,16 @@ REPLY: dict[str, Any] = {
 
 def changed(*path: str | int, to: Any) -> dict[str, Any]:
     reply: Any = deepcopy(REPLY)
-    *folders, last = path
-    place = reply
-    for folder in folders:
-        place = place[folder]
-    place[last] = to
+    *parents, last = path
+    container = reply
+    for key in parents:
+        container = container[key]
+    container[last] = to
     return dict(reply)
 
 
-class Short(ScriptedGenerator):
-    """Has a context, as the real model does, and its name."""
+class LimitedContextGenerator(ScriptedGenerator):
+    """Has the real model's name, and refuses prompts of more than 2000 characters as too long for its context."""
 
     model = MODEL
 
@@ -48,26 +48,26 @@ class Short(ScriptedGenerator):
         return super().generate(prompt, sampling, n, stream_partial=stream_partial)
 
 
-def test_a_right_answer_has_no_mistakes() -> None:
+def test_a_correct_answer_has_no_mistakes() -> None:
     assert mistakes_of(BODY, REPLY) == []
 
 
 @pytest.mark.parametrize(
-    ("reply", "found"),
+    ("reply", "message"),
     [
-        (changed("choices", 0, "reward", to=1.0), "the winner has 1.0, the rewards are [1.0, 2.0]"),
-        (changed("choices", 0, "text", to="fair"), "the winner has 2.0"),
+        (changed("choices", 0, "reward", to=1.0), "the winner has reward 1.0, the rewards are [1.0, 2.0]"),
+        (changed("choices", 0, "text", to="fair"), "the winner has reward 2.0"),
         (changed("usage", "completion_tokens", to=7), "not the sum"),
-        (changed("nbest", "failed", to=0), "not accounted for"),
-        (changed("nbest", "candidates", to=CANDIDATES[1:]), "1 candidates came back of 2"),
-        (changed("nbest", "stopped_by", to="deadline"), "nobody set"),
+        (changed("nbest", "failed", to=0), "do not add up to best_of 3"),
+        (changed("nbest", "candidates", to=CANDIDATES[1:]), "1 candidates were returned of 2 completed"),
+        (changed("nbest", "stopped_by", to="deadline"), "a deadline that the request did not set"),
     ],
 )
-def test_a_wrong_answer_is_found(reply: dict[str, Any], found: str) -> None:
-    assert any(found in mistake for mistake in mistakes_of(BODY, reply))
+def test_a_wrong_answer_is_reported(reply: dict[str, Any], message: str) -> None:
+    assert any(message in mistake for mistake in mistakes_of(BODY, reply))
 
 
-def test_a_stream_adds_up_to_the_reply_it_stands_for() -> None:
+def test_the_chunks_of_a_stream_are_joined_to_a_reply() -> None:
     chunks = [
         {"choices": [{"text": "go"}], "usage": None},
         {"choices": [{"text": "od"}], "usage": None},
@@ -78,17 +78,18 @@ def test_a_stream_adds_up_to_the_reply_it_stands_for() -> None:
 
 
 def test_growth_compares_the_last_tenth_with_the_time_after_the_warm_up() -> None:
-    memory = [{"at_s": float(at), "server_mib": mib} for at, mib in [(0, 900.0), (25, 400.0), (50, 900.0), (95, 410.0)]]
+    samples = [(0.0, 900.0), (25.0, 400.0), (50.0, 900.0), (95.0, 410.0)]
+    memory = [{"at_s": at_s, "server_mib": mib} for at_s, mib in samples]
     assert growth(memory, 100) == {"after_warm_up_mib": 400, "at_the_end_mib": 410, "growth": pytest.approx(0.025)}
 
 
-async def test_a_sound_server_passes() -> None:
-    generator = Short(["one", "one two", "one two three"])
+async def test_a_correct_server_passes() -> None:
+    generator = LimitedContextGenerator(["one", "one two", "one two three"])
     served = BestOfN(generator, {"movie-sentiment": ScriptedScorer(), "likely": ScriptedScorer()})
     tally = Tally()
     async with address_of(app_over(served, max_best_of=16)) as url, httpx.AsyncClient(base_url=url) as http:
         client = Client(http, tally, "0")
         for _ in range(60):
-            await client.one()
-    assert (tally.wrong, tally.hung, tally.lost, tally.told_to_come_back) == ([], [], [], 0)
+            await client.request()
+    assert (tally.wrong, tally.hung, tally.lost, tally.retries) == ([], [], [], 0)
     assert {"plain 200", "stream 200", "score 200", "mistake 400"} <= tally.answers.keys()
