@@ -1,3 +1,5 @@
+"""The server that the end-to-end tests share, and a client of it."""
+
 from collections.abc import Iterator
 
 import openai
@@ -9,7 +11,7 @@ from tests.end_to_end.served import Served, serve
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Served]:
-    """One real server for all tests here. float32, so that a batch's company does not change a candidate."""
+    """One real server for all tests here, in float32, so that a candidate does not depend on its batch."""
     settings = Settings(
         reward_models={
             "movie-sentiment": "movie-sentiment",
@@ -24,8 +26,8 @@ def served() -> Iterator[Served]:
         max_num_seqs=32,
         max_best_of=32,
     )
-    with serve(settings) as running:
-        yield running
+    with serve(settings) as served:
+        yield served
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`nbest serve` as a process of its own, as users run it, and a look at what it is made of from outside."""
+"""Runs `nbest serve` as a process, as users do, and inspects its child processes and shared memory from outside."""
 
 import contextlib
 import os
@@ -19,18 +19,18 @@ from tests.support.waiting import eventually
 NBEST = Path(sys.executable).with_name("nbest")
 EXIT_TIMEOUT_S = 60
 ENGINE_CORE = "VLLM::EngineCore"
-"""What vLLM calls the process that runs an engine."""
+"""vLLM's name for the process that runs an engine."""
 
 
 @dataclass
 class ServeProcess:
-    """A running `nbest serve`. What it says goes to a file, so that it never waits for a reader."""
+    """A running `nbest serve`; its stderr goes to a file, so that it never blocks on a full pipe."""
 
     url: str
     process: psutil.Popen
     log: Path
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
     def metric(self, name: str, **labels: str) -> float:
@@ -45,8 +45,8 @@ class ServeProcess:
     def children(self) -> list[psutil.Process]:
         return list(self.process.children(recursive=True))
 
-    def named(self, name: str) -> psutil.Process | None:
-        """The child process of that name, if there is one."""
+    def child_named(self, name: str) -> psutil.Process | None:
+        """The child process with that name, or None."""
         for child in self.children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if child.name() == name:
@@ -54,27 +54,28 @@ class ServeProcess:
         return None
 
     def engine(self) -> psutil.Process:
-        """Its core, waited for: an engine that has just been replaced takes its name before it is ready."""
-        assert eventually(lambda: self.named(ENGINE_CORE) is not None), f"{self.children()}\n{self.said()}"
-        core = self.named(ENGINE_CORE)
+        """Waits for the engine's core process; a new engine's process gets its name before the engine is ready."""
+        assert eventually(lambda: self.child_named(ENGINE_CORE) is not None), f"{self.children()}\n{self.log_text()}"
+        core = self.child_named(ENGINE_CORE)
         assert core is not None
         return core
 
     def shared_memory(self) -> set[str]:
-        """The segments that its engine maps."""
-        return {mapped.path for mapped in self.engine().memory_maps() if mapped.path.startswith("/dev/shm/psm_")}
+        """The paths of the shared memory segments that the engine maps."""
+        paths = [mapping.path for mapping in self.engine().memory_maps()]
+        return {path for path in paths if path.startswith("/dev/shm/psm_")}
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, list[psutil.Process]]:
-        """The exit code, and the children that have not ended."""
+        """Sends the signal and waits; the exit code, and the child processes that still run."""
         children = self.children()
         self.process.send_signal(number)
         code = self.process.wait(EXIT_TIMEOUT_S)
-        _, left = psutil.wait_procs(children, timeout=10)  # multiprocessing's resource tracker ends by itself with it
-        return code, [one for one in left if lives(one)]
+        _, left = psutil.wait_procs(children, timeout=10)  # multiprocessing's resource tracker ends after its parent
+        return code, [child for child in left if is_running(child)]
 
 
-def lives(process: psutil.Process) -> bool:
-    """Whether it does anything any more: one that has ended can wait for a parent who asks how."""
+def is_running(process: psutil.Process) -> bool:
+    """Whether the process still runs; a zombie, which has ended and waits for its parent, does not."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -83,7 +84,7 @@ def lives(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def nbest_serve(*flags: str, **environment: str) -> Iterator[ServeProcess]:
-    """`nbest serve` on a free port, ready; killed on leaving, unless it has been stopped by then."""
+    """Starts `nbest serve` on a free port and waits until it is ready; kills it at the end if it still runs."""
     with listen("127.0.0.1", 0) as probe:
         address = address_of(probe)
     with tempfile.NamedTemporaryFile("w", prefix="nbest-serve-", suffix=".log") as log:
@@ -92,11 +93,11 @@ def nbest_serve(*flags: str, **environment: str) -> Iterator[ServeProcess]:
         served = ServeProcess(f"http://{address}", process, Path(log.name))
         try:
             assert eventually(lambda: served.is_ready() or process.poll() is not None, START_TIMEOUT_S)
-            assert process.poll() is None, served.said()
+            assert process.poll() is None, served.log_text()
             yield served
         finally:
             if process.poll() is None:
-                for one in [*served.children(), process]:
+                for running in [*served.children(), process]:
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        one.kill()
+                        running.kill()
             process.wait()

@@ -1,4 +1,4 @@
-"""The whole server, real engine and real reward model, on a port of this process, and what the tests look into."""
+"""Runs the whole server, with the real engine and reward model, in a thread of this process, for tests to inspect."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ from server.config import Settings
 from server.generation.base import Generator
 from server.generation.supervisor import SupervisedGenerator
 from server.generation.vllm_engine import VllmGenerator
-from server.http.limits import bounded_by
+from server.http.limits import bounded_protocol
 from server.launch import address_of, listen
 from server.observability.metrics import Metrics
 from server.pipeline.best_of_n import BestOfN
@@ -27,7 +27,7 @@ START_TIMEOUT_S = 240
 
 @dataclass
 class Served:
-    """A running server: its address, and the parts a client does not see."""
+    """A running server: its address, and its internals."""
 
     url: str
     settings: Settings
@@ -43,39 +43,39 @@ class Served:
 
 
 def engine_behind(generator: Generator) -> VllmGenerator:
-    """The engine that a generator of the server asks now."""
+    """The running engine of a server's generator."""
     return cast(VllmGenerator, cast(SupervisedGenerator, generator).engine)
 
 
 def metric(url: str, name: str, **labels: str) -> float:
-    """The value of one series of /metrics; 0 while it has none."""
+    """The value of one series of /metrics; 0 if the series does not exist yet."""
     pairs = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
-    wanted = f"{name}{{{pairs}}}" if pairs else name
+    series = f"{name}{{{pairs}}}" if pairs else name
     for line in httpx.get(f"{url}/metrics", timeout=30).text.splitlines():
-        if line.startswith(f"{wanted} "):
+        if line.startswith(f"{series} "):
             return float(line.split()[-1])
     return 0.0
 
 
 def candidates_in_flight(url: str) -> float:
-    """Those of all routers on Ray."""
-    told = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
-    return sum(float(line.split()[-1]) for line in told if line.startswith("nbest_candidates_in_flight{"))
+    """The sum over all routers on Ray."""
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("nbest_candidates_in_flight{"))
 
 
 @contextmanager
 def serve(settings: Settings) -> Iterator[Served]:
-    """Serves in a thread of its own until the block is left."""
+    """Serves in another thread until the block is left."""
     metrics, failures = Metrics(), list[BaseException]()
     listener = listen(settings.host, 0)
     served = Served(f"http://{address_of(listener)}", settings)
 
     def start() -> AbstractAsyncContextManager[BestOfN]:
         started = factory.start(settings, metrics.observe_batch, metrics.observe_restart, metrics.observe_lookup)
-        return _remembered(started, served)
+        return _recorded(started, served)
 
     app = create_app(start, settings, metrics, on_start_failure=failures.append)
-    server = uvicorn.Server(uvicorn.Config(app, http=bounded_by(settings), log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, http=bounded_protocol(settings), log_level="warning", lifespan="on"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     try:
@@ -96,7 +96,8 @@ def is_ready(url: str) -> bool:
 
 
 @asynccontextmanager
-async def _remembered(started: AbstractAsyncContextManager[BestOfN], served: Served) -> AsyncIterator[BestOfN]:
+async def _recorded(started: AbstractAsyncContextManager[BestOfN], served: Served) -> AsyncIterator[BestOfN]:
+    """Adds the pipeline and its event loop to `served`."""
     async with started as pipeline:
         served.pipelines.append(pipeline)
         served.loops.append(asyncio.get_running_loop())

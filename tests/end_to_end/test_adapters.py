@@ -1,4 +1,4 @@
-"""Adapters and reloaded weights in the real engine: the tokens and log-probabilities of transformers and PEFT."""
+"""With adapters and reloaded weights the engine gives the tokens and log-probabilities of transformers and PEFT."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -30,15 +30,15 @@ pytestmark = [
 ]
 
 PROMPT = "The film was a delight from start to finish and the cast was great. The film was dull, far too long. " * 3
-"""Longer than a block of the engine's cache, so that a stale one would be met."""
+"""Longer than a block of the engine's cache, so that a stale block would be used."""
 NEW_TOKENS = 8
 
 module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 @dataclass
-class World:
-    """A policy, two adapters over it, and the generator that is to serve them."""
+class AdapterSetup:
+    """A policy, two adapters for it, and the generator that serves them."""
 
     policy: Path
     first: Path
@@ -46,23 +46,23 @@ class World:
     generator: Generator = field(init=False)
 
     def expected(self, adapter: Path | None = None) -> tuple[list[int], list[float]]:
-        """What transformers and PEFT draw greedily, and the log-probability of each token."""
+        """The greedy tokens of transformers and PEFT, and the log-probability of each."""
         tokenizer: Any = AutoTokenizer.from_pretrained(self.policy)
         model: Any = AutoModelForCausalLM.from_pretrained(self.policy, dtype=torch.float32)
         model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
         prompt_T = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
         assert prompt_T.shape[1] > 32
-        whole_T = prompt_T[0]
+        token_ids_T = prompt_T[0]
         logprobs: list[float] = []
         with torch.inference_mode():
             for _ in range(NEW_TOKENS):
-                logprobs_V = model(whole_T[None]).logits[0, -1].log_softmax(-1)
+                logprobs_V = model(token_ids_T[None]).logits[0, -1].log_softmax(-1)
                 token = int(logprobs_V.argmax())
                 logprobs.append(float(logprobs_V[token]))
-                whole_T = torch.cat([whole_T, torch.tensor([token])])
-        return whole_T[prompt_T.shape[1] :].tolist(), logprobs
+                token_ids_T = torch.cat([token_ids_T, torch.tensor([token])])
+        return token_ids_T[prompt_T.shape[1] :].tolist(), logprobs
 
-    async def draw(self) -> Candidate:
+    async def sample(self) -> Candidate:
         """The engine's greedy candidate."""
         sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, logprobs=0)
         async with self.generator.generate(Prompt(text=PROMPT), sampling, 1) as generation:
@@ -70,105 +70,107 @@ class World:
         assert isinstance(candidate, Candidate)
         return candidate
 
-    async def agrees(self, version: str | None, adapter: Path | None = None) -> None:
+    async def assert_agrees(self, version: str | None, adapter: Path | None = None) -> None:
         tokens, logprobs = self.expected(adapter)
-        drawn = await self.draw()
-        assert drawn.logprobs is not None
-        count = len(drawn.token_ids)  # fewer where the text ended
-        assert list(drawn.token_ids) == tokens[:count]
-        assert [one.logprob for one in drawn.logprobs] == pytest.approx(logprobs[:count], abs=1e-4)
-        assert drawn.weights_version == version
+        """The engine's greedy candidate has this version, and the tokens of transformers and PEFT."""
+        candidate = await self.sample()
+        assert candidate.logprobs is not None
+        count = len(candidate.token_ids)  # fewer where the text ended
+        assert list(candidate.token_ids) == tokens[:count]
+        assert [token.logprob for token in candidate.logprobs] == pytest.approx(logprobs[:count], abs=1e-4)
+        assert candidate.weights_version == version
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    root = tmp_path_factory.mktemp("world")
+async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AdapterSetup]:
+    root = tmp_path_factory.mktemp("adapters")
     policy = save_tiny_policy(root / "policy", head_dim=ENGINE_HEAD_DIM)
-    world = World(
+    setup = AdapterSetup(
         policy,
         save_tiny_adapter(root / "first", policy, seed=1),
         save_tiny_adapter(root / "second", policy, seed=2, rank=2),
     )
     settings = Settings(
-        model=str(policy), adapter=world.first, max_lora_rank=8, dtype="float32", kv_cache_gib=0.25, max_num_seqs=16
+        model=str(policy), adapter=setup.first, max_lora_rank=8, dtype="float32", kv_cache_gib=0.25, max_num_seqs=16
     )
-    async with factory.started_generator(settings) as world.generator:
-        yield world
+    async with factory.started_generator(settings) as setup.generator:
+        yield setup
 
 
 @module_loop
-async def test_the_adapter_of_the_settings_equals_peft(world: World) -> None:
-    await world.agrees(version_at("load_adapter", world.first), world.first)
-    assert world.expected(world.first) != world.expected()
+async def test_the_adapter_of_the_settings_equals_peft(setup: AdapterSetup) -> None:
+    await setup.assert_agrees(version_at("load_adapter", setup.first), setup.first)
+    assert setup.expected(setup.first) != setup.expected()
 
 
 @module_loop
-async def test_a_swap_changes_the_next_request_and_reuses_nothing_of_the_one_before(world: World) -> None:
-    for adapter in (world.second, world.first, world.second):
-        version = await world.generator.load_adapter(str(adapter))
+async def test_a_new_adapter_applies_to_the_next_request_and_reuses_no_cached_block(setup: AdapterSetup) -> None:
+    for adapter in (setup.second, setup.first, setup.second):
+        version = await setup.generator.load_adapter(str(adapter))
         for _ in range(2):  # the second time from the cache
-            await world.agrees(version, adapter)
+            await setup.assert_agrees(version, adapter)
 
 
 @module_loop
-async def test_a_request_under_way_keeps_its_version(world: World) -> None:
-    before = await world.generator.load_adapter(str(world.first))
+async def test_a_running_request_keeps_its_version(setup: AdapterSetup) -> None:
+    before = await setup.generator.load_adapter(str(setup.first))
     sampling = SamplingParams(max_tokens=60, temperature=1.0, seed=0, logit_bias=((0, -100.0),))
-    async with world.generator.generate(Prompt(text="The"), sampling, 4, stream_partial=True) as generation:
-        looks = aiter(generation)
-        await anext(looks)
-        after = await world.generator.load_adapter(str(world.second))
-        await world.agrees(after, world.second)
-        ended = [one async for outcomes in looks for one in outcomes if isinstance(one, Candidate)]
-    assert {one.weights_version for one in ended} == {before}
-    engine = engine_behind(world.generator)
+    async with setup.generator.generate(Prompt(text="The"), sampling, 4, stream_partial=True) as generation:
+        groups = aiter(generation)
+        await anext(groups)
+        after = await setup.generator.load_adapter(str(setup.second))
+        await setup.assert_agrees(after, setup.second)
+        outcomes = [outcome async for group in groups for outcome in group]
+    assert {outcome.weights_version for outcome in outcomes if isinstance(outcome, Candidate)} == {before}
+    engine = engine_behind(setup.generator)
     await engine.adapters.removals_done()
-    assert len(await engine._engine.list_loras()) == 1, "the version that nobody uses has left the engine"
+    assert len(await engine._engine.list_loras()) == 1, "the engine has removed the version without requests"
 
 
 @module_loop
-async def test_what_does_not_fit_is_refused_and_what_was_served_goes_on(world: World, tmp_path: Path) -> None:
-    version = await world.generator.load_adapter(str(world.first))
+async def test_a_misfitting_adapter_is_refused_and_the_previous_stays(setup: AdapterSetup, tmp_path: Path) -> None:
+    version = await setup.generator.load_adapter(str(setup.first))
     other = save_tiny_policy(tmp_path / "other", head_dim=ENGINE_HEAD_DIM, num_layers=3)
     refused = {
-        save_tiny_adapter(tmp_path / "rank", world.policy, rank=16): "--max-lora-rank 16",
+        save_tiny_adapter(tmp_path / "rank", setup.policy, rank=16): "--max-lora-rank 16",
         save_tiny_adapter(tmp_path / "base", other): "which the policy does not have",
-        save_tiny_adapter(tmp_path / "dora", world.policy, use_dora=True): "does not yet support DoRA",
+        save_tiny_adapter(tmp_path / "dora", setup.policy, use_dora=True): "does not yet support DoRA",
     }
-    for path, told in refused.items():
-        with pytest.raises(BadRequestError, match=told):
-            await world.generator.load_adapter(str(path))
-    await world.agrees(version, world.first)
+    for path, message in refused.items():
+        with pytest.raises(BadRequestError, match=message):
+            await setup.generator.load_adapter(str(path))
+    await setup.assert_agrees(version, setup.first)
 
 
 @module_loop
-async def test_an_engine_that_dies_is_followed_by_one_with_the_newest_adapter(world: World, tmp_path: Path) -> None:
-    adapter = save_tiny_adapter(tmp_path / "newest", world.policy, seed=7)
-    version = await world.generator.load_adapter(str(adapter))
-    expected = world.expected(adapter)
-    save_tiny_adapter(adapter, world.policy, seed=8)  # whoever trains goes on
-    engine_behind(world.generator)._processes._processes[0].kill()
+async def test_the_engine_after_a_dead_one_has_the_newest_adapter(setup: AdapterSetup, tmp_path: Path) -> None:
+    adapter = save_tiny_adapter(tmp_path / "newest", setup.policy, seed=7)
+    version = await setup.generator.load_adapter(str(adapter))
+    expected = setup.expected(adapter)
+    save_tiny_adapter(adapter, setup.policy, seed=8)  # the trainer continues
+    engine_behind(setup.generator)._processes._processes[0].kill()
     async with asyncio.timeout(START_TIMEOUT_S):
         while True:
             try:
-                drawn = await world.draw()
+                candidate = await setup.sample()
             except NotReadyError:
                 await asyncio.sleep(0.2)
             else:
                 break
-    assert (list(drawn.token_ids), drawn.weights_version) == (expected[0][: len(drawn.token_ids)], version)
+    tokens = expected[0][: len(candidate.token_ids)]
+    assert (list(candidate.token_ids), candidate.weights_version) == (tokens, version)
 
 
 @module_loop
-async def test_with_adapters_weights_are_not_reloaded(world: World) -> None:
+async def test_a_server_with_adapters_refuses_to_reload_weights(setup: AdapterSetup) -> None:
     with pytest.raises(BadRequestError, match="without --adapter"):
-        await world.generator.reload_weights(str(world.policy))
+        await setup.generator.reload_weights(str(setup.policy))
 
 
-def test_reloaded_weights_draw_and_so_do_the_first_ones_again(
+def test_reloaded_weights_are_sampled_and_so_are_the_original_ones_after_another_reload(
     served: Served, client: openai.OpenAI, tmp_path: Path
 ) -> None:
-    """In the server of the other tests, which has its own weights back at the end."""
+    """In the server that the other tests share; the original weights are reloaded at the end."""
     original = resolve(MODEL)
     model: Any = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(original)

@@ -1,4 +1,4 @@
-"""The engine's words and numbers are those of transformers on the same weights, in float32."""
+"""The engine gives the tokens and log-probabilities of transformers with the same weights, in float32."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Offline runs on the engine and the reward model of the session's server, which is asked for the same beside them."""
+"""Offline runs use the pipeline of the shared server, and give the same results as its HTTP endpoints."""
 
 import asyncio
 import json
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.engine
 OPENINGS = ("This film is", "I saw this movie last night and", "The acting in this picture is", "The screenplay")
 
 
-class Lent:
-    """The server's pipeline, which lives in the loop of another thread, as `nbest batch` uses one."""
+class PipelineOfServer:
+    """The server's pipeline, whose event loop runs in another thread, with the interface that `nbest batch` uses."""
 
     def __init__(self, served: Served) -> None:
         self.generator = served.generator
@@ -48,8 +48,8 @@ class Lent:
 @pytest.fixture
 def run_batch(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     @asynccontextmanager
-    async def start(*_: Any) -> AsyncIterator[Lent]:
-        yield Lent(served)
+    async def start(*_: Any) -> AsyncIterator[PipelineOfServer]:
+        yield PipelineOfServer(served)
 
     monkeypatch.setattr(factory, "start", start)
 
@@ -61,13 +61,13 @@ def run_batch(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
-def test_offline_gives_what_the_server_gives_for_the_same_seed(
+def test_an_offline_run_gives_the_servers_candidates_for_the_same_seed(
     run_batch: Callable[..., Path], client: openai.OpenAI, tmp_path: Path
 ) -> None:
     out = run_batch([{"prompt": opening} for opening in OPENINGS], defaults={"best_of": 4, "max_tokens": 12}, seed=3)
-    found = records(out)
-    assert len(found) == len(OPENINGS)
-    for record in found.values():
+    by_line = records(out)
+    assert len(by_line) == len(OPENINGS)
+    for record in by_line.values():
         reply: Any = client.completions.create(
             model=record["model"],
             prompt=record["prompt"],
@@ -75,21 +75,20 @@ def test_offline_gives_what_the_server_gives_for_the_same_seed(
             seed=record["seed"],
             extra_body={"best_of": 4, "nbest": {"return_candidates": True}},
         )
-        theirs = reply.nbest["candidates"]
-        assert [one["text"] for one in record["candidates"]] == [one["text"] for one in theirs]
+        offline, online = record["candidates"], reply.nbest["candidates"]
+        assert [candidate["text"] for candidate in offline] == [candidate["text"] for candidate in online]
         assert record["winner"]["text"] == reply.choices[0].text
         for measure in ("reward", "cumulative_logprob"):
-            assert [one[measure] for one in record["candidates"]] == pytest.approx(
-                [one[measure] for one in theirs], abs=1e-3
-            )
+            expected = [candidate[measure] for candidate in online]
+            assert [candidate[measure] for candidate in offline] == pytest.approx(expected, abs=1e-3)
     run_export(out, tmp_path / "pairs.jsonl", ExportOptions("preference"))
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert [pair["prompt"] for pair in pairs] == list(OPENINGS)
     assert all(pair["margin"] > 0 for pair in pairs)
 
 
-def test_seeded_prompts_beyond_a_step_of_the_engine_do_not_stop_it(run_batch: Callable[..., Path]) -> None:
-    """Some 300 tokens each and many at once: together more than the engine reads in one step."""
+def test_seeded_prompts_that_exceed_an_engine_step_do_not_stop_the_engine(run_batch: Callable[..., Path]) -> None:
+    """About 300 tokens each and 24 sequences at once: together more than the engine reads in one step."""
     lines = [
         {"prompt": f"{number}. " + "A review of a film I saw. " * 40, "nbest": {"reward_model": "likely"}}
         for number in range(12)

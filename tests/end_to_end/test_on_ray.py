@@ -1,4 +1,4 @@
-"""`nbest serve --ray` with the real engine and the real reward model: the same answers, and nothing left behind."""
+"""`nbest serve --ray` with the real engine and reward model gives the same answers and leaves no process behind."""
 
 import asyncio
 from collections.abc import Iterator
@@ -10,28 +10,28 @@ import openai
 import pytest
 
 from server.config import flag_of
-from tests.end_to_end.process import ServeProcess, lives, nbest_serve
+from tests.end_to_end.process import ServeProcess, is_running, nbest_serve
 from tests.end_to_end.served import START_TIMEOUT_S, Served, candidates_in_flight
-from tests.end_to_end.test_reliability import ask_all
+from tests.end_to_end.test_reliability import post_all
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_TIMEOUT_S + 120)]
 
 MODEL = "smollm2-135m-instruct"
 GENERATOR_REPLICA = "ray::ServeReplica:nbest:generator"
-AS_IN_ONE_PROCESS = ("dtype", "reward_dtype", "max_model_len", "kv_cache_gib", "max_num_seqs", "max_best_of")
-"""Settings that decide what a seed gives."""
+COPIED_SETTINGS = ("dtype", "reward_dtype", "max_model_len", "kv_cache_gib", "max_num_seqs", "max_best_of")
+"""Settings that influence the candidates of a seed."""
 
 
 @pytest.fixture(scope="module")
 def process(served: Served) -> Iterator[ServeProcess]:
-    """Running; on leaving, SIGTERM must end it and all of Ray, with exit code 0."""
-    same = [word for name in AS_IN_ONE_PROCESS for word in (flag_of(name), str(getattr(served.settings, name)))]
-    with nbest_serve("--ray", *same) as process:
+    """A running server; at the end SIGTERM must stop it and all Ray processes with exit code 0."""
+    flags = [word for name in COPIED_SETTINGS for word in (flag_of(name), str(getattr(served.settings, name)))]
+    with nbest_serve("--ray", *flags) as process:
         yield process
         assert process.stop() == (0, [])
-        assert "Ready after" in process.said()
-        assert "Traceback" not in process.said()
+        assert "Ready after" in process.log_text()
+        assert "Traceback" not in process.log_text()
 
 
 @pytest.fixture
@@ -47,13 +47,15 @@ def complete(url: str, **fields: Any) -> Any:
         )
 
 
-def test_a_seed_gives_the_candidates_the_rewards_and_the_winner_of_one_process(url: str, served: Served) -> None:
-    here, there = complete(served.url, seed=7), complete(url, seed=7)
-    ours, theirs = here.nbest["candidates"], there.nbest["candidates"]
-    assert [one["text"] for one in theirs] == [one["text"] for one in ours]
-    assert [one["reward"] for one in theirs] == pytest.approx([one["reward"] for one in ours], abs=1e-4)
-    assert there.choices[0].text == max(theirs, key=lambda one: one["reward"])["text"] == here.choices[0].text
-    assert there.usage == here.usage
+def test_a_seed_gives_the_same_candidates_rewards_and_winner_as_in_one_process(url: str, served: Served) -> None:
+    in_process, on_ray = complete(served.url, seed=7), complete(url, seed=7)
+    candidates, expected = on_ray.nbest["candidates"], in_process.nbest["candidates"]
+    assert [candidate["text"] for candidate in candidates] == [candidate["text"] for candidate in expected]
+    rewards = [candidate["reward"] for candidate in expected]
+    assert [candidate["reward"] for candidate in candidates] == pytest.approx(rewards, abs=1e-4)
+    best = max(candidates, key=lambda candidate: candidate["reward"])
+    assert on_ray.choices[0].text == best["text"] == in_process.choices[0].text
+    assert on_ray.usage == in_process.usage
 
 
 def test_tokens_are_streamed(url: str) -> None:
@@ -71,7 +73,7 @@ def test_tokens_are_streamed(url: str) -> None:
     assert chunks[-1].choices[0].finish_reason in {"stop", "length"}
 
 
-def test_scoring_batches_are_counted_in_the_scorers_replica(url: str) -> None:
+def test_scoring_batches_are_counted_in_the_scorer_replica(url: str) -> None:
     complete(url)
     exposition = httpx.get(f"{url}/metrics").text
     counts = {
@@ -83,21 +85,22 @@ def test_scoring_batches_are_counted_in_the_scorers_replica(url: str) -> None:
     assert counts["router"] == 0
 
 
-@pytest.mark.timeout(600)  # an engine starts in it
-def test_a_generator_killed_under_twenty_requests_is_replaced_and_loses_none(process: ServeProcess) -> None:
+@pytest.mark.timeout(600)  # an engine starts during the test
+def test_a_generator_killed_during_twenty_requests_is_replaced_and_loses_none(process: ServeProcess) -> None:
     assert eventually(process.is_ready, START_TIMEOUT_S)
-    engine, replica = process.engine(), process.named(GENERATOR_REPLICA)
+    engine, replica = process.engine(), process.child_named(GENERATOR_REPLICA)
     assert replica is not None
-    parts = [engine, *engine.children(recursive=True)]
+    engine_processes = [engine, *engine.children(recursive=True)]
     body = {"model": MODEL, "prompt": "Once", "best_of": 2, "max_tokens": 100}
     with ThreadPoolExecutor(1) as load:
-        asking = load.submit(asyncio.run, ask_all(process.url, [body] * 20, timeout_s=START_TIMEOUT_S))
+        pending = load.submit(asyncio.run, post_all(process.url, [body] * 20, timeout_s=START_TIMEOUT_S))
         assert eventually(lambda: candidates_in_flight(process.url) > 30)
         replica.kill()
         assert eventually(lambda: not process.is_ready(), 60)
         assert process.is_healthy()
-        assert eventually(lambda: not any(map(lives, parts)), 60), "an engine outlives the process that started it"
+        has_engine_ended = eventually(lambda: not any(map(is_running, engine_processes)), 60)
+        assert has_engine_ended, "the engine outlives the process that started it"
         assert eventually(process.is_ready, START_TIMEOUT_S)
-        replies = asking.result()
+        replies = pending.result()
     assert [reply.status_code for reply in replies if isinstance(reply, httpx.Response)] == [200] * 20
     assert candidates_in_flight(process.url) == 0

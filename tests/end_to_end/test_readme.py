@@ -1,4 +1,4 @@
-"""README's commands, run as a newcomer runs them: `nbest serve`, the curl, the Python snippets, Ctrl-C."""
+"""README's commands work as written: `nbest serve`, the curl and Python snippets, Ctrl-C."""
 
 import re
 import signal
@@ -24,7 +24,7 @@ def snippets(language: str, containing: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Where `nbest serve` answers; on leaving, Ctrl-C must end it and its children."""
+    """The address of `nbest serve`; at the end Ctrl-C must stop it and its child processes."""
     with nbest_serve() as served:
         yield served.url.removeprefix("http://")
         code, left = served.stop(signal.SIGINT)
@@ -33,21 +33,21 @@ def address() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("snippet", snippets("bash", "curl"))
-def test_curl(snippet: str, address: str) -> None:
-    ran = subprocess.run(
+def test_the_curl_snippets_work(snippet: str, address: str) -> None:
+    result = subprocess.run(
         ["bash", "-ec", snippet.replace(DEFAULT_ADDRESS, address)], capture_output=True, text=True, timeout=120
     )
-    assert ran.returncode == 0, ran.stderr
-    assert '"reward":' in ran.stdout.replace(" ", ""), ran.stdout
+    assert result.returncode == 0, result.stderr
+    assert '"reward":' in result.stdout.replace(" ", ""), result.stdout
 
 
 @pytest.mark.parametrize("snippet", snippets("python", "openai"))
-def test_python(snippet: str, address: str) -> None:
-    ran = subprocess.run(
+def test_the_python_snippets_work(snippet: str, address: str) -> None:
+    result = subprocess.run(
         [sys.executable, "-c", snippet.replace(DEFAULT_ADDRESS, address)], capture_output=True, text=True, timeout=120
     )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
 
 
 def test_readme_has_both_kinds_of_snippet() -> None:

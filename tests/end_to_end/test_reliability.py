@@ -1,4 +1,4 @@
-"""The faults of a real server: its engine is killed under load, its clients hang up, it is told to stop."""
+"""Faults of a real server: its engine is killed under load, its clients disconnect, it is stopped by a signal."""
 
 import asyncio
 import signal
@@ -19,23 +19,23 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.engine
 
 ENDLESS = {"model": MODEL, "prompt": "Once", "max_tokens": 900, "logit_bias": {"2": -100, "0": -100}}
-"""A minute's work for the engine: the tokens that would end it are never drawn."""
+"""Takes the engine a minute: the bias keeps it from sampling the tokens that end a text."""
 
 
-async def ask_all(url: str, bodies: list[dict[str, Any]], timeout_s: float) -> list[httpx.Response | Exception]:
-    """All at once, each on a connection of its own."""
+async def post_all(url: str, bodies: list[dict[str, Any]], timeout_s: float) -> list[httpx.Response | Exception]:
+    """Sends all requests at once, each on its own connection."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits) as client:
-        asking = (client.post("/v1/completions", json=body) for body in bodies)
-        replies: list[Any] = await asyncio.gather(*asking, return_exceptions=True)
+        requests = (client.post("/v1/completions", json=body) for body in bodies)
+        replies: list[Any] = await asyncio.gather(*requests, return_exceptions=True)
         return replies
 
 
-def test_nothing_is_left_of_a_hundred_requests_that_hung_up(served: Served) -> None:
+def test_a_hundred_disconnected_requests_leave_nothing_running(served: Served) -> None:
     before = served.generator.cancelled_total
     bodies: list[dict[str, Any]] = [ENDLESS | {"best_of": 2, "stream": bool(number % 2)} for number in range(20)]
     for _ in range(5):
-        replies = asyncio.run(ask_all(served.url, bodies, timeout_s=1))
+        replies = asyncio.run(post_all(served.url, bodies, timeout_s=1))
         assert {type(reply) for reply in replies} == {httpx.ReadTimeout}
     assert eventually(lambda: served.generator.unfinished == 0)
     assert served.generator.cancelled_total > before
@@ -45,20 +45,20 @@ def test_nothing_is_left_of_a_hundred_requests_that_hung_up(served: Served) -> N
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[ServeProcess]:
-    """Its engine's worker has a process of its own, as on several devices: there is the most to be left behind."""
+    """A server whose engine has a separate worker process, as on several devices: the most that could be left over."""
     flags = ("--max-model-len", "1024", "--kv-cache-gib", "1", "--drain-s", "60")
     with nbest_serve(*flags, VLLM_CPU_OMP_THREADS_BIND="auto") as process:
         yield process
 
 
-@pytest.mark.timeout(600)  # an engine starts twice in it
-def test_an_engine_killed_under_twenty_requests_is_replaced_and_loses_none(process: ServeProcess) -> None:
+@pytest.mark.timeout(600)  # an engine starts twice during the test
+def test_an_engine_killed_during_twenty_requests_is_replaced_and_loses_none(process: ServeProcess) -> None:
     engine, segments = process.engine(), process.shared_memory()
-    parts = [engine, *engine.children(recursive=True)]
+    engine_processes = [engine, *engine.children(recursive=True)]
     assert segments
     body = {"model": MODEL, "prompt": "Once", "best_of": 2, "max_tokens": 100, "nbest": {"return_candidates": True}}
     with ThreadPoolExecutor(1) as load:
-        asking = load.submit(asyncio.run, ask_all(process.url, [body] * 20, timeout_s=START_TIMEOUT_S))
+        pending = load.submit(asyncio.run, post_all(process.url, [body] * 20, timeout_s=START_TIMEOUT_S))
         assert eventually(lambda: process.metric("nbest_candidates_in_flight") > 30)
         engine.kill()
         assert eventually(lambda: not process.is_ready(), 60)
@@ -66,26 +66,26 @@ def test_an_engine_killed_under_twenty_requests_is_replaced_and_loses_none(proce
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
         assert process.is_healthy()
         assert eventually(process.is_ready, START_TIMEOUT_S)
-        replies = asking.result()
+        replies = pending.result()
     assert [reply.status_code for reply in replies if isinstance(reply, httpx.Response)] == [200] * 20
     for reply in replies:
         assert isinstance(reply, httpx.Response)
-        told = reply.json()
-        candidates = told["nbest"]["candidates"]
-        assert sorted(one["index"] for one in candidates) == [0, 1]
-        assert told["choices"][0]["reward"] == max(one["reward"] for one in candidates)
-        assert told["usage"]["completion_tokens"] == sum(one["num_tokens"] for one in candidates)
+        body = reply.json()
+        candidates = body["nbest"]["candidates"]
+        assert sorted(candidate["index"] for candidate in candidates) == [0, 1]
+        assert body["choices"][0]["reward"] == max(candidate["reward"] for candidate in candidates)
+        assert body["usage"]["completion_tokens"] == sum(candidate["num_tokens"] for candidate in candidates)
     assert process.metric("nbest_engine_restarts_total") == 1
     assert process.metric("nbest_candidates_in_flight") == 0
-    assert not psutil.wait_procs(parts, timeout=10)[1]
+    assert not psutil.wait_procs(engine_processes, timeout=10)[1]
     assert not [segment for segment in segments if Path(segment).exists()]
 
 
-def test_sigterm_lets_a_request_finish_and_leaves_nothing(process: ServeProcess) -> None:
+def test_sigterm_lets_a_request_finish_and_leaves_no_process(process: ServeProcess) -> None:
     body = ENDLESS | {"best_of": 1, "max_tokens": 100}
-    with ThreadPoolExecutor(1) as asking:
-        answer = asking.submit(httpx.post, f"{process.url}/v1/completions", json=body, timeout=120)
+    with ThreadPoolExecutor(1) as load:
+        pending = load.submit(httpx.post, f"{process.url}/v1/completions", json=body, timeout=120)
         assert eventually(lambda: process.metric("nbest_candidates_in_flight") == 1)
         code, left = process.stop(signal.SIGTERM)
-        assert answer.result().json()["usage"]["completion_tokens"] == 100
-    assert (code, left) == (0, []), process.said()
+        assert pending.result().json()["usage"]["completion_tokens"] == 100
+    assert (code, left) == (0, []), process.log_text()

@@ -1,4 +1,4 @@
-"""Training with the real engine: it ends where it should, and a sync that is broken on purpose is caught."""
+"""Training with the real engine reaches the computed optimum; a weight sync that is broken on purpose is detected."""
 
 import json
 import shutil
@@ -16,27 +16,27 @@ from server.generation.weight_store import CONFIG, WEIGHTS, Adapter
 from tests.end_to_end.served import START_TIMEOUT_S, engine_behind
 from tests.support.enumerable import PROBLEMS, RewardedAnswers
 from tests.support.tiny_models import ENGINE_HEAD_DIM, draw_weights, save_tiny_policy
-from training.policy.finetune import RunOptions
-from training.rl.backend import Actors, server_settings, started_actors
+from training.policy.config import RunOptions
+from training.rl.backend import Backend, local_backend, server_settings
 from training.rl.config import ReinforceTraining
 from training.rl.learner import Learner
-from training.rl.prompts import in_tokens, read_prompts
+from training.rl.prompts import read_prompts, tokenise_prompts
 from training.rl.train import train_rl
-from training.rl.weight_sync import Probe, Synced, SyncError, WeightSync
+from training.rl.weight_sync import Probe, SyncError, SyncResult, WeightSync
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(START_TIMEOUT_S + 300)]
 
-BY_ROUNDING = 1e-4
-"""Nats a token: engine and learner both compute in float32."""
+ROUNDING_ERROR = 1e-4
+"""Nats per token: engine and learner both compute in float32."""
 LONG_PROMPT = "The film was a delight from start to finish and the cast was great. " * 3
-"""More than a block of the engine's cache, so that a stale one would be met."""
+"""Longer than a block of the engine's cache, so that a stale block would be used."""
 
 module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_engine() -> Iterator[None]:
-    """What a run's engine is set to comes from the environment."""
+    """A training run reads its engine's settings from the environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NBEST_KV_CACHE_GIB", "0.25")
         patch.setenv("NBEST_MAX_NUM_SEQS", "256")
@@ -54,20 +54,20 @@ def test_rloo_through_the_engine_ends_at_the_optimum_of_rlhf(problem: str, tmp_p
     assert world.distance_to_optimum(written) < 0.03
 
 
-Add = Callable[[str, int, str], Awaitable[Any]]
+AddAdapter = Callable[[str, int, str], Awaitable[Any]]
 
 
-class Rig:
-    """A learner, and the engine that it hands its weights to."""
+class SyncSetup:
+    """A learner, and the engine to which its weights are synced."""
 
-    def __init__(self, actors: Actors, learner: Learner, sync: WeightSync) -> None:
+    def __init__(self, backend: Backend, learner: Learner, sync: WeightSync) -> None:
         self.learner = learner
         self.sync = sync
-        self.adapters = engine_behind(actors.generator).adapters
+        self.adapters = engine_behind(backend.generator).adapters
         self._versions = 0
 
-    def learn(self) -> None:
-        """Other weights than all before."""
+    def change_weights(self) -> None:
+        """Gives the learner weights that it has not had before."""
         self._versions += 1
         draw_weights(self.learner.model, self._versions)
 
@@ -78,8 +78,8 @@ class Rig:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def rig(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
-    root = tmp_path_factory.mktemp("rig")
+async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SyncSetup]:
+    root = tmp_path_factory.mktemp("sync")
     (root / "prompts.jsonl").write_text(json.dumps({"prompt": LONG_PROMPT}) + "\n")
     settings = ReinforceTraining(
         base_model=str(save_tiny_policy(root / "base", head_dim=ENGINE_HEAD_DIM)),
@@ -87,46 +87,46 @@ async def rig(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
         reward_model="r=logprob",
     )
     learner = Learner(settings, torch.device("cpu"), optimiser_steps=1)
-    async with started_actors(server_settings(settings, learner.write_for_engine(root)), None) as actors:
-        rows = read_prompts(root / "prompts.jsonl", None, holdout=0.0).trained
-        (prompt,) = in_tokens(rows, root / "prompts.jsonl", learner.tokenizer, learner.max_length, max_tokens=16)
+    async with local_backend(server_settings(settings, learner.write_for_engine(root)), None) as backend:
+        rows = read_prompts(root / "prompts.jsonl", None, holdout=0.0).train
+        (prompt,) = tokenise_prompts(rows, root / "prompts.jsonl", learner.tokenizer, learner.max_length, max_tokens=16)
         probe = Probe(prompt, SamplingParams(max_tokens=16, seed=0, logprobs=0))
-        yield Rig(actors, learner, WeightSync(actors.generator, learner, root, probe, None))
+        yield SyncSetup(backend, learner, WeightSync(backend.generator, learner, root, probe, None))
 
 
-async def stale_adapter(add: Add, before: Adapter, name: str, number: int, path: str) -> Any:
-    """What is announced as the new version is the one before it."""
-    return await add(name, number, str(before.path))
+async def stale_adapter(add: AddAdapter, previous: Adapter, name: str, number: int, path: str) -> Any:
+    """Loads the previous adapter under the name of the new version."""
+    return await add(name, number, str(previous.path))
 
 
-async def wrong_scale(add: Add, before: Adapter, name: str, number: int, path: str) -> Any:
-    """Its weights are right, and count twice."""
+async def wrong_scale(add: AddAdapter, previous: Adapter, name: str, number: int, path: str) -> Any:
+    """Loads the right weights at twice their scale."""
     config = Path(path) / CONFIG
     fields = json.loads(config.read_text())
     config.write_text(json.dumps(fields | {"lora_alpha": 2 * fields["lora_alpha"]}))
     return await add(name, number, path)
 
 
-async def stale_prefix(add: Add, before: Adapter, name: str, number: int, path: str) -> Any:
-    """It goes by the name of the one before it, so what that computed of a prompt is used again."""
+async def stale_prefix(add: AddAdapter, previous: Adapter, name: str, number: int, path: str) -> Any:
+    """Loads the new weights under the previous name, so that the engine uses the previous version's cached blocks."""
     for file in (CONFIG, WEIGHTS):
-        shutil.copyfile(Path(path) / file, before.path / file)
-    return await add(before.version, number, str(before.path))
+        shutil.copyfile(Path(path) / file, previous.path / file)
+    return await add(previous.version, number, str(previous.path))
 
 
 @module_loop
 @pytest.mark.parametrize("fault", [stale_adapter, wrong_scale, stale_prefix])
-async def test_a_broken_sync_stops_the_run_with_both_numbers(
-    fault: Callable[..., Awaitable[Any]], rig: Rig, monkeypatch: pytest.MonkeyPatch
+async def test_a_broken_sync_is_an_error_with_both_log_probabilities(
+    fault: Callable[..., Awaitable[Any]], setup: SyncSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def synced() -> Synced:
-        rig.learn()
-        return await rig.sync()
+    async def synced() -> SyncResult:
+        setup.change_weights()
+        return await setup.sync()
 
-    assert (await synced()).difference < BY_ROUNDING
-    calls = rig.adapters._engine
-    monkeypatch.setattr(calls, "add", partial(fault, calls.add, rig.loaded))
+    assert (await synced()).difference < ROUNDING_ERROR
+    engine = setup.adapters._engine
+    monkeypatch.setattr(engine, "add", partial(fault, engine.add, setup.loaded))
     with pytest.raises(SyncError, match=r"has -?\d+\.\d{4} nats a token by the engine and -?\d+\.\d{4} by the learner"):
         await synced()
     monkeypatch.undo()
-    assert (await synced()).difference < BY_ROUNDING
+    assert (await synced()).difference < ROUNDING_ERROR

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.config import Settings
-from server.http.limits import bounded_by
+from server.http.limits import bounded_protocol
 from server.observability.metrics import Metrics
 from server.pipeline.best_of_n import BestOfN
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
@@ -66,7 +66,7 @@ async def address_of(
             uvicorn.Config(
                 app,
                 log_config=None,
-                http=bounded_by(Settings(**settings)),
+                http=bounded_protocol(Settings(**settings)),
                 timeout_graceful_shutdown=shutdown_grace_s,
             )
         )
