@@ -139,9 +139,9 @@ PROMISES = (
         "An engine that is killed costs no request: those in flight are drawn again once or told to come back; "
         "`/ready` is 503 until the next engine is there, `/health` stays up. A `python:` scorer's process likewise.",
         (
-            "end_to_end/test_reliability.py::test_an_engine_killed_under_twenty_requests_is_replaced_and_loses_none",
-            "server/generation/test_supervisor.py::test_twenty_requests_under_way_are_answered_by_the_next_engine",
-            "server/generation/test_supervisor.py::test_engines_that_die_one_after_another_are_waited_for_by_nobody",
+            "end_to_end/test_reliability.py::test_an_engine_killed_during_twenty_requests_is_replaced_and_loses_none",
+            "server/generation/test_supervisor.py::test_twenty_running_requests_are_answered_by_the_next_engine",
+            "server/generation/test_supervisor.py::test_requests_do_not_wait_while_engines_die_one_after_another",
             "reranker/scorers/test_verifier.py::test_a_process_that_ends_between_calls_is_not_missed",
         ),
         _engine_killed,
@@ -167,7 +167,7 @@ PROMISES = (
         (
             "server/distributed/test_ray_faults.py::test_one_of_two_generator_replicas_is_killed",
             "server/distributed/test_ray_faults.py::test_all_generator_replicas_are_killed",
-            "end_to_end/test_on_ray.py::test_a_generator_killed_under_twenty_requests_is_replaced_and_loses_none",
+            "end_to_end/test_on_ray.py::test_a_generator_killed_during_twenty_requests_is_replaced_and_loses_none",
         ),
         _lost_on_ray("generator"),
     ),
@@ -183,15 +183,15 @@ PROMISES = (
         "On Ray: a worker node that is lost costs no request: what its generator had is drawn again once elsewhere.",
         (
             "server/distributed/test_ray_faults.py::test_one_of_two_worker_nodes_is_removed",
-            "server/distributed/test_ray_faults.py::test_the_last_worker_node_is_removed_and_another_one_joins",
+            "server/distributed/test_ray_faults.py::test_the_last_worker_node_is_removed_and_another_joins",
         ),
         _lost_on_ray("node"),
     ),
     Promise(
         "Losers and the work of clients that hang up are cancelled in the engine; nothing leaks.",
         (
-            "end_to_end/test_best_of_n.py::test_a_disconnect_cancels_in_the_engine",
-            "end_to_end/test_reliability.py::test_nothing_is_left_of_a_hundred_requests_that_hung_up",
+            "end_to_end/test_best_of_n.py::test_a_disconnect_cancels_candidates_in_the_engine",
+            "end_to_end/test_reliability.py::test_a_hundred_disconnected_requests_leave_nothing_running",
         ),
         _cancelled,
     ),
@@ -199,7 +199,7 @@ PROMISES = (
         "SIGTERM: new requests are refused with 503, those under way finish within `drain_s`, the children exit, exit "
         "code 0.",
         (
-            "end_to_end/test_reliability.py::test_sigterm_lets_a_request_finish_and_leaves_nothing",
+            "end_to_end/test_reliability.py::test_sigterm_lets_a_request_finish_and_leaves_no_process",
             "server/test_cli.py::test_sigterm_refuses_what_comes_and_finishes_what_is_under_way",
             "server/test_cli.py::test_what_outlasts_drain_s_is_told_to_come_back",
         ),
