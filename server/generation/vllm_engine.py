@@ -235,6 +235,7 @@ class VllmGenerator:
             raise EngineDiedError(ENGINE_DIED) from error
 
     async def _read_weights(self, path: str) -> None:
+        """Loads the weights in every worker, and clears the prefix cache."""
         await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
         await self._engine.collective_rpc("repack_heads")
         await self._engine.reset_prefix_cache()
@@ -252,7 +253,7 @@ class VllmGenerator:
         await asyncio.to_thread(self._processes.end)
 
     async def encode(self, prompt: Prompt, after: Candidate | None = None) -> list[int]:
-        """The token ids of the prompt, followed by those of `after`; a conversation passes the model's chat template.
+        """The token ids of the prompt, followed by those of `after`; a conversation goes through the chat template.
 
         Raises:
             BadRequestError: there is no chat template, it refuses the conversation, or the prompt has no tokens.
