@@ -124,8 +124,8 @@ class Settings(BaseSettings):
         min_length=1,
         description="Served scorers, NAME=SPEC, the first the default. SPEC: prepared name, directory, hub id, "
         "vllm:URL, judge:MODEL, pairwise:judge:MODEL, python:FILE_OR_MODULE:FUNCTION, logprob, self_certainty, "
-        "ensemble:HOW:NAME,NAME with HOW mean, min or mean-std:K, cascade:KEEP:CHEAP,DEAR. docs/scorers.md tells them "
-        "apart.",
+        "ensemble:HOW:NAME,NAME with HOW mean, min or mean-std:K, cascade:KEEP:CHEAP,EXPENSIVE. "
+        "docs/scorers.md tells them apart.",
     )
     judge_base_url: str | None = Field(
         default=None,

@@ -1,22 +1,23 @@
-"""Which waiting sequences are computed together, and when.
+"""Forms batches: which waiting sequences are computed together, and when.
 
-One worker computes one batch at a time; while it does, others gather. A batch closes as soon as the worker is free and
+One worker computes one batch at a time; sequences that arrive meanwhile wait. A batch closes as soon as the worker is
+free and
 
 - the waiting tokens fill `max_batch_tokens`, or
-- the first of them has waited `max_wait_ms`: candidates that finish in the same engine step arrive together anyway,
+- the first sequence has waited `max_wait_ms`. Candidates that finish in the same engine step arrive together anyway,
   so a longer wait only adds latency.
 
-Batches are formed across requests. Each holds the sequence that has waited longest, so none starves. What joins it
-depends on how the model computes a batch:
+Batches are formed across requests. Each contains the sequence that has waited longest, so none starves. Which others
+join it depends on how the model computes a batch:
 
-    PACKED   one row without padding, each prompt once (`reranker.models.prefix_sharing`): first the candidates of
-             the same prompt, then other prompts with all of theirs, in order of arrival
-    PADDED   every sequence as long as the longest: those nearest in length, so that little is computed for padding
+    PACKED   one row without padding, with each prompt once (`reranker.models.prefix_sharing`): first the candidates
+             of the same prompt, then other prompts with all of their candidates, in order of arrival
+    PADDED   all sequences padded to the longest: those nearest in length, so that little padding is computed
 
-Sequences of the same tokens are computed once, and all who asked get the result.
+Sequences with the same tokens are computed once, and all their callers get the result.
 
-A policy is two pure functions over lengths. `Batcher` is the thin loop that applies one. Which model computes a batch
-and what comes out of it are not its business.
+A policy consists of two pure functions over lengths. `Batcher` is the loop that applies a policy; it does not depend
+on the model or on the type of its results.
 """
 
 import asyncio
@@ -26,11 +27,11 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 MAX_PADDING_SHARE = 0.1
-"""Padding tokens a batch may carry for each real one; past it a sequence waits for a batch of its own length."""
+"""Most padding tokens in a batch per real token; a sequence that would exceed it waits for another batch."""
 
 
 class Sized(Protocol):
-    """A sequence of tokens to be computed; `prefix_ids` are those at its start that others may have too."""
+    """A sequence of tokens to compute; `prefix_ids` are the first ones, which other sequences may share."""
 
     @property
     def token_ids(self) -> tuple[int, ...]: ...
@@ -44,7 +45,7 @@ Result = TypeVar("Result")
 
 
 class Length(NamedTuple):
-    """Tokens of a sequence: its own, and those before them, which are the same wherever `prompt` is."""
+    """The number of a sequence's own tokens and of shared ones before them, which are those of its `prompt`."""
 
     own: int
     shared: int = 0
@@ -56,10 +57,10 @@ class Length(NamedTuple):
 
 
 class BatchingPolicy(NamedTuple):
-    """Which of the waiting to compute now, as positions, and how many tokens a batch comes to.
+    """Chooses the waiting sequences to compute now, and computes the size of a batch.
 
-    `choose` is given the lengths in order of arrival and the most tokens a batch may have. It always takes the first;
-    a single sequence over the budget is computed alone.
+    `choose` takes the lengths in order of arrival and `max_batch_tokens`, and returns positions in them. It always
+    includes the first; a sequence over the budget is computed alone. `size` returns the tokens of a batch.
     """
 
     choose: Callable[[Sequence[Length], int], list[int]]
@@ -67,39 +68,40 @@ class BatchingPolicy(NamedTuple):
 
 
 def packed_size(batch: Sequence[Length]) -> int:
-    """Tokens with every prompt once. A prompt whose keys are kept counts too: they are in memory all the same."""
-    return sum(one.own for one in batch) + sum({one.prompt: one.shared for one in batch}.values())
+    """The tokens with each prompt once; a prompt with cached keys counts too, because they still occupy memory."""
+    return sum(length.own for length in batch) + sum({length.prompt: length.shared for length in batch}.values())
 
 
 def choose_packed(waiting: Sequence[Length], max_batch_tokens: int) -> list[int]:
-    """The first and those of its prompt, then prompt by prompt in order of arrival, while there is room."""
+    """The first sequence and others of its prompt, then prompt by prompt in order of arrival, while there is room."""
     arrival: dict[Hashable, int] = {}
-    for position, one in enumerate(waiting):
-        arrival.setdefault(one.prompt, position)
+    for position, length in enumerate(waiting):
+        arrival.setdefault(length.prompt, position)
     chosen: list[int] = []
     prompts: set[Hashable] = set()
     size = 0
     for position in sorted(range(len(waiting)), key=lambda position: (arrival[waiting[position].prompt], position)):
-        one = waiting[position]
-        added = one.own if one.prompt in prompts else one.total
+        length = waiting[position]
+        added = length.own if length.prompt in prompts else length.total
         if not chosen or size + added <= max_batch_tokens:
             chosen.append(position)
-            prompts.add(one.prompt)
+            prompts.add(length.prompt)
             size += added
     return chosen
 
 
 def padded_size(batch: Sequence[Length]) -> int:
-    return len(batch) * max(one.total for one in batch)
+    """The tokens with every sequence padded to the longest."""
+    return len(batch) * max(length.total for length in batch)
 
 
 def choose_padded(waiting: Sequence[Length], max_batch_tokens: int) -> list[int]:
-    """A run of the sequences sorted by length that contains the first to arrive, shortest first.
+    """A contiguous run of the sequences sorted by length, shortest first, which contains the first to arrive.
 
-    It grows by whichever neighbour wastes less, while its padded size stays within `max_batch_tokens` and its padding
-    within `MAX_PADDING_SHARE` of its real tokens.
+    The run grows on the side that adds less padding, while its padded size stays within `max_batch_tokens` and its
+    padding within `MAX_PADDING_SHARE` of its real tokens.
     """
-    lengths = [one.total for one in waiting]
+    lengths = [length.total for length in waiting]
     by_length = sorted(range(len(lengths)), key=lambda position: (lengths[position], position))
     low = high = by_length.index(0)
     real = lengths[0]
@@ -130,21 +132,24 @@ PADDED = BatchingPolicy(choose_padded, padded_size)
 
 @dataclass(slots=True)
 class _Waiting(Generic[Item, Result]):
+    """A sequence that waits, with the futures of all callers that submitted it."""
+
     item: Item
     length: Length
     arrived_s: float
     results: list[asyncio.Future[Result]] = field(default_factory=list)
 
     @property
-    def wanted(self) -> bool:
+    def is_needed(self) -> bool:
+        """Whether a caller still waits for the result; the future of a cancelled caller is done."""
         return not all(result.done() for result in self.results)
 
 
 class Batcher(Generic[Item, Result]):
     """Computes one result per sequence, in batches formed across concurrent callers.
 
-    `compute` blocks; it runs in one thread of its own, so the event loop goes on meanwhile. `on_batch` hears the
-    number of sequences and of tokens, padding included, of every batch.
+    `compute` blocks, so it runs in a separate thread and the event loop continues meanwhile. `on_batch` is called for
+    every batch, with the number of sequences and the number of tokens, padding included.
     """
 
     def __init__(
@@ -167,7 +172,7 @@ class Batcher(Generic[Item, Result]):
         self._loop_task: asyncio.Task[None] | None = None
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """The results of these sequences, in order. A caller that is cancelled takes its waiting sequences along."""
+        """The results of these sequences, in order. If the caller is cancelled, so are its waiting sequences."""
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._run())
         results = [self._enqueue(item) for item in items]
@@ -180,7 +185,7 @@ class Batcher(Generic[Item, Result]):
         if waiting is None:
             prefix_ids = item.prefix_ids
             own = len(item.token_ids) - len(prefix_ids)
-            # A hash is enough to tell prompts apart here: were two alike, a batch would be a little over its budget.
+            # A hash identifies the prompt. In a collision a batch would only exceed its budget a little.
             length = Length(own, len(prefix_ids), hash(prefix_ids))
             waiting = self._waiting[item.token_ids] = _Waiting(item, length, loop.time())
         result: asyncio.Future[Result] = loop.create_future()
@@ -202,37 +207,35 @@ class Batcher(Generic[Item, Result]):
         while True:
             batch = await self._next_batch()
             try:
-                found = await loop.run_in_executor(self._thread, self._compute, [one.item for one in batch])
-            except Exception as error:  # noqa: BLE001 (whatever the model raises belongs to those who asked for it)
-                for result in (result for one in batch for result in one.results if not result.done()):
+                values = await loop.run_in_executor(self._thread, self._compute, [waiting.item for waiting in batch])
+            except Exception as error:  # noqa: BLE001 (the callers get whatever the model raises)
+                for result in (result for waiting in batch for result in waiting.results if not result.done()):
                     result.set_exception(error)
                 continue
-            for one, value in zip(batch, found, strict=True):
-                for result in one.results:
+            for waiting, value in zip(batch, values, strict=True):
+                for result in waiting.results:
                     if not result.done():
                         result.set_result(value)
 
     async def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        """Waits until a batch closes, takes it from those waiting, and tells `on_batch`."""
+        """Waits until a batch closes, removes it from the waiting sequences, and calls `on_batch`."""
         loop = asyncio.get_running_loop()
         while True:
-            self._waiting = {ids: one for ids, one in self._waiting.items() if one.wanted}  # less what was cancelled
+            self._waiting = {ids: waiting for ids, waiting in self._waiting.items() if waiting.is_needed}
             self._arrival.clear()
-            waiting = list(self._waiting.values())
-            patience_s = waiting[0].arrived_s + self._max_wait_s - loop.time() if waiting else None
-            if patience_s is not None and (
-                patience_s <= 0 or self._policy.size([one.length for one in waiting]) >= self._max_batch_tokens
-            ):
+            queue = list(self._waiting.values())
+            lengths = [waiting.length for waiting in queue]
+            remaining_s = queue[0].arrived_s + self._max_wait_s - loop.time() if queue else None
+            if remaining_s is not None and (remaining_s <= 0 or self._policy.size(lengths) >= self._max_batch_tokens):
                 break
             try:
-                async with asyncio.timeout(patience_s):
+                async with asyncio.timeout(remaining_s):
                     await self._arrival.wait()
             except TimeoutError:
                 pass
-        chosen = self._policy.choose([one.length for one in waiting], self._max_batch_tokens)
-        batch = [waiting[position] for position in chosen]
-        for one in batch:
-            del self._waiting[one.item.token_ids]
+        batch = [queue[position] for position in self._policy.choose(lengths, self._max_batch_tokens)]
+        for waiting in batch:
+            del self._waiting[waiting.item.token_ids]
         if self._on_batch:
-            self._on_batch(len(batch), self._policy.size([one.length for one in batch]))
+            self._on_batch(len(batch), self._policy.size([waiting.length for waiting in batch]))
         return batch

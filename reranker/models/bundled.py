@@ -1,13 +1,13 @@
-"""Models nbest prepares itself, so that a fresh machine serves with no model hub.
+"""The bundled models, which nbest prepares itself, so that it serves on a fresh machine without a model hub.
 
-A policy travels as a quantised GGUF file inside a Python package; it is unpacked once into a Hugging Face directory in
-the user's cache. Reward models that come with nbest are adapters of a few megabytes over such a policy, in the package
-`reranker/pretrained`. Everywhere a model is named, `resolve` turns a prepared name into its directory and hands on
-anything else (a directory, a hub id) as it is.
+A policy comes as a quantised GGUF file inside a Python package. It is converted once to a Hugging Face directory in the
+user's cache. The reward models that come with nbest are adapters of a few megabytes over such a policy, in the folder
+`reranker/pretrained`. Wherever a model is named, `resolve` turns a prepared name into its directory and returns any
+other value (a directory, a hub id) unchanged.
 
-Preparing holds a file lock, so a second process waits and then finds the work done; it writes to a directory beside the
-final one and renames it at the end, so a run killed midway leaves nothing that looks finished. The lock dies with its
-process, and the next run clears away what was left.
+Preparation holds a file lock, so a second process waits and then uses the result. It writes to a temporary directory
+and renames it at the end, so a killed run leaves nothing that looks finished. The operating system releases the lock of
+a killed process, and the next run removes the temporary directory.
 """
 
 import importlib.util
@@ -25,16 +25,16 @@ from reranker.fsio import atomic_directory
 from reranker.progress_bar import ProgressBar
 
 CONVERSION = "r1"
-"""Part of the cache path. Raised when the conversion below changes what it writes, so old results are not reused."""
+"""Part of the cache path. It changes when the conversion's output changes, so that old results are not reused."""
 
 
 class PreparationError(Exception):
-    """A prepared model cannot be had. The message says what to do."""
+    """A bundled model is not available. The message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A language model inside an installed Python package; `requirement` is what to install to have it."""
+    """A language model inside an installed Python package; `requirement` is what to install to get it."""
 
     name: str
     licence: str
@@ -46,7 +46,7 @@ class PackagedModel:
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """What `nbest doctor` tells of a model: where it is, or will be, and whether it is there."""
+    """The state of a bundled model, for `nbest doctor`; `path` is its directory, which exists if `is_prepared`."""
 
     name: str
     licence: str
@@ -80,7 +80,7 @@ def cache_directory() -> Path:
 
 
 def prepared_models() -> list[PreparedModel]:
-    """Every model nbest can prepare; looks only, prepares nothing."""
+    """The state of every model that nbest can prepare; this prepares nothing."""
     return [
         PreparedModel(model.name, model.licence, directory := _directory(model), directory.is_dir())
         for model in PACKAGED_MODELS.values()
@@ -88,10 +88,10 @@ def prepared_models() -> list[PreparedModel]:
 
 
 def resolve(name_or_path: str) -> str:
-    """The directory of a prepared name, preparing it if need be; anything else (a directory, a hub id) unchanged.
+    """The directory of a prepared name, which is prepared if necessary; any other value is returned unchanged.
 
     Raises:
-        PreparationError: the name is a prepared one and its package is not installed.
+        PreparationError: the name is that of a packaged model, and its package is not installed.
     """
     if Path(name_or_path).is_dir():
         return name_or_path
@@ -101,10 +101,10 @@ def resolve(name_or_path: str) -> str:
 
 
 def prepare(name: str, progress: bool = True) -> Path:
-    """Makes the model's Hugging Face directory unless it is there, and returns it. About 25 s the first time.
+    """Creates the model's Hugging Face directory unless it exists, and returns it. Takes about 25 s the first time.
 
     Raises:
-        PreparationError: no such name, or its package is not installed.
+        PreparationError: no packaged model has that name, or its package is not installed.
     """
     if name not in PACKAGED_MODELS:
         raise PreparationError(f"no model {name!r} can be prepared; there are {', '.join(PACKAGED_MODELS)}")
@@ -129,7 +129,11 @@ def _directory(model: PackagedModel) -> Path:
 
 
 def _package_directory(model: PackagedModel) -> Path:
-    """Where the package's files are. It is not imported: it would want the runtime it was made for."""
+    """The directory of the package's files. The package is not imported, because that would need its own runtime.
+
+    Raises:
+        PreparationError: the package is not installed.
+    """
     spec = importlib.util.find_spec(model.package)
     for location in (spec and spec.submodule_search_locations) or ():
         if (Path(location) / model.gguf_file).is_file():
@@ -147,13 +151,13 @@ def _convert(model: PackagedModel, source: Path, target: Path, step_done: Callab
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model.gguf_file)
     if model.individual_digits:
-        # GGUF names the pre-tokenizer ("smollm": digits one by one) without describing it, and transformers reads
-        # every GPT-2 style vocabulary as plain byte level: without this, "1999" is not the tokens it was trained on.
+        # GGUF only names the pre-tokenizer ("smollm": digits one by one), and transformers loads every GPT-2 style
+        # vocabulary as plain byte level. Without this, "1999" becomes other tokens than in the model's training.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     step_done()
-    with redirect_stderr(io.StringIO()):  # a bar of its own that transformers has no switch for
+    with redirect_stderr(io.StringIO()):  # transformers has no switch for this bar
         policy = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=model.gguf_file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
@@ -166,7 +170,7 @@ def _convert(model: PackagedModel, source: Path, target: Path, step_done: Callab
 
 @contextmanager
 def _steps(title: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar over a known number of steps; call what it gives when one is done."""
+    """Shows a progress bar of `total` steps; the yielded function counts one step as done."""
     from transformers.utils import logging as transformers_logging
 
     had_bars = transformers_logging.is_progress_bar_enabled()

@@ -1,16 +1,14 @@
-"""Where models run, and in what precision."""
+"""Selects the device and the precision that models run with."""
 
 from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
-
-
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def pick_device(device: Device) -> Literal["cpu", "cuda"]:
-    """The device itself; for auto, CUDA where torch sees a device and the CPU elsewhere."""
-    import torch  # here, so that naming a device takes no second to import
+    """Resolves auto: CUDA if torch finds a CUDA device, otherwise the CPU."""
+    import torch  # imported here, because it takes a second, and importing this module should not
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,10 +16,10 @@ def pick_device(device: Device) -> Literal["cpu", "cuda"]:
 
 
 def computes_bfloat16(device: str) -> bool:
-    """Whether bfloat16 is faster than float32: on GPUs and on CPUs with instructions for it; elsewhere it is slower.
+    """Whether bfloat16 is faster than float32: it is on GPUs, and on CPUs with instructions for it.
 
-    Matrix products of SmolLM2's size on two cores with AVX512-BF16: 206 GFLOP/s in float32 and 898 in bfloat16, which a
-    CPU without it emulates.
+    Matrix products of SmolLM2's size on two cores with AVX512-BF16: 206 GFLOP/s in float32 and 898 in bfloat16. A CPU
+    without such instructions emulates bfloat16, which is slower than float32.
     """
     import torch
 
@@ -29,5 +27,5 @@ def computes_bfloat16(device: str) -> bool:
 
 
 def takes_bfloat16(precision: Precision, device: str) -> bool:
-    """Whether what is to compute in that precision computes in bfloat16 on this device."""
+    """Whether a model of this precision computes in bfloat16 on this device."""
     return precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))

@@ -1,14 +1,16 @@
-"""The keys and values of what was scored last and will be read again, in buffers that never grow.
+"""A KV cache of prompts and partial candidates, in buffers of a fixed size.
 
-Kept are prompts, because candidates are scored as they finish and each follows its prompt, and beginnings: candidates
-that were scored before their end, and of which the rest is to come. A beginning is kept behind the prompt or the
-beginning that it goes on from, and holds places for its own tokens alone.
+Candidates are scored as they finish, so the keys and values of a prompt are needed again for its later candidates. A
+"beginning" is a candidate that is scored before its end, such as a block of a blockwise search. Its keys and values are
+cached too, for the candidates that continue it. The entry of a beginning comes after its parent, which is the prompt or
+an earlier beginning, and occupies slots for only its own tokens.
 
-Every layer has one buffer for keys and one for values, with a place for each of `capacity` tokens. What is kept takes
-any places that are free, what was used longest ago giving up its own; nothing is given up before all that goes on from
-it. Were each prompt's tensors allocated on their own, they would lie about between what a batch needs for a moment, so
-that little of what is freed could be used again: in a quarter of an hour of short prompts that came to more than the
-prompts themselves.
+Each layer has one buffer for keys and one for values, with a slot for each of `capacity` tokens. An entry takes any
+free slots. The least recently used entries are evicted first, and never before the entries that continue them.
+
+Fixed buffers avoid fragmentation. If each prompt's tensors were allocated separately, they would lie between the
+temporary tensors of batches, and little of the freed memory could be used again: in a quarter of an hour of short
+prompts, the loss exceeded the prompts themselves.
 """
 
 from collections import OrderedDict
@@ -20,55 +22,56 @@ import torch
 
 TokenIds = tuple[int, ...]
 
-LEAST_SHARED = 4
-"""Tokens after the prompt that a candidate must have in common with a beginning; fewer are as soon computed."""
+MIN_SHARED_TOKENS = 4
+"""Fewest tokens after the prompt that a candidate must share with a beginning; fewer are as fast to compute."""
 
 
 @dataclass(slots=True)
-class Kept:
-    """`places_T` are of all tokens from the first of the prompt on, `own` the last of them, which it holds itself.
+class CacheEntry:
+    """The slots of a prompt or of a beginning.
 
-    `before` is what it goes on from, and `prompt_ids` what that goes back to; None for a prompt. `beginnings` are those
-    of a prompt.
+    `slots_T` are the slots of all tokens from the first prompt token on; `own_slots` are the last of them, which this
+    entry occupies itself. `parent_ids` are the tokens of the entry that it continues, and `prompt_ids` those of its
+    prompt; both are None for a prompt. `beginnings` are the entries of a prompt's beginnings.
     """
 
-    places_T: torch.Tensor
-    own: list[int]
-    before: TokenIds | None = None
+    slots_T: torch.Tensor
+    own_slots: list[int]
+    parent_ids: TokenIds | None = None
     prompt_ids: TokenIds | None = None
     beginnings: list[TokenIds] = field(default_factory=list)
 
 
-class Found(NamedTuple):
-    """The first `length` of `token_ids` are a candidate's too; `places_T` are theirs, None if they are not kept."""
+class PrefixMatch(NamedTuple):
+    """The entry `token_ids`, whose first `length` tokens a candidate shares, and their slots; None if not cached."""
 
     token_ids: TokenIds
     length: int
-    places_T: torch.Tensor | None
+    slots_T: torch.Tensor | None
 
 
 class PrefixCache:
-    """Places of prompts and beginnings by their tokens; not for two threads at once."""
+    """The cached prompts and beginnings, by their tokens; not thread-safe."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self._capacity = capacity
         self._device = device
-        self._free = list(range(capacity))
-        self._kept: OrderedDict[TokenIds, Kept] = OrderedDict()
-        """Used longest ago first; what goes on from another one stands before it."""
+        self._free_slots = list(range(capacity))
+        self._entries: OrderedDict[TokenIds, CacheEntry] = OrderedDict()
+        """Least recently used first; an entry comes before its parent."""
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def longest(self, prompt_ids: TokenIds, token_ids: TokenIds) -> Found:
-        """What is kept that has most of a candidate's tokens in common, but the last; else its prompt, kept or not."""
-        if prompt_ids not in self._kept:
-            return Found(prompt_ids, len(prompt_ids), None)
-        best, most = prompt_ids, len(prompt_ids)
-        for one in self._kept[prompt_ids].beginnings:
-            shared = _common(one, token_ids[:-1], len(prompt_ids))
-            if shared >= max(most + 1, len(prompt_ids) + LEAST_SHARED):
-                best, most = one, shared
-        self._use(best)
-        return Found(best, most, self._kept[best].places_T[:most])
+    def longest_match(self, prompt_ids: TokenIds, token_ids: TokenIds) -> PrefixMatch:
+        """The entry that shares most tokens with a candidate, except its last; otherwise its prompt, cached or not."""
+        if prompt_ids not in self._entries:
+            return PrefixMatch(prompt_ids, len(prompt_ids), None)
+        best, longest = prompt_ids, len(prompt_ids)
+        for beginning in self._entries[prompt_ids].beginnings:
+            shared = _common_length(beginning, token_ids[:-1], len(prompt_ids))
+            if shared >= max(longest + 1, len(prompt_ids) + MIN_SHARED_TOKENS):
+                best, longest = beginning, shared
+        self._mark_used(best)
+        return PrefixMatch(best, longest, self._entries[best].slots_T[:longest])
 
     def add(
         self,
@@ -76,68 +79,71 @@ class PrefixCache:
         needed: Collection[TokenIds],
         *,
         prompt_ids: TokenIds | None = None,
-        after: Found | None = None,
+        after: PrefixMatch | None = None,
     ) -> torch.Tensor | None:
-        """Places to write the tokens to; None where they are kept already, or have no room beside those `needed` too.
+        """Adds an entry and returns the slots to write its own tokens to.
 
-        A beginning of `prompt_ids` goes on `after` something kept.
+        Returns None if the tokens are cached already, or do not fit beside the entries that the batch has `needed`. A
+        beginning has `prompt_ids`, and comes `after` a match that is cached.
         """
-        if token_ids in self._kept:
+        if token_ids in self._entries:
             return None
-        before, shared = (after.token_ids, after.length) if after else (None, 0)
+        parent_ids, shared = (after.token_ids, after.length) if after else (None, 0)
         count = len(token_ids) - shared
-        while len(self._free) < count <= self._capacity:
-            oldest = next(iter(self._kept), None)
+        while len(self._free_slots) < count <= self._capacity:
+            oldest = next(iter(self._entries), None)
             if oldest is None or oldest in needed:
                 return None
-            self.forget(oldest)
-        if len(self._free) < count:
+            self.evict(oldest)
+        if len(self._free_slots) < count:
             return None
-        first = len(self._free) - count
-        own = self._free[first:]
-        del self._free[first:]
-        places_T = torch.tensor(own, dtype=torch.long, device=self._device)
-        path_T = places_T if before is None else torch.cat([self._kept[before].places_T[:shared], places_T])
-        self._kept[token_ids] = Kept(path_T, own, before, prompt_ids)
+        first = len(self._free_slots) - count
+        own_slots = self._free_slots[first:]
+        del self._free_slots[first:]
+        own_slots_T = torch.tensor(own_slots, dtype=torch.long, device=self._device)
+        slots_T = own_slots_T
+        if parent_ids is not None:
+            slots_T = torch.cat([self._entries[parent_ids].slots_T[:shared], own_slots_T])
+        self._entries[token_ids] = CacheEntry(slots_T, own_slots, parent_ids, prompt_ids)
         if prompt_ids is not None:
-            self._kept[prompt_ids].beginnings.append(token_ids)
-        self._use(token_ids)
-        return places_T
+            self._entries[prompt_ids].beginnings.append(token_ids)
+        self._mark_used(token_ids)
+        return own_slots_T
 
-    def forget(self, token_ids: TokenIds) -> None:
-        """Frees the places of a prompt without beginnings, or of a beginning that nothing goes on from."""
-        gone = self._kept.pop(token_ids)
-        self._free += gone.own
-        if gone.prompt_ids is not None:
-            self._kept[gone.prompt_ids].beginnings.remove(token_ids)
+    def evict(self, token_ids: TokenIds) -> None:
+        """Frees the slots of a prompt without beginnings, or of a beginning that no entry continues."""
+        entry = self._entries.pop(token_ids)
+        self._free_slots += entry.own_slots
+        if entry.prompt_ids is not None:
+            self._entries[entry.prompt_ids].beginnings.remove(token_ids)
 
     def __contains__(self, token_ids: TokenIds) -> bool:
-        return token_ids in self._kept
+        return token_ids in self._entries
 
-    def write(self, layer: int, places_T: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keys and values of one layer, each (KV heads, T, D)."""
+    def write(self, layer: int, slots_T: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes keys and values of one layer, each (KV heads, T, D)."""
         if layer not in self._buffers:
             self._buffers[layer] = self._buffer(keys), self._buffer(values)
         for buffer, tokens in zip(self._buffers[layer], (keys, values), strict=True):
-            buffer[:, places_T] = tokens
+            buffer[:, slots_T] = tokens
 
-    def read(self, layer: int, places_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What was written there, copied out: (KV heads, T, D) each."""
+    def read(self, layer: int, slots_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values in these slots, each (KV heads, T, D)."""
         keys, values = self._buffers[layer]
-        return keys[:, places_T], values[:, places_T]
+        return keys[:, slots_T], values[:, slots_T]
 
-    def _use(self, token_ids: TokenIds | None) -> None:
-        """It is used last, and what it goes on from after it."""
+    def _mark_used(self, token_ids: TokenIds | None) -> None:
+        """Makes an entry the most recently used, followed by the entries that it continues."""
         while token_ids is not None:
-            self._kept.move_to_end(token_ids)
-            token_ids = self._kept[token_ids].before
+            self._entries.move_to_end(token_ids)
+            token_ids = self._entries[token_ids].parent_ids
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
-        # Not filled: on a CPU memory is only taken for places that were written to.
+        # Not initialised: on a CPU, memory is then used only for slots that were written to.
         return torch.empty((like.shape[0], self._capacity, like.shape[2]), dtype=like.dtype, device=like.device)
 
 
-def _common(one: TokenIds, other: TokenIds, start: int) -> int:
-    """How many tokens they begin with alike, of which the first `start` are known to be."""
-    end = min(len(one), len(other))
-    return next((place for place in range(start, end) if one[place] != other[place]), end)
+def _common_length(left: TokenIds, right: TokenIds, start: int) -> int:
+    """The length of the common prefix, of which the first `start` tokens are known to be equal."""
+    end = min(len(left), len(right))
+    return next((index for index in range(start, end) if left[index] != right[index]), end)

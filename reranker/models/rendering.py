@@ -1,25 +1,26 @@
-"""A prompt and a candidate become token ids, and one of them is the scored token: the ONE renderer.
+"""Renders a prompt and a candidate as token ids, the last of which is the scored token: the only renderer.
 
-Reward training, reward serving and PPO all come through here, so a reward model reads in production exactly what it
-read in training.
+Reward training, reward serving and PPO all use it, so a reward model reads the same tokens in production as in
+training.
 
-What is written depends on the style:
+The text depends on the style:
 
-    chat       the tokenizer's chat template over the conversation with the candidate as the assistant's turn;
-               a text prompt has no turns: prompt and candidate, one after the other
-    document   the finished text a reader would see, closed by EOS: a text prompt and its continuation,
-               or a chat reply on its own
+    chat       the tokenizer's chat template over the conversation, with the candidate as the assistant's turn;
+               for a text prompt, which has no turns, the prompt followed by the candidate
+    document   the finished text as a reader would see it, followed by EOS: a text prompt and its continuation,
+               or a chat reply without the conversation
 
-How it becomes tokens:
+The text becomes tokens by these rules:
 
-1. The prompt part (everything before the candidate's first character) and the rest are tokenised apart and
-   concatenated. No token ever straddles the border, so the prompt's tokens are the same for all N candidates and can
-   be computed once; it is also what a policy does, whose prompt is tokens before the first candidate token is drawn.
-2. What the tokenizer itself puts round a text (BOS, or [CLS] and [SEP]) goes round the whole exactly once, also where
-   the template wrote it too.
-3. Too long: tokens of the prompt go, the oldest first, those of (2) stay. The candidate is never cut.
+1. The prompt part (everything before the candidate's first character) and the rest are tokenised separately and
+   concatenated. No token crosses the border, so the prompt's tokens are the same for all N candidates and are computed
+   once. A policy works in the same way: its prompt is tokenised before the first candidate token is sampled.
+2. The special tokens that the tokenizer adds around a text (BOS, or [CLS] and [SEP]) stand around the whole exactly
+   once, even if the chat template wrote them too.
+3. If the sequence is too long, prompt tokens are cut, the oldest first; the special tokens of rule 2 stay. The
+   candidate is never cut.
 4. The scored token is the last one under the attention mask. "The rightmost token that is not padding" would be wrong
-   wherever pad equals EOS, as it does in most chat models.
+   if pad equals EOS, as in most chat models.
 """
 
 from collections.abc import Sequence
@@ -37,15 +38,16 @@ RenderingStyle = Literal["chat", "document"]
 
 
 class RenderingError(ValueError):
-    """A prompt and candidate that cannot be put into tokens. The message says why and what to do."""
+    """The prompt and candidate cannot be rendered. The message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Tokens to be scored at the last one.
+    """A token sequence that is scored at its last token.
 
-    The first `prompt_length` of them do not depend on the candidate, unless the prompt had to be cut to make room:
-    `cut_tokens` of it are left out then. `is_beginning`: more is to come, so what is computed for it is worth keeping.
+    The first `prompt_length` tokens do not depend on the candidate, unless `cut_tokens` of the prompt were left out to
+    make room for it. `is_beginning` marks a candidate that later candidates continue, so that caching its keys and
+    values saves work.
     """
 
     token_ids: tuple[int, ...]
@@ -55,42 +57,45 @@ class Rendered:
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
-        """What can be computed for all candidates at once: the prompt, but never the token to be scored."""
+        """The tokens that can be computed once for all candidates: the prompt, without the scored token."""
         return self.token_ids[: min(self.prompt_length, len(self.token_ids) - 1)]
 
 
 class Renderer:
-    """Writes (prompt, candidate) for one reward model; not for two threads at once, as tokenizers are not.
+    """Renders (prompt, candidate) for one reward model; not thread-safe, because tokenizers are not.
 
-    `max_length` is in tokens and covers everything: prompt, candidate, and what the tokenizer puts round them.
+    `max_length` is in tokens and includes the prompt, the candidate and the tokenizer's special tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, style: RenderingStyle, max_length: int) -> None:
         if style not in get_args(RenderingStyle):
-            raise ValueError(f"no rendering style {style!r}; there are {', '.join(get_args(RenderingStyle))}")
+            raise ValueError(
+                f"there is no rendering style {style!r}; choose from {', '.join(get_args(RenderingStyle))}"
+            )
         self.tokenizer = tokenizer
         self.style = style
         self.max_length = max_length
-        self._before, self._after = _surroundings(tokenizer)
+        self._before, self._after = _special_tokens(tokenizer)
         if style == "document" and not self._after:
             if tokenizer.eos_token_id is None:
                 raise ValueError("the document style ends a text with EOS, and this tokenizer has no EOS token")
             self._after = (int(tokenizer.eos_token_id),)
-        self._open_once = lru_cache(maxsize=64)(self._open)  # N candidates follow one prompt
+        self._cached_opening = lru_cache(maxsize=64)(self._opening)  # N candidates share a prompt
 
     def render(self, prompt: Prompt, candidate: str) -> Rendered:
         """The tokens of one candidate.
 
         Raises:
-            RenderingError: it leaves no token to score, does not fit, or the tokenizer has no chat template for it.
+            RenderingError: there is no token to score, the candidate does not fit, or the tokenizer has no chat
+                template for a conversation.
         """
-        opening, prompt_ids = self._open_once(prompt)
+        opening, prompt_ids = self._cached_opening(prompt)
         text = candidate
         if opening is not None:
             text = self._chat(prompt, candidate)
             if text.startswith(opening):
                 text = text[len(opening) :]
-            else:  # a template that tells reasoning from answer may open this one reply in another way
+            else:  # a template that separates reasoning from the answer may open this reply differently
                 prompt_ids = ()
         body_ids = self._tokenize(text)
         if body_ids[: len(self._before)] == self._before and not prompt_ids:
@@ -110,8 +115,12 @@ class Renderer:
             raise RenderingError("prompt and candidate are both empty, so there is no token to score")
         return Rendered(token_ids, prompt_length=len(kept_ids), cut_tokens=cut)
 
-    def _open(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
-        """(what the chat template writes before any reply, None if none is used; the tokens of the prompt part)."""
+    def _opening(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+        """(the chat template's text before any reply, None if no template is used; the tokens of the prompt part).
+
+        Raises:
+            RenderingError: the tokenizer has no chat template for a conversation.
+        """
         opening: str | None = None
         if not prompt.messages:
             prompt_text = prompt.text or ""
@@ -123,10 +132,10 @@ class Renderer:
                 "style; use a reward model trained in the document style"
             )
         else:
-            # What stands before two replies that begin differently stands before any. Not the template's generation
-            # prompt: some open the reply they wait for otherwise than a reply they are given.
-            both = zip(self._chat(prompt, "a"), self._chat(prompt, "b"), strict=False)
-            opening = prompt_text = "".join(left for left, _ in takewhile(lambda pair: pair[0] == pair[1], both))
+            # The common start of the texts with two different replies precedes every reply. The template's generation
+            # prompt would not do: some templates open a given reply differently from one to be generated.
+            pairs = zip(self._chat(prompt, "a"), self._chat(prompt, "b"), strict=False)
+            opening = prompt_text = "".join(left for left, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         prompt_ids = self._tokenize(prompt_text)
         if prompt_ids[: len(self._before)] == self._before:
             prompt_ids = prompt_ids[len(self._before) :]
@@ -144,18 +153,22 @@ class Renderer:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 
 
-def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The special tokens this tokenizer puts (before, after) a text: (BOS,), (), or ([CLS],), ([SEP],), or neither."""
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    dressed = list(tokenizer("a")["input_ids"])
-    for start in range(len(dressed) - len(bare) + 1):
-        if dressed[start : start + len(bare)] == bare:
-            return tuple(dressed[:start]), tuple(dressed[start + len(bare) :])
-    raise ValueError("this tokenizer writes a text in other tokens when it adds its special tokens; it cannot be used")
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that the tokenizer adds (before, after) a text, such as (BOS,), () or ([CLS],), ([SEP],).
+
+    Raises:
+        ValueError: the text itself has other tokens when the special tokens are added.
+    """
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    complete = list(tokenizer("a")["input_ids"])
+    for start in range(len(complete) - len(plain) + 1):
+        if complete[start : start + len(plain)] == plain:
+            return tuple(complete[:start]), tuple(complete[start + len(plain) :])
+    raise ValueError("this tokenizer changes a text's own tokens when it adds its special tokens; it cannot be used")
 
 
 def pad(batch: Sequence[Rendered], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids_N_T, attention_mask_N_T), padded on the right; the mask alone tells where a text ends."""
+    """(input_ids_N_T, attention_mask_N_T), padded on the right; only the mask shows where a text ends."""
     width = max(len(rendered.token_ids) for rendered in batch)
     input_ids_N_T = torch.full((len(batch), width), pad_id, dtype=torch.long)
     attention_mask_N_T = torch.zeros_like(input_ids_N_T)
@@ -167,6 +180,6 @@ def pad(batch: Sequence[Rendered], pad_id: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def scored_index(attention_mask_N_T: torch.Tensor) -> torch.Tensor:
-    """Place of the last token under the mask, shape (N,); right or left padding."""
-    places_T = torch.arange(attention_mask_N_T.shape[1], device=attention_mask_N_T.device)
-    return (attention_mask_N_T * places_T).argmax(dim=1)
+    """Index of the last token under the mask, shape (N,); works for right and for left padding."""
+    indices_T = torch.arange(attention_mask_N_T.shape[1], device=attention_mask_N_T.device)
+    return (attention_mask_N_T * indices_T).argmax(dim=1)

@@ -1,18 +1,18 @@
-"""A reward model: a transformer trunk and a scalar head, read at the last token.
+"""A reward model: a transformer trunk and a scalar head that reads the last token.
 
-Two formats load:
+Two formats can be loaded:
 
-    Hugging Face   any `AutoModelForSequenceClassification` with one label; encoders (BERT) and decoders (Llama) alike
+    Hugging Face   any `AutoModelForSequenceClassification` with one label, an encoder (BERT) or a decoder (Llama)
     adapter        a PEFT directory (adapter_config.json, adapter_model.safetensors with the head inside) over a base
-                   model, with `reward_config.json` beside it: which base, how it renders, how many layers it reads
+                   model, with `reward_config.json` beside it: the base, the rendering style, the number of layers
 
-Weights come from safetensors only: a pickle can run code. A head that is missing is an error: transformers would make
-one up at random and the scores would look like scores.
+Weights are loaded from safetensors only, because a pickle can run code. A missing head is an error, because
+transformers would initialise it at random, and random scores look like scores.
 
-A decoder's own forward finds the scored token by comparing with the pad token, which is wrong where pad equals EOS;
-so the trunk runs here, the hidden state is gathered by the attention mask, and the head is applied to that alone.
-To score, the trunk reads rows in which each prompt stands once (`prefix_sharing`) if it can, padded batches if not.
-An encoder pools in its own way, and does it itself.
+A decoder's own forward finds the scored token by comparing with the pad token, which is wrong where pad equals EOS. So
+this module runs the trunk, selects the hidden state by the attention mask, and applies the head only to that. For
+scoring, the trunk reads packed rows that hold each prompt once (`prefix_sharing`), or padded batches if it cannot. An
+encoder has its own pooling, so its own forward is used.
 """
 
 import json
@@ -31,26 +31,27 @@ from transformers.utils import logging as transformers_logging
 from reranker.candidate import Prompt
 from reranker.models.bundled import PreparationError, resolve
 from reranker.models.device import Device, Precision, pick_device, takes_bfloat16
-from reranker.models.prefix_sharing import SharingTrunk
+from reranker.models.prefix_sharing import PrefixSharingTrunk
 from reranker.models.rendering import Rendered, Renderer, RenderingStyle, pad, scored_index
-from reranker.models.shared_trunk import SharedTrunk, read_lowest
+from reranker.models.shared_trunk import SharedTrunk, keep_lowest_layers
 
 CONFIG_FILE = "reward_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_NAMES = ("score", "classifier")
-"""What transformers calls the head of a sequence classifier: decoders `score`, encoders `classifier`."""
+"""Names that transformers gives the head of a sequence classifier: `score` in decoders, `classifier` in encoders."""
 
 
 class RewardModelError(Exception):
-    """What was named is not a reward model that can be loaded. The message says why and what to do."""
+    """The reward model cannot be loaded. The message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardConfig:
-    """How a reward model trained here is to be used.
+    """How to use a reward model that nbest trained.
 
-    `num_layers`: the trunk's layers it reads, from below; None for all of them. `reward_mean` and `reward_std`: of its
-    rewards on candidates it was trained on, to set them to mean 0 and deviation 1; None where nobody measured.
+    `num_layers` is how many of the trunk's lowest layers it reads; None stands for all. `reward_mean` and `reward_std`
+    are those of its rewards on candidates of its training data, to scale rewards to mean 0 and deviation 1; None if
+    they were not measured.
     """
 
     base_model: str
@@ -60,10 +61,16 @@ class RewardConfig:
     reward_std: float | None = None
 
     def save(self, directory: Path) -> None:
+        """Writes `reward_config.json` to the directory."""
         (directory / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Self:
+        """Reads `reward_config.json` from the directory.
+
+        Raises:
+            RewardModelError: it is missing or wrong.
+        """
         try:
             return cls(**json.loads((directory / CONFIG_FILE).read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -72,17 +79,17 @@ class RewardConfig:
 
 @dataclass(frozen=True, slots=True)
 class ComputedReward:
-    """A reward, and the tokens that were computed for it: the candidate's, and its prompt's unless they were known."""
+    """A reward and the tokens computed for it: the candidate's, and the prompt's unless they were cached or shared."""
 
     reward: float
     computed_tokens: int
 
 
 class RewardModel:
-    """Scores rendered candidates; plain torch, blocking. Higher is better, unbounded, not comparable between models.
+    """Scores rendered candidates with plain, blocking torch calls; not thread-safe.
 
-    `shares_prompts`: a prompt is computed once for its candidates (`reranker.models.prefix_sharing`), and a batch has
-    no padding. Not for two threads at once.
+    Rewards are unbounded and not comparable between models; higher is better. If `shares_prompts`, a prompt is computed
+    once for all its candidates (`reranker.models.prefix_sharing`), and batches have no padding.
     """
 
     def __init__(self, name: str, model: Any, renderer: Renderer, device: torch.device) -> None:
@@ -90,7 +97,7 @@ class RewardModel:
         self.renderer = renderer
         self._model = model.to(device).eval()
         self._device = device
-        self._sharing = SharingTrunk.where_equal(self._model, device)
+        self._sharing = PrefixSharingTrunk.if_supported(self._model, device)
 
     @classmethod
     def load(
@@ -100,54 +107,56 @@ class RewardModel:
         device: Device = "auto",
         dtype: Precision = "auto",
         trust_remote_code: bool = False,
-        held: SharedTrunk | None = None,
+        shared_trunk: SharedTrunk | None = None,
     ) -> "RewardModel":
-        """The reward model of a prepared name, a directory or a hub id.
+        """Loads the reward model of a prepared name, a directory or a hub id.
 
-        `device` auto takes CUDA if present; `dtype` auto is what that device computes fastest. On a CPU an adapter is
-        merged in float32, which saves its matrix products, and the sum rounded once if bfloat16 is what is computed.
-        Elsewhere the trunk is loaded in bfloat16, where merging would round the adapter away: it stays beside it, as it
-        does over a trunk that is `held`, if it is its own.
+        With `device` auto it uses CUDA if present; with `dtype` auto the precision that the device computes fastest.
+        On a CPU an adapter is merged into the trunk in float32, which saves its matrix products, and the sum is
+        rounded once if the model computes in bfloat16. On other devices the trunk is loaded in bfloat16, where merging
+        would round small adapter weights to nothing, so the adapter stays separate. It also stays separate over
+        `shared_trunk`, which is used if it is the trunk of the adapter's base.
 
         Raises:
-            RewardModelError: with the reason and the way out.
+            RewardModelError: the model cannot be loaded.
         """
         if device == "cuda" and not torch.cuda.is_available():
-            raise RewardModelError("there is no CUDA device that torch can use here; run with --device cpu")
-        place = torch.device(pick_device(device))
-        computed = torch.bfloat16 if takes_bfloat16(dtype, place.type) else torch.float32
-        loaded = torch.float32 if place.type == "cpu" else computed
-        with _told_as_reward_model_error(spec):
+            raise RewardModelError("torch finds no usable CUDA device; run with --device cpu")
+        torch_device = torch.device(pick_device(device))
+        compute_dtype = torch.bfloat16 if takes_bfloat16(dtype, torch_device.type) else torch.float32
+        load_dtype = torch.float32 if torch_device.type == "cpu" else compute_dtype
+        with _as_reward_model_error(spec):
             directory = resolve(spec)
             _check_directory(directory)
             if not (Path(directory) / "adapter_config.json").is_file():
-                model = load_classifier(directory, dtype=computed, trust_remote_code=trust_remote_code)
-                ours = (Path(directory) / CONFIG_FILE).is_file()  # fully fine-tuned here, in the style it tells
-                style = RewardConfig.load(Path(directory)).style if ours else None
+                model = load_classifier(directory, dtype=compute_dtype, trust_remote_code=trust_remote_code)
+                has_config = (Path(directory) / CONFIG_FILE).is_file()  # a full fine-tuning by nbest
+                style = RewardConfig.load(Path(directory)).style if has_config else None
                 renderer = make_renderer(directory, model, style, trust_remote_code=trust_remote_code)
-                return cls(spec, model, renderer, place)
+                return cls(spec, model, renderer, torch_device)
             config = RewardConfig.load(Path(directory))
             _check_adapter(Path(directory))
             base = resolve(config.base_model)
-            if held is not None and held.is_of(base):
-                model = PeftModel.from_pretrained(held.classifier(config.num_layers), directory).get_base_model()
+            if shared_trunk is not None and shared_trunk.is_of(base):
+                classifier = shared_trunk.classifier(config.num_layers)
+                model = PeftModel.from_pretrained(classifier, directory).get_base_model()
             else:
                 model = load_classifier(
                     base,
                     new_head=True,
                     num_layers=config.num_layers,
-                    dtype=loaded,
+                    dtype=load_dtype,
                     trust_remote_code=trust_remote_code,
                 )
                 adapted = PeftModel.from_pretrained(model, directory)
-                model = adapted.merge_and_unload() if loaded is torch.float32 else adapted.get_base_model()
-                _keep_head(model.to(computed))
+                model = adapted.merge_and_unload() if load_dtype is torch.float32 else adapted.get_base_model()
+                _with_float32_head(model.to(compute_dtype))
             renderer = make_renderer(base, model, config.style, trust_remote_code=trust_remote_code)
-            return cls(spec, model, renderer, place)
+            return cls(spec, model, renderer, torch_device)
 
     @property
     def max_length(self) -> int:
-        """Most tokens of prompt and candidate together."""
+        """The most tokens that a prompt and a candidate may have together."""
         return self.renderer.max_length
 
     @property
@@ -159,10 +168,10 @@ class RewardModel:
         return str(self._device)
 
     def render(self, prompt: Prompt, candidate_text: str) -> Rendered:
-        """The tokens to be scored; see `reranker.models.rendering`.
+        """The token sequence of a candidate; see `reranker.models.rendering`.
 
         Raises:
-            reranker.models.rendering.RenderingError: the candidate cannot be read by this model.
+            reranker.models.rendering.RenderingError: the candidate cannot be rendered for this model.
         """
         return self.renderer.render(prompt, candidate_text)
 
@@ -171,12 +180,12 @@ class RewardModel:
         return self._sharing is not None
 
     def score(self, batch_N: Sequence[Rendered]) -> list[float]:
-        """N rewards from one batch, in order; each is what the candidate would get alone."""
-        return [reading.reward for reading in self.read(batch_N)]
+        """N rewards from one batch, in order; each is the same as if the candidate were scored alone."""
+        return [result.reward for result in self.compute(batch_N)]
 
     @torch.inference_mode()
-    def read(self, batch_N: Sequence[Rendered]) -> list[ComputedReward]:
-        """N rewards from one batch, in order, and what each cost."""
+    def compute(self, batch_N: Sequence[Rendered]) -> list[ComputedReward]:
+        """N rewards from one batch, in order, each with the number of tokens computed for it."""
         if not batch_N:
             return []
         if self._sharing is None:
@@ -187,11 +196,14 @@ class RewardModel:
         else:
             scored_N_D, computed_tokens_N = self._sharing.scored_states(batch_N)
             rewards_N = _head_rewards(self._model.score, scored_N_D)
-        return [ComputedReward(*one) for one in zip(rewards_N.tolist(), computed_tokens_N, strict=True)]
+        return [
+            ComputedReward(reward, computed_tokens)
+            for reward, computed_tokens in zip(rewards_N.tolist(), computed_tokens_N, strict=True)
+        ]
 
 
 def forward_rewards(model: Any, input_ids_N_T: torch.Tensor, attention_mask_N_T: torch.Tensor) -> torch.Tensor:
-    """rewards_N in float32 of a sequence classifier with one label; differentiable, shared with reward training."""
+    """rewards_N in float32 of a sequence classifier with one label; differentiable, used by reward training too."""
     head = getattr(model, "score", None)
     if head is None:
         logits_N_1: torch.Tensor = model(input_ids=input_ids_N_T, attention_mask=attention_mask_N_T).logits
@@ -204,7 +216,7 @@ def forward_rewards(model: Any, input_ids_N_T: torch.Tensor, attention_mask_N_T:
 
 
 def _head_rewards(head: Any, scored_N_D: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(scored_N_D.device.type, enabled=False):  # one dot product: float32 costs nothing here
+    with torch.autocast(scored_N_D.device.type, enabled=False):  # float32 costs nothing for one dot product
         rewards_N: torch.Tensor = head(scored_N_D.float())[:, 0]
     return rewards_N
 
@@ -217,10 +229,12 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A sequence classifier with one label. `new_head`: the weights hold none yet, an adapter or training brings it.
+    """Loads a sequence classifier with one label.
+
+    With `new_head` the weights need not contain a head, because an adapter or the training provides it.
 
     Raises:
-        RewardModelError: several labels, or weights that are missing.
+        RewardModelError: it is no sequence classifier, has several labels, or lacks weights.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if new_head:
@@ -228,7 +242,7 @@ def load_classifier(
     elif not any("ForSequenceClassification" in name for name in config.architectures or ()):
         raise RewardModelError(
             f"{directory} is a {', '.join(config.architectures or ['model'])} and not a sequence classifier; "
-            "train a reward adapter for it with: nbest train reward"
+            "train a reward adapter over it with: nbest train reward"
         )
     elif config.num_labels != 1:
         raise RewardModelError(
@@ -236,8 +250,8 @@ def load_classifier(
             "choose a model trained to give a single score"
         )
     if num_layers is not None:
-        read_lowest(config, num_layers)
-    with _quiet_transformers():  # it reports the layers and heads left out on purpose; what matters is checked below
+        keep_lowest_layers(config, num_layers)
+    with _quiet_transformers():  # it warns of layers and heads left out on purpose; missing weights are checked below
         model, report = AutoModelForSequenceClassification.from_pretrained(
             directory,
             config=config,
@@ -249,14 +263,14 @@ def load_classifier(
     missing = {name for name in report["missing_keys"] if not (new_head and name.startswith(HEAD_NAMES))}
     if missing:
         raise RewardModelError(
-            f"{directory} lacks the weights {', '.join(sorted(missing)[:3])}, which would be made up at random; "
+            f"{directory} lacks the weights {', '.join(sorted(missing)[:3])}, which would be initialised at random; "
             "it is not a complete reward model"
         )
-    return _keep_head(model)
+    return _with_float32_head(model)
 
 
-def _keep_head(model: Any) -> Any:
-    """A decoder's head is read in float32 (`_head_rewards`)."""
+def _with_float32_head(model: Any) -> Any:
+    """Converts a decoder's head to float32, in which `_head_rewards` computes."""
     if hasattr(model, "score"):
         model.score.float()
     return model
@@ -265,7 +279,7 @@ def _keep_head(model: Any) -> Any:
 def make_renderer(
     directory: str, model: Any, style: RenderingStyle | None, *, trust_remote_code: bool = False
 ) -> Renderer:
-    """The renderer of a model; by default in the chat style if its tokenizer has a chat template."""
+    """The renderer of a model; without a `style`, it uses chat if the tokenizer has a chat template, else document."""
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     context = model.config.get_text_config().max_position_embeddings
     chosen: RenderingStyle = style or ("chat" if tokenizer.chat_template else "document")
@@ -273,13 +287,13 @@ def make_renderer(
 
 
 def _check_directory(spec: str) -> None:
-    """Turns away what is plainly wrong before anyone asks the hub for it."""
+    """Rejects a name that is clearly wrong before it is looked up on the hub."""
     path = Path(spec)
     if path.is_dir():
         if not any(path.glob("*.safetensors")):
             raise RewardModelError(
-                f"{spec} holds no .safetensors file, and pickled weights are never loaded because they can run code; "
-                "save the model again with save_pretrained"
+                f"{spec} contains no .safetensors file, and pickled weights are never loaded because they can run "
+                "code; save the model again with save_pretrained"
             )
     elif path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:  # no hub id looks like this
         raise RewardModelError(f"there is no directory {spec}; give a reward model's directory, name or hub id")
@@ -291,14 +305,14 @@ def _check_adapter(directory: Path) -> None:
     with safe_open(directory / ADAPTER_FILE, framework="pt") as tensors:
         if not any(part in HEAD_NAMES for name in tensors.keys() for part in name.split(".")):  # noqa: SIM118 no dict
             raise RewardModelError(
-                f"{directory / ADAPTER_FILE} holds no scalar head, so it adapts a policy and not a reward model; "
-                "train one with: nbest train reward"
+                f"{directory / ADAPTER_FILE} contains no scalar head, so it adapts a policy and not a reward model; "
+                "train a reward model with: nbest train reward"
             )
 
 
 @contextmanager
-def _told_as_reward_model_error(spec: str) -> Iterator[None]:
-    """What the libraries raise over files they cannot read becomes one sentence that names the model."""
+def _as_reward_model_error(spec: str) -> Iterator[None]:
+    """Turns the libraries' errors about unreadable files into a `RewardModelError` that names the model."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, PreparationError) as error:

@@ -1,9 +1,10 @@
-"""A trunk that is in memory already, read by a reward adapter too: its weights are there once, whoever reads them.
+"""Lets a reward adapter read a trunk that is already in memory, so that the weights are held once.
 
-While a policy learns as an adapter, its base is frozen, and a reward adapter over the same base can be read from those
-very weights. What the two have in common are the tensors. Modules, which carry adapters and the way attention is
-computed, each has its own: neither can switch anything on or off for the other, and they may run at the same time. One
-model whose adapters take turns would need a lock round every pass, and wherever it was forgotten wrong rewards.
+While a policy is trained as an adapter, its base is frozen, and a reward adapter over the same base can read the same
+weights. The two share only the tensors. Each has its own modules, which carry the adapters and the attention
+implementation, so neither can change anything for the other, and they may run concurrently. The alternative, one model
+that switches between adapters, would need a lock around every forward pass, and a missing lock would give wrong
+rewards.
 """
 
 import copy
@@ -16,15 +17,15 @@ from transformers import AutoModelForSequenceClassification
 
 
 def alias(module: Any) -> Any:
-    """The module anew, over the same parameters and buffers in memory; through it they do not learn."""
-    same: dict[int, torch.Tensor] = {id(tensor): tensor for tensor in module.buffers()}
+    """A copy of the module over the same parameters and buffers in memory; its parameters require no gradient."""
+    shared: dict[int, torch.Tensor] = {id(tensor): tensor for tensor in module.buffers()}
     for parameter in module.parameters():
-        same[id(parameter)] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
-    return copy.deepcopy(module, same)
+        shared[id(parameter)] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(module, shared)
 
 
-def read_lowest(config: Any, num_layers: int) -> None:
-    """Makes it the configuration of a model with so many of its layers, from below."""
+def keep_lowest_layers(config: Any, num_layers: int) -> None:
+    """Changes a model's configuration to only its lowest `num_layers` layers."""
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
@@ -32,22 +33,22 @@ def read_lowest(config: Any, num_layers: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SharedTrunk:
-    """The trunk of the model of that directory or hub id; its weights must not change while it is read."""
+    """The trunk of the model in a directory or of a hub id; its weights must not change while others read them."""
 
     directory: str
     trunk: Any
 
     def is_of(self, directory: str) -> bool:
-        """Whether it is the trunk of that model."""
+        """Whether this is the trunk of the model in that directory or of that hub id."""
         return Path(directory).resolve() == Path(self.directory).resolve()
 
     def classifier(self, num_layers: int | None) -> Any:
-        """A sequence classifier with one label that reads it, or its lowest layers; the head is left to be loaded."""
+        """A sequence classifier with one label over the trunk or its lowest layers; its head is still to be loaded."""
         trunk = alias(self.trunk)
         config = trunk.config
         config.num_labels = 1
         if num_layers is not None:
-            read_lowest(config, num_layers)
+            keep_lowest_layers(config, num_layers)
             layers = next(part for part in trunk.children() if isinstance(part, torch.nn.ModuleList))
             del layers[num_layers:]
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The scorer protocol: one narrow method, so that a reward model, a judge and a scripted double look alike."""
+"""The scorer protocol, which reward models, judges, functions and the test doubles implement."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from reranker.candidate import Candidate, Prompt
 
 
 class ScoringError(Exception):
-    """The scorer could not score these candidates. The message says why; nothing about the candidates is known."""
+    """The scorer could not score any of these candidates. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Rewards in the order of the candidates asked about, and the tokens the scorer read to find them.
+    """Rewards in the order of the candidates, and the number of tokens that the scorer processed.
 
-    `rewards_N` holds one float per candidate: higher is better, NaN where this one could not be scored.
-    `scored_tokens` counts prompt and candidate tokens as the scorer computed them (a shared prompt counts once), and
-    what a judge writes. `prompt_tokens_cut` is how many of the prompt's, the oldest, the scorer left out so that the
-    longest of these candidates fits its context.
+    `rewards_N` holds one float per candidate: higher is better, NaN if the candidate could not be scored.
+    `scored_tokens` counts the prompt and candidate tokens that the scorer computed (a shared prompt counts once), and
+    the tokens that a judge generates. `prompt_tokens_cut` is how many of the oldest prompt tokens the scorer left out
+    so that the longest of these candidates fits its context.
     """
 
     rewards_N: tuple[float, ...]
@@ -28,11 +28,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a scorer must be given beyond a prompt and a text.
+    """What a scorer needs from its caller besides the prompt and the texts of the candidates.
 
-    `all_candidates`: its rewards compare the candidates of one call, so all of a request's come together, in one call
-    after the last has finished. `likelihood`: their `cumulative_logprob`. `top_logprobs`: so many most likely tokens
-    beside each generated one (`TokenLogprob.top`), whether or not the client asked for any.
+    `all_candidates`: all candidates of a request in one call, after the last has finished, because the rewards compare
+    them with each other. `likelihood`: `Candidate.cumulative_logprob`. `top_logprobs`: this many of the most likely
+    tokens for each generated token (`TokenLogprob.top`), whether or not the client requested any.
     """
 
     all_candidates: bool = False
@@ -41,34 +41,34 @@ class Needs:
 
     @classmethod
     def to_compare(cls, members: Iterable["Scorer"]) -> Self:
-        """Of a scorer that compares all candidates by the rewards of these."""
+        """The needs of a scorer that combines the rewards of all members over all candidates."""
         needs = [member.needs for member in members]
         return cls(
             all_candidates=True,
-            likelihood=any(one.likelihood for one in needs),
-            top_logprobs=max(one.top_logprobs for one in needs),
+            likelihood=any(member_needs.likelihood for member_needs in needs),
+            top_logprobs=max(member_needs.top_logprobs for member_needs in needs),
         )
 
 
 class Scorer(Protocol):
-    """Says how good each candidate is as an answer to the prompt."""
+    """Rewards each candidate for how well it answers the prompt."""
 
     @property
     def name(self) -> str:
-        """The name a request chooses it by (`nbest.reward_model`)."""
+        """The name by which a request selects the scorer (`nbest.reward_model`)."""
 
     @property
     def needs(self) -> Needs:
-        """What whoever calls `score` must provide; most scorers need nothing (`Needs()`)."""
+        """What the caller of `score` must provide; most scorers need nothing (`Needs()`)."""
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        """One reward per candidate, in order.
+        """Returns one reward per candidate, in order.
 
-        Calls may overlap. Each holds any part of a request's candidates, or all of them if the scorer `needs` that.
+        Calls may overlap. A call holds any subset of a request's candidates, or all of them if `needs.all_candidates`.
 
         Raises:
             ScoringError: none of these candidates could be scored.
         """
 
     async def close(self) -> None:
-        """Frees what the scorer holds."""
+        """Frees the scorer's resources."""

@@ -1,7 +1,4 @@
-"""How long scorers are at it, where their calls overlap.
-
-A scorer that tells how long it was at it.
-"""
+"""Measures the time in which at least one scorer call was running; calls may overlap."""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +8,7 @@ from reranker.scorers.base import Needs, Scorer, Scores
 
 
 class TimedScorer:
-    """The same scorer; `busy` has the seconds in which at least one call was out."""
+    """Wraps a scorer; `busy.seconds` is the time in which at least one call of it was running."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.name = scorer.name
@@ -28,7 +25,7 @@ class TimedScorer:
 
 
 class OverlapTimer:
-    """`seconds` in which at least one block `with` it was being run, on one event loop."""
+    """`seconds` is the time in which at least one `with` block of this timer was running, on one event loop."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -1,10 +1,10 @@
-"""A scorer that is asked once for each prompt and text: `--score-cache-entries`.
+"""A cache of rewards in front of a scorer: `--score-cache-entries`.
 
-For scorers whose reward depends on nothing but prompt and text, which leaves out comparisons within a request and the
-policy's own probabilities and judgement. Kept are the rewards that were asked for last, each under a digest of what it
-is of, so an entry takes some hundred bytes however long the texts are. Two calls at the same time may both ask for the
-same text. A candidate that could not be scored is not remembered, as the next time may go better; nor is one of a call
-in which the prompt was cut, as only the most that was cut in the whole call is told.
+It is for scorers whose reward depends only on prompt and text. That excludes comparisons within a request and the
+policy's own probabilities and judgement. The least recently used rewards are evicted. The key is a digest of prompt
+and text, so an entry takes some hundred bytes, however long the texts are. Two concurrent calls may both score the
+same text. Two kinds of reward are not cached: a missing one, because a retry may succeed, and those of a call in which
+the prompt was cut, because the call reports only its largest cut and not that of each candidate.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ DIGEST_BYTES = 16
 
 
 class CachedScorer:
-    """Answers for `scorer` what it has said before; `scored_tokens` are of what it is asked anew.
+    """Returns cached rewards of `scorer`, and scores the rest; `scored_tokens` counts only newly scored candidates.
 
-    `on_lookup` hears of every call how many candidates were known, and how many were not.
+    `on_lookup` is called once per call of `score`, with the numbers of cached and of uncached candidates.
     """
 
     def __init__(self, scorer: Scorer, entries: int, on_lookup: Callable[[int, int], None] | None = None) -> None:
         self._scorer = scorer
         self._entries = entries
         self._on_lookup = on_lookup
-        self._known: OrderedDict[bytes, float] = OrderedDict()
+        self._rewards: OrderedDict[bytes, float] = OrderedDict()  # by digest, least recently used first
 
     @property
     def name(self) -> str:
@@ -40,41 +40,42 @@ class CachedScorer:
         return self._scorer.needs
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        """The rewards, of which those that are known cost nothing; equal texts are asked about once.
+        """Returns one reward per candidate; equal texts are scored once, and cached ones not at all.
 
         Raises:
-            ScoringError: there are others, and none of those could be scored.
+            ScoringError: some candidates were not cached, and none of those could be scored.
         """
-        keys = [digest(prompt, one.text) for one in candidates]
-        found = {key: self._known[key] for key in keys if key in self._known}
-        self._remember(found)
+        keys_N = [digest(prompt, candidate.text) for candidate in candidates]
+        rewards = {key: self._rewards[key] for key in keys_N if key in self._rewards}
+        self._store(rewards)
         if self._on_lookup is not None:
-            known = sum(key in found for key in keys)
-            self._on_lookup(known, len(keys) - known)
-        new = {key: one for key, one in zip(keys, candidates, strict=True) if key not in found}
-        if not new:
-            return Scores(tuple(found[key] for key in keys), scored_tokens=0)
-        scores = await self._scorer.score(prompt, list(new.values()))
-        told = dict(zip(new, scores.rewards_N, strict=True))
+            hits = sum(key in rewards for key in keys_N)
+            self._on_lookup(hits, len(keys_N) - hits)
+        uncached = {key: candidate for key, candidate in zip(keys_N, candidates, strict=True) if key not in rewards}
+        if not uncached:
+            return Scores(tuple(rewards[key] for key in keys_N), scored_tokens=0)
+        scores = await self._scorer.score(prompt, list(uncached.values()))
+        scored = dict(zip(uncached, scores.rewards_N, strict=True))
         if not scores.prompt_tokens_cut:
-            self._remember(told)
-        found |= told
-        return replace(scores, rewards_N=tuple(found[key] for key in keys))
+            self._store(scored)
+        rewards |= scored
+        return replace(scores, rewards_N=tuple(rewards[key] for key in keys_N))
 
-    def _remember(self, rewards: Mapping[bytes, float]) -> None:
+    def _store(self, rewards: Mapping[bytes, float]) -> None:
+        """Caches rewards as the most recently used, and evicts the least recently used beyond the limit."""
         for key, reward in rewards.items():
             if not math.isnan(reward):
-                self._known[key] = reward
-                self._known.move_to_end(key)
-        while len(self._known) > self._entries:
-            self._known.popitem(last=False)
+                self._rewards[key] = reward
+                self._rewards.move_to_end(key)
+        while len(self._rewards) > self._entries:
+            self._rewards.popitem(last=False)
 
     async def close(self) -> None:
         await self._scorer.close()
 
 
 def digest(prompt: Prompt, text: str) -> bytes:
-    """Of everything that a scorer reads; every part with its length before it, so that none runs into the next."""
+    """A digest of everything that a scorer reads; each part is preceded by its length, so that parts cannot mix."""
     hashed = hashlib.blake2b(digest_size=DIGEST_BYTES)
     turns = [part for message in prompt.messages for part in (message.role, message.content)]
     for part in (str(prompt.text is None), prompt.text or "", *turns, text):

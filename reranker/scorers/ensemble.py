@@ -1,22 +1,24 @@
-"""Several scorers as one. SPEC `ensemble:mean:NAME,NAME,…`, `ensemble:min:…` or `ensemble:mean-std:K:…`.
+"""Combines several scorers. SPEC `ensemble:mean:NAME,NAME,…`, `ensemble:min:…` or `ensemble:mean-std:K:…`.
 
-The more candidates a reward model chooses among, the likelier the winner is one that it merely overrates. Scorers that
-err differently seldom overrate the same candidate, so a conservative sum over them resists (Coste et al. 2023, arXiv
+The more candidates a reward model chooses among, the more likely it overrates the winner. Scorers with different
+errors seldom overrate the same candidate, so a conservative combination of them resists that (Coste et al. 2023, arXiv
 2310.02743):
 
-    mean        of the members' rewards
-    min         the least of them: a candidate is as good as its severest member finds it (their WCO)
-    mean-std    mean − K · standard deviation over the members: disagreement is held against a candidate. Their UWO
-                takes the variance; the deviation has the unit of the rewards, so K means the same whatever their scale
+    mean        the mean of the members' rewards
+    min         the lowest of the members' rewards (WCO in the paper)
+    mean-std    mean − K · standard deviation over the members, so that disagreement lowers the reward. The paper's
+                UWO takes the variance; the deviation has the unit of the rewards, so the effect of K does not depend
+                on their scale
 
-Members are other served scorers, by name, and measure in units of their own: a judge from 1 to 10, a reward model in
-log-odds. Added up as they are, the widest scale would decide alone. So each member's rewards are standardised over the
-candidates of the request, to mean 0 and standard deviation 1, or all 0 where it finds no difference. For that all
-candidates must be there: scoring begins when the last has finished. It also means that an ensemble's rewards compare
-the candidates of one request and say nothing beside those of another, and that a single candidate is always worth 0.
+Members are other served scorers, given by name. Each has its own unit: a judge grades from 1 to 10, a reward model in
+log-odds. Added up unchanged, the member with the widest scale would decide alone. So the rewards of each member are
+standardised over the candidates of the request, to mean 0 and standard deviation 1, or to all 0 if they are equal.
+This has three consequences: scoring begins when the last candidate has finished; an ensemble's rewards are comparable
+within a request only; and the reward of a single candidate is always 0.
 
-Members score at the same time. None is left out silently: a candidate that one member could not score has no reward,
-and if one member fails altogether, so does the ensemble. With fewer members the reward would mean something else.
+Members score concurrently. None is left out silently, because with fewer members the reward would have another
+meaning: a candidate that one member could not score has no reward, and if a member fails for all candidates, so does
+the ensemble.
 """
 
 import asyncio
@@ -30,7 +32,7 @@ from reranker.scorers.spec import Combination
 
 
 class EnsembleScorer:
-    """Combines the standardised rewards of its members; in standard deviations over the request's candidates."""
+    """Combines the members' standardised rewards; the unit is standard deviations over the request's candidates."""
 
     def __init__(self, name: str, members: Sequence[Scorer], combination: Combination, k: float = 0.0) -> None:
         self.name = name
@@ -66,23 +68,23 @@ class EnsembleScorer:
         )
 
     async def close(self) -> None:
-        """Holds nothing; its members are served, and closed, by themselves."""
+        """Does nothing: the members are served on their own, and closed there."""
 
 
 def standardised(rewards_N: Sequence[float]) -> list[float]:
-    """Mean 0 and standard deviation 1 over those that are there; all 0 where they are equal.
+    """Scales the finite rewards to mean 0 and standard deviation 1, or to all 0 if they are equal.
 
-    NaN stays NaN, and so does an infinite reward become, which has no place on any scale.
+    NaN stays NaN. An infinite reward becomes NaN too, because it cannot be scaled.
     """
-    there = [reward for reward in rewards_N if math.isfinite(reward)]
-    if not there:
+    finite = [reward for reward in rewards_N if math.isfinite(reward)]
+    if not finite:
         return [math.nan] * len(rewards_N)
-    mean, deviation = fmean(there), pstdev(there)
+    mean, deviation = fmean(finite), pstdev(finite)
     return [(reward - mean) / (deviation or 1.0) if math.isfinite(reward) else math.nan for reward in rewards_N]
 
 
 def combine(combination: Combination, rewards_M: Sequence[float], k: float = 0.0) -> float:
-    """One candidate's rewards of all members as one; `k` is the weight of the deviation in mean-std."""
+    """The ensemble's reward of one candidate from its M members; `k` weights the deviation in mean-std."""
     if combination == "min":
         return min(rewards_M)
     if combination == "mean":

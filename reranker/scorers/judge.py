@@ -1,14 +1,14 @@
 """A language model as the judge. SPEC `judge:MODEL`, or `judge:self` for the served policy itself.
 
-Pointwise: each candidate is graded on its own from 1 to 10 (single-answer grading of Zheng et al. 2023, arXiv
-2306.05685), at temperature 0, in an answer that a JSON schema holds to one integer. An answer that is still no grade is
-a missing reward. What the judge reads and writes counts as scored tokens.
+The judge grades each candidate on its own from 1 to 10 (single-answer grading of Zheng et al. 2023, arXiv 2306.05685),
+at temperature 0, with a JSON schema that restricts its answer to one integer. If the answer is still not a grade, the
+reward is missing. The tokens that the judge reads and generates count as scored tokens.
 
 `Judge` also compares two candidates, which `reranker.scorers.pairwise` turns into a tournament.
 
-Known of such judges: they favour long answers, their own, and the one shown first; the last is what the comparison in
-both orders takes out. A candidate can also address its judge. It is marked as data here, which helps and proves
-nothing: where that matters, have a reward model in an ensemble with it.
+Such judges are known to favour long answers, their own answers, and the answer shown first. Comparing in both orders
+removes the last bias. A candidate can also contain instructions to its judge. The judge's prompt marks the candidate as
+data, which helps but guarantees nothing. Where that matters, combine the judge with a reward model in an ensemble.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from reranker.scorers.prompt_text import prompt_text
 
 LOWEST_GRADE, HIGHEST_GRADE = 1, 10
 MAX_CALLS = 32
-"""Questions one judge is asked at once: about what a server batches well, and what hosted ones let through."""
+"""Most concurrent calls of one judge: about what a server batches well and what hosted APIs allow."""
 
 GRADE_SCHEMA = {
     "type": "object",
@@ -50,48 +50,48 @@ Answer with JSON: {"better": "A"} or {"better": "B"}."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a judge wrote, and how many tokens it read and wrote for it."""
+class JudgeAnswer:
+    """A judge's answer, and the number of tokens that it read and generated for it."""
 
     text: str
     num_tokens: int
 
 
-class Ask(Protocol):
-    """Puts one question to a language model, at temperature 0."""
+class JudgeModel(Protocol):
+    """Calls the language model behind a judge, at temperature 0."""
 
-    async def __call__(self, question: Prompt, json_schema: dict[str, Any]) -> Answer:
-        """The answer, held to the schema as far as the model's server can.
+    async def __call__(self, question: Prompt, json_schema: dict[str, Any]) -> JudgeAnswer:
+        """Returns the model's answer, restricted to the schema if the model's server supports that.
 
         Raises:
-            ScoringError: there is none, and why.
+            ScoringError: the model gave no answer; the message gives the reason.
         """
 
 
 class Judge:
-    """Grades and compares candidates by asking a language model; not more than `MAX_CALLS` questions at once."""
+    """Grades and compares candidates with a language model, with at most `MAX_CALLS` calls at a time."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
+    def __init__(self, model: JudgeModel) -> None:
+        self._model = model
         self._calls = asyncio.Semaphore(MAX_CALLS)
 
     async def grade(self, prompt: Prompt, candidate: Candidate) -> tuple[float, int]:
-        """(the grade, 1 to 10, NaN where the answer is none; tokens read and written).
+        """(the grade from 1 to 10, NaN if the answer is not a grade; tokens read and generated).
 
         Raises:
-            ScoringError: there is no answer.
+            ScoringError: the model gave no answer.
         """
         question = _question(GRADING, prompt=prompt_text(prompt), reply=candidate.text)
         answer = await self._answer(question, GRADE_SCHEMA)
         grade = _field(answer.text, "grade")
-        is_grade = type(grade) is int and LOWEST_GRADE <= grade <= HIGHEST_GRADE  # not isinstance: true is no grade
+        is_grade = type(grade) is int and LOWEST_GRADE <= grade <= HIGHEST_GRADE  # isinstance would accept true
         return (float(grade) if is_grade else math.nan), answer.num_tokens
 
     async def compare(self, prompt: Prompt, first: Candidate, second: Candidate) -> Comparison:
-        """Which is better when `first` is shown first; NaN where the answer names neither.
+        """Compares the two, `first` shown first: 1 if it is better, 0 if `second` is, NaN if the answer is neither.
 
         Raises:
-            ScoringError: there is no answer.
+            ScoringError: the model gave no answer.
         """
         question = _question(COMPARING, Prompt=prompt_text(prompt), A=first.text, B=second.text)
         answer = await self._answer(question, BETTER_SCHEMA)
@@ -99,13 +99,13 @@ class Judge:
         probability = {"A": 1.0, "B": 0.0}.get(better, math.nan) if isinstance(better, str) else math.nan
         return Comparison(probability, answer.num_tokens)
 
-    async def _answer(self, question: Prompt, json_schema: dict[str, Any]) -> Answer:
+    async def _answer(self, question: Prompt, json_schema: dict[str, Any]) -> JudgeAnswer:
         async with self._calls:
-            return await self._ask(question, json_schema)
+            return await self._model(question, json_schema)
 
 
 class JudgeScorer:
-    """Rewards a candidate with the judge's grade, 1 to 10."""
+    """Rewards a candidate with the judge's grade, from 1 to 10."""
 
     needs = Needs()
 
@@ -114,23 +114,24 @@ class JudgeScorer:
         self._judge = judge
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        """One question per candidate, asked at once; NaN for a candidate without a usable answer.
+        """Grades all candidates concurrently, one call per candidate; NaN for a candidate without a usable answer.
 
         Raises:
-            ScoringError: the judge answered none of the questions.
+            ScoringError: the judge answered none of the calls.
         """
-        grades = await asyncio.gather(*(self._judge.grade(prompt, one) for one in candidates), return_exceptions=True)
-        graded = [_grade_or_missing(one) for one in grades]
-        if graded and all(isinstance(one, ScoringError) for one in grades):
-            raise ScoringError(f"{self.name}: {grades[0]}")
-        return Scores(tuple(grade for grade, _ in graded), scored_tokens=sum(tokens for _, tokens in graded))
+        grading = (self._judge.grade(prompt, candidate) for candidate in candidates)
+        outcomes_N = await asyncio.gather(*grading, return_exceptions=True)
+        grades_N = [_grade_or_missing(outcome) for outcome in outcomes_N]
+        if outcomes_N and all(isinstance(outcome, ScoringError) for outcome in outcomes_N):
+            raise ScoringError(f"{self.name}: {outcomes_N[0]}")
+        return Scores(tuple(grade for grade, _ in grades_N), scored_tokens=sum(tokens for _, tokens in grades_N))
 
     async def close(self) -> None:
-        """Holds nothing; the model that is asked belongs to whoever gave it."""
+        """Does nothing: the owner of the judge's model closes it."""
 
 
 def _grade_or_missing(outcome: tuple[float, int] | BaseException) -> tuple[float, int]:
-    """A grade as it is, (NaN, 0) for a question without an answer; whatever else was raised is raised."""
+    """The grade, or (NaN, 0) for a ScoringError; raises any other exception."""
     if isinstance(outcome, ScoringError):
         return math.nan, 0
     if isinstance(outcome, BaseException):
@@ -139,18 +140,19 @@ def _grade_or_missing(outcome: tuple[float, int] | BaseException) -> tuple[float
 
 
 def _question(task: str, **parts: str) -> Prompt:
-    """One user message, since not every chat template knows a system: the task, then each part in marks of its own.
+    """The judge's prompt: the task, then each part between tags, in one user message.
 
-    A part cannot close its mark and go on as if it were the question.
+    There is no system message, because not every chat template supports one. Closing tags are removed from the parts,
+    so that a part cannot end its tag and continue as if it were the task.
     """
-    marked = [f"<{name}>\n{text.replace(f'</{name}>', '')}\n</{name}>" for name, text in parts.items()]
-    return Prompt(messages=(Message("user", "\n\n".join([task, *marked])),))
+    tagged = [f"<{name}>\n{text.replace(f'</{name}>', '')}\n</{name}>" for name, text in parts.items()]
+    return Prompt(messages=(Message("user", "\n\n".join([task, *tagged])),))
 
 
 def _field(text: str, name: str) -> Any:
-    """That field of a JSON object; None where the text is no such object."""
+    """The field of that name in a text that is a JSON object; None if it has none or is no JSON object."""
     try:
-        told = json.loads(text)
+        answer = json.loads(text)
     except ValueError:
         return None
-    return told.get(name) if isinstance(told, dict) else None
+    return answer.get(name) if isinstance(answer, dict) else None

@@ -1,24 +1,25 @@
-"""No reward model at all: what the policy's own probabilities say about a candidate.
+"""Rewards from the policy's own log-probabilities, without a reward model. SPEC `logprob` or `self_certainty`.
 
-Both read what the generator told when it drew the candidate, so they cost no tokens, and a candidate that came from
-elsewhere (the score endpoint, an upstream that hides its log-probabilities) has no reward.
+Both read the log-probabilities that the generator returned with the candidate, so they cost no tokens. A candidate
+without them (from the score endpoint, or an upstream that does not return log-probabilities) has no reward.
 
-`logprob` is the mean log-probability a token, not the sum: every token makes a sum smaller, so it would mostly favour
-short candidates.
+`logprob` is the mean log-probability per token. It is not the sum, because each token lowers a sum, which would mostly
+favour short candidates.
 
-`self_certainty` is how far from uniform the policy's distributions were, mean over the candidate's tokens. Kang et al.
-2025 (arXiv 2502.18581) take KL(U ‖ p) with U uniform over the vocabulary of V tokens,
+`self_certainty` is how far the policy's distributions were from uniform, as a mean over the candidate's tokens. Kang et
+al. 2025 (arXiv 2502.18581) take KL(U ‖ p) with U uniform over the vocabulary of V tokens,
 
     −1/V · Σ_{j=1…V} log(V · p_j)
 
-and need all V log-probabilities of every token, which no server tells. The estimate here is the same sum over the k
-most likely tokens alone,
+and need all V log-probabilities of every token, which no server returns. The estimate here is the same sum over only
+the k most likely tokens,
 
     −1/k · Σ_{j=1…k} log(k · p_j)
 
-which is the token confidence of Fu et al. 2025 (arXiv 2508.15260) less the constant log k. It is never below 0: the k
-probabilities sum to at most 1. A certain policy leaves little probability to the runners-up, and scores high. Its
-values are not those of the definition over the vocabulary, and not comparable between different k.
+which is the token confidence of Fu et al. 2025 (arXiv 2508.15260) minus the constant log k. It is never below 0,
+because the k probabilities sum to at most 1. It is high where the policy leaves little probability to the tokens after
+the most likely one. Its values differ from those of the definition over the vocabulary, and are not comparable between
+different k.
 """
 
 import math
@@ -28,11 +29,11 @@ from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scores, ScoringError
 
 SELF_CERTAINTY_TOKENS = 20
-"""k: the most that OpenAI's interface and vLLM by default tell of a token."""
+"""k: the most that OpenAI's API, and vLLM by default, return for a token."""
 
 
 class LogprobScorer:
-    """Rewards the candidates that the policy itself finds likeliest; nats a token, at most 0."""
+    """Rewards a candidate with its mean log-probability under the policy; nats per token, at most 0."""
 
     needs = Needs(likelihood=True)
 
@@ -43,16 +44,16 @@ class LogprobScorer:
         """NaN for a candidate whose log-probability is unknown.
 
         Raises:
-            ScoringError: none is known.
+            ScoringError: the log-probabilities of all candidates are unknown.
         """
-        return _scores(self.name, [one.mean_logprob for one in candidates])
+        return _scores(self.name, [candidate.mean_logprob for candidate in candidates])
 
     async def close(self) -> None:
-        """Holds nothing."""
+        """Does nothing."""
 
 
 class SelfCertaintyScorer:
-    """Rewards the candidates that the policy was surest of while it wrote them; nats a token, at least 0."""
+    """Rewards a candidate with how certain the policy was of its tokens; nats per token, at least 0."""
 
     needs = Needs(top_logprobs=SELF_CERTAINTY_TOKENS)
 
@@ -63,18 +64,18 @@ class SelfCertaintyScorer:
         """NaN for a candidate whose most likely tokens are unknown.
 
         Raises:
-            ScoringError: none is known.
+            ScoringError: the most likely tokens of all candidates are unknown.
         """
-        return _scores(self.name, [self_certainty(one) for one in candidates])
+        return _scores(self.name, [self_certainty(candidate) for candidate in candidates])
 
     async def close(self) -> None:
-        """Holds nothing."""
+        """Does nothing."""
 
 
 def self_certainty(candidate: Candidate) -> float:
-    """The estimate above, mean over the tokens; NaN where one token's rivals are unknown or without tokens.
+    """The estimate of the module header, as a mean over the T tokens; NaN without tokens or with an empty top list.
 
-    A rival of probability zero (−∞) is left out: it would make any candidate infinitely certain.
+    A top token of probability zero (−∞) is left out, because it would make the certainty infinite.
     """
     certainties_T = []
     for token in candidate.logprobs or ():

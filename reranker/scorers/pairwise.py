@@ -1,23 +1,24 @@
-"""Comparisons turned into rewards by a knockout tournament. SPEC `pairwise:judge:MODEL`.
+"""Turns pairwise comparisons into rewards by a knockout tournament. SPEC `pairwise:judge:MODEL`.
 
-Some judges tell better which of two is better than how good one is. N candidates need N − 1 matches in ⌈log₂ N⌉
-rounds, and the matches of a round are played at once:
+Some judges compare two candidates more reliably than they grade one. N candidates need N − 1 matches in ⌈log₂ N⌉
+rounds, and the matches of a round run concurrently:
 
-    round 1    0–1   2–3   4        the odd one out, always the last, goes through without a match
+    round 1    0–1   2–3   4        with an odd number the last candidate advances without a match (a bye)
     round 2    w–w   4
     round 3    w–4                  N = 5: 4 matches, 3 rounds
 
-A match is played twice, with either candidate shown first, since judges favour a place; its probability is the mean of
-both. An order that gives no verdict counts as undecided, .5. At .5 the lower index goes through.
+A match consists of two comparisons, one with each candidate shown first, because judges favour one of the two
+positions. Its probability is the mean of both. A comparison without a verdict counts as undecided, 0.5. At 0.5 the
+candidate with the lower index advances.
 
-The reward of a candidate is the number of rounds it came through, byes included, plus the probability with which it
-was thought the better one in the match it lost (at most .5, so rounds never mix): of two that go out in one round the
-narrower loser stands higher. The winner came through all ⌈log₂ N⌉. A tournament orders its winner well and the others
-roughly: whoever meets the best early goes out early. A candidate none of whose matches had a verdict has no reward,
-however far it came.
+The reward of a candidate is the number of rounds that it won, byes included, plus its probability of being better in
+the match that it lost. That is at most 0.5, so it only orders the candidates that lost in the same round. The winner's
+reward is ⌈log₂ N⌉. A tournament finds its winner reliably and orders the others roughly, because a good candidate that
+meets the best one early loses early. A candidate has no reward if none of its matches had a verdict, however far it
+advanced.
 
-Such rewards compare the candidates of one tournament and say nothing beside those of another. So all of a request's
-candidates are needed at once, and scoring begins when the last has finished.
+These rewards are comparable only within one tournament. So the scorer needs all candidates of a request in one call,
+and scoring begins when the last has finished.
 """
 
 import asyncio
@@ -34,26 +35,26 @@ UNDECIDED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The probability, 0 to 1, that the first of two is better (NaN: no verdict), and the tokens it took to find it."""
+    """The probability (0 to 1) that the first of two is better, NaN without a verdict, and the tokens spent on it."""
 
     probability: float
     num_tokens: int = 0
 
 
-class Compare(Protocol):
-    """Says which of two candidates is better; the order in which they are given may sway it."""
+class Comparator(Protocol):
+    """Decides which of two candidates is better; the order in which they are given may bias it."""
 
     async def __call__(self, prompt: Prompt, first: Candidate, second: Candidate) -> Comparison:
-        """The comparison in this order.
+        """Compares the two in this order.
 
         Raises:
-            ScoringError: there is none, and why.
+            ScoringError: there is no comparison; the message gives the reason.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class _Match:
-    """Both orders of one comparison; `failure` is what an order without an answer raised."""
+    """The comparisons of two candidates in both orders; `failure` is the error of an order that failed."""
 
     probability: float
     num_tokens: int
@@ -62,66 +63,66 @@ class _Match:
 
 
 class PairwiseScorer:
-    """Rewards candidates by how far they come in a tournament; 0 to ⌈log₂ N⌉."""
+    """Rewards candidates by how far they advance in a tournament; from 0 to ⌈log₂ N⌉."""
 
     needs = Needs(all_candidates=True)
 
-    def __init__(self, name: str, compare: Compare) -> None:
+    def __init__(self, name: str, compare: Comparator) -> None:
         self.name = name
         self._compare = compare
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        """2 (N − 1) comparisons, in ⌈log₂ N⌉ rounds one after the other.
+        """Makes 2 (N − 1) comparisons in ⌈log₂ N⌉ consecutive rounds.
 
         Raises:
-            ScoringError: not one comparison gave a verdict.
+            ScoringError: no comparison gave a verdict.
         """
         rewards_N = [0.0] * len(candidates)
-        standing = list(range(len(candidates)))
+        remaining = list(range(len(candidates)))
         judged: set[int] = set()
         matches: list[_Match] = []
-        while len(standing) > 1:
-            pairs = list(zip(standing[::2], standing[1::2], strict=False))
+        while len(remaining) > 1:
+            pairs = list(zip(remaining[::2], remaining[1::2], strict=False))
             played = await asyncio.gather(*(self._match(prompt, candidates[a], candidates[b]) for a, b in pairs))
             for (a, b), match in zip(pairs, played, strict=True):
                 first_wins = match.probability >= UNDECIDED
                 loser = b if first_wins else a
-                standing.remove(loser)
+                remaining.remove(loser)
                 rewards_N[loser] += 1 - match.probability if first_wins else match.probability
                 judged |= {a, b} if match.has_verdict else set()
-            for survivor in standing:
+            for survivor in remaining:
                 rewards_N[survivor] += 1
             matches += played
         if matches and not judged:
-            reason = next((match.failure for match in matches if match.failure), "it never said which is better")
+            reason = next((match.failure for match in matches if match.failure), "no comparison gave a verdict")
             raise ScoringError(f"{self.name}: {reason}")
         return Scores(
             rewards_N=tuple(
-                reward if place in judged or not matches else math.nan for place, reward in enumerate(rewards_N)
+                reward if index in judged or not matches else math.nan for index, reward in enumerate(rewards_N)
             ),
             scored_tokens=sum(match.num_tokens for match in matches),
         )
 
     async def close(self) -> None:
-        """Holds nothing; whoever gave the comparison owns it."""
+        """Does nothing: the owner of the comparator closes it."""
 
     async def _match(self, prompt: Prompt, first: Candidate, second: Candidate) -> _Match:
-        """The probability that `first` is better, the same whichever is called first."""
-        forth, back = await asyncio.gather(
+        """Compares the two in both orders; the result is the probability that `first` is better."""
+        forward, backward = await asyncio.gather(
             self._compare(prompt, first, second), self._compare(prompt, second, first), return_exceptions=True
         )
         probabilities = []
         num_tokens = 0
         failure = None
-        for comparison, turned in ((forth, False), (back, True)):
+        for comparison, is_reversed in ((forward, False), (backward, True)):
             if isinstance(comparison, Comparison):
                 num_tokens += comparison.num_tokens
-                probabilities.append(1 - comparison.probability if turned else comparison.probability)
+                probabilities.append(1 - comparison.probability if is_reversed else comparison.probability)
             elif isinstance(comparison, ScoringError):
                 failure = comparison
             else:
                 raise comparison
-        verdicts = [one for one in probabilities if not math.isnan(one)]
+        verdicts = [probability for probability in probabilities if not math.isnan(probability)]
         return _Match(
             probability=(math.fsum(verdicts) + UNDECIDED * (2 - len(verdicts))) / 2,
             num_tokens=num_tokens,

@@ -1,18 +1,18 @@
-"""A reward model that another server runs: vLLM's pooling server, or any with the same endpoints. SPEC `vllm:URL`.
+"""A reward model on another server: vLLM's pooling server, or any with the same endpoints. SPEC `vllm:URL`.
 
-The URL's last part says which endpoint is asked; without one it is /classify. The names are those of vLLM 0.32:
+The last part of the URL selects the endpoint; the default is /classify. The names are those of vLLM 0.32:
 
-    /classify   a sequence classifier with one label; its answer is `probs`, which `use_activation: false` leaves raw
-    /pooling    the same number as `data`; where the model gives one a token, the last token's
-    /score      prompt and candidate as a pair, which the server puts together itself; for cross-encoders
+    /classify   a sequence classifier with one label; its reply is `probs`, which `use_activation: false` leaves raw
+    /pooling    the same number in `data`; if the model returns one number per token, the last token's
+    /score      prompt and candidate as a pair, which the server combines itself; for cross-encoders
 
-All candidates of a group travel in one request, and nothing is tried twice: the deadline is the pipeline's business.
+All candidates of a call are sent in one HTTP request. Nothing is retried, because the pipeline handles deadlines.
 
-/classify and /pooling are sent token ids, made here by the renderer that training shares (`reranker.models.rendering`):
-the model's own chat template, exactly one BOS, the prompt cut from the left where it is too long, the candidate never.
-The tokenizer is the one the server names as its model's `root`, or what the URL names after a #:
-`vllm:http://gpu:8000/classify#org/reward-model`. Where the server's `root` cannot be loaded here, text is sent instead
-(`reranker.scorers.prompt_text`), and the log says so: it is not what a chat model was trained on.
+/classify and /pooling receive token ids from the renderer that training uses too (`reranker.models.rendering`): the
+model's own chat template, exactly one BOS, a prompt that is too long cut from the left, and the candidate never cut.
+The tokenizer is the `root` that the server reports for its model, or the name after a # in the URL:
+`vllm:http://gpu:8000/classify#org/reward-model`. If the server's `root` cannot be loaded here, text is sent instead
+(`reranker.scorers.prompt_text`) and a warning is logged, because a chat model was not trained on such text.
 """
 
 import asyncio
@@ -27,19 +27,19 @@ from reranker.candidate import Candidate, Prompt
 from reranker.models.rendering import Renderer
 from reranker.scorers.base import Needs, Scores, ScoringError
 from reranker.scorers.prompt_text import finished_text, prompt_text
-from reranker.scorers.rendering_thread import RenderingThread, in_place
+from reranker.scorers.rendering_thread import RenderingThread, with_missing
 from reranker.scorers.spec import EndpointSpec, Route, ScorerSpecError
 
 TIMEOUT = httpx.Timeout(120, connect=5)
-"""Seconds. A server that is up connects at once; a full batch of long texts behind others may take its time."""
+"""Seconds. A running server accepts connections at once; a full batch of long texts may wait behind others."""
 
 log = logging.getLogger("nbest")
 
 
 class PoolingEndpointScorer:
-    """Asks a pooling server for raw scores, one request per group of candidates.
+    """Gets raw scores from a pooling server, in one HTTP request per call.
 
-    `renderer` None: texts are sent instead of token ids.
+    Without a `renderer`, texts are sent instead of token ids.
     """
 
     needs = Needs()
@@ -65,7 +65,7 @@ class PoolingEndpointScorer:
         """Asks the server which model it serves, and loads that model's tokenizer.
 
         Raises:
-            ScorerSpecError: no such server, or no such tokenizer.
+            ScorerSpecError: the server cannot be reached, or the tokenizer in the URL cannot be loaded.
         """
         client = client or httpx.AsyncClient(timeout=TIMEOUT)
         try:
@@ -79,79 +79,87 @@ class PoolingEndpointScorer:
         return cls(name, endpoint, client, model=card["id"], renderer=renderer)
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        """One reward per candidate; NaN for a candidate that does not fit the model's context.
+        """Returns one reward per candidate; NaN for a candidate that does not fit the model's context.
 
         Raises:
-            ScoringError: the server refused or failed, with its words, or not one candidate fits.
+            ScoringError: the server refused or failed (the message quotes it), or no candidate fits.
         """
-        texts = [one.text for one in candidates]
+        texts = [candidate.text for candidate in candidates]
         if self._endpoint.route == "score":
-            return await self._ask({"text_1": prompt_text(prompt), "text_2": texts}, len(texts))
+            return await self._request({"text_1": prompt_text(prompt), "text_2": texts}, len(texts))
         if self._rendering is None:
-            return await self._ask({"input": [finished_text(prompt, text) for text in texts]}, len(texts))
+            return await self._request({"input": [finished_text(prompt, text) for text in texts]}, len(texts))
         rendered_N = await self._rendering.render(prompt, candidates)
-        fitting = [one for one in rendered_N if one is not None]
-        scores = await self._ask({"input": [list(one.token_ids) for one in fitting]}, len(fitting))
-        cut = max(one.cut_tokens for one in fitting)
-        return Scores(in_place(scores.rewards_N, rendered_N), scores.scored_tokens, prompt_tokens_cut=cut)
+        fitting = [rendered for rendered in rendered_N if rendered is not None]
+        scores = await self._request({"input": [list(rendered.token_ids) for rendered in fitting]}, len(fitting))
+        cut = max(rendered.cut_tokens for rendered in fitting)
+        return Scores(with_missing(scores.rewards_N, rendered_N), scores.scored_tokens, prompt_tokens_cut=cut)
 
     async def close(self) -> None:
         await self._client.aclose()
         if self._rendering is not None:
             self._rendering.close()
 
-    async def _ask(self, texts: Mapping[str, Any], count: int) -> Scores:
+    async def _request(self, texts: Mapping[str, Any], count: int) -> Scores:
         body = {"model": self._model, "use_activation": False, **texts}
         try:
             reply = await self._client.post(f"{self._endpoint.server}/{self._endpoint.route}", json=body)
         except httpx.HTTPError as error:
-            raise ScoringError(f"{self.name}: {self._endpoint.server} does not answer: {_words(error)}") from error
+            raise ScoringError(f"{self.name}: {self._endpoint.server} does not answer: {_text(error)}") from error
         if not reply.is_success:
-            raise ScoringError(f"{self.name}: {self._endpoint.server} says: {_refusal(reply)}")
+            raise ScoringError(f"{self.name}: {self._endpoint.server} replied: {_error_text(reply)}")
         try:
-            told = reply.json()
-            number = NUMBERS[self._endpoint.route]
-            rewards = {int(one["index"]): number(one) for one in told["data"]}
+            fields = reply.json()
+            reward_of = REWARD_OF[self._endpoint.route]
+            rewards = {int(item["index"]): reward_of(item) for item in fields["data"]}
             rewards_N = tuple(rewards[index] for index in range(count))
-            return Scores(rewards_N, scored_tokens=int((told.get("usage") or {}).get("prompt_tokens", 0)))
+            return Scores(rewards_N, scored_tokens=int((fields.get("usage") or {}).get("prompt_tokens", 0)))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ScoringError(
-                f"{self.name}: {self._endpoint.server}/{self._endpoint.route} did not give {count} numbers: "
-                f"{_words(error)}"
+                f"{self.name}: {self._endpoint.server}/{self._endpoint.route} did not return {count} numbers: "
+                f"{_text(error)}"
             ) from error
 
 
-def _one_of_one(value: Any) -> float:
-    """The number in x, [x], or the last token's of [[…], …, [x]]; NaN for null."""
+def _single_number(value: Any) -> float:
+    """The number in x, [x], or [[…], …, [x]], where it is the last token's; NaN for null.
+
+    Raises:
+        ValueError: there are several numbers for a text.
+    """
     if isinstance(value, list) and value and isinstance(value[-1], list):
         value = value[-1]
     if isinstance(value, list):
         if len(value) != 1:
-            raise ValueError(f"the model gives {len(value)} numbers a text and a reward model gives one")
+            raise ValueError(f"the model returns {len(value)} numbers per text, and a reward model returns one")
         value = value[0]
     return math.nan if value is None else float(value)
 
 
-NUMBERS: dict[Route, Callable[[Mapping[str, Any]], float]] = {
-    "classify": lambda item: _one_of_one(item["probs"]),
-    "pooling": lambda item: _one_of_one(item["data"]),
-    "score": lambda item: _one_of_one(item["score"]),
+REWARD_OF: dict[Route, Callable[[Mapping[str, Any]], float]] = {
+    "classify": lambda item: _single_number(item["probs"]),
+    "pooling": lambda item: _single_number(item["data"]),
+    "score": lambda item: _single_number(item["score"]),
 }
-"""Endpoint -> the raw score in one item of its reply's `data`."""
+"""Endpoint -> the function that reads the raw score from an item of the reply's `data`."""
 
 
 async def _model_card(client: httpx.AsyncClient, server: str) -> dict[str, Any]:
-    """What /v1/models says of the first model: its `id`, and at vLLM its `root` and `max_model_len`."""
+    """The first model in /v1/models: its `id`, and from vLLM its `root` and `max_model_len`.
+
+    Raises:
+        ScorerSpecError: the server cannot be reached, or its reply names no model.
+    """
     try:
         reply = await client.get(f"{server}/v1/models")
         if not reply.is_success:
-            raise ValueError(_refusal(reply))
+            raise ValueError(_error_text(reply))
         card: dict[str, Any] = reply.json()["data"][0]
         return {"id": str(card["id"]), "root": card.get("root"), "max_model_len": card.get("max_model_len")}
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ScorerSpecError(
-            f"{server}/v1/models does not say which reward model is served there: {_words(error)}; start that server "
-            "first, or correct the address"
+            f"{server}/v1/models does not name the served reward model: {_text(error)}; start that server first, or "
+            "correct the address"
         ) from error
 
 
@@ -173,22 +181,22 @@ def _renderer(endpoint: EndpointSpec, card: Mapping[str, Any], trust_remote_code
             raise ScorerSpecError(f"cannot load the tokenizer {endpoint.tokenizer}: {error}") from error
         log.warning(
             "The tokenizer of %s at %s cannot be loaded here, so texts are sent without its chat template; name the "
-            "tokenizer after a # in the URL to mend it.",
+            "tokenizer after a # in the URL to fix this.",
             source,
             endpoint.server,
         )
         return None
 
 
-def _words(error: Exception) -> str:
+def _text(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _refusal(reply: httpx.Response) -> str:
-    """The server's own words where it answers in OpenAI's or FastAPI's envelope, else the start of what it sent."""
+def _error_text(reply: httpx.Response) -> str:
+    """The message in OpenAI's or FastAPI's error envelope, or the start of the body if it has neither form."""
     try:
-        told = reply.json()
-        message = told["error"]["message"] if "error" in told else told["detail"]
+        fields = reply.json()
+        message = fields["error"]["message"] if "error" in fields else fields["detail"]
     except (ValueError, KeyError, TypeError):
         message = reply.text[:200]
     return f"{message} (status {reply.status_code})"

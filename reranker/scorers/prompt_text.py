@@ -1,14 +1,14 @@
 """A prompt as one string, for scorers that read text: verifier functions, judges, servers whose template is unknown.
 
-A text prompt is itself. A conversation of one message is that message's content, which is what most questions are.
-Any other conversation is its turns, each `role: content`, a blank line between them.
+A text prompt is unchanged. A conversation of one message, the most common case, becomes the content of that message.
+Any other conversation becomes its turns, each written `role: content`, with a blank line between them.
 """
 
 from reranker.candidate import Prompt
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The prompt by the rule above."""
+    """The prompt as one string, by the rules of the module header."""
     if prompt.text is not None:
         return prompt.text
     if len(prompt.messages) == 1:
@@ -17,7 +17,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def finished_text(prompt: Prompt, candidate: str) -> str:
-    """Prompt and candidate: a text goes on, a conversation gets the candidate as the assistant's turn."""
+    """Prompt and candidate as one string: a text is continued, a conversation gets an assistant turn."""
     if prompt.text is not None:
         return prompt.text + candidate
     turns = [f"{message.role}: {message.content}" for message in prompt.messages]

@@ -1,4 +1,4 @@
-"""A reward model behind the scorer protocol: render in one thread, compute in another, never on the event loop."""
+"""A reward model as a scorer: it renders in one thread and computes in another, never on the event loop."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ from reranker.models.rendering import Rendered
 from reranker.models.reward_model import ComputedReward, RewardModel
 from reranker.models.shared_trunk import SharedTrunk
 from reranker.scorers.base import Needs, Scores, ScoringError
-from reranker.scorers.rendering_thread import RenderingThread, in_place
+from reranker.scorers.rendering_thread import RenderingThread, with_missing
 
 
 class RewardModelScorer:
-    """Scores candidates with a `RewardModel`, batched by a token budget across concurrent requests."""
+    """Scores candidates with a `RewardModel`, in batches of a token budget across concurrent requests."""
 
     needs = Needs()
 
@@ -31,7 +31,7 @@ class RewardModelScorer:
     ) -> None:
         self.name = name
         self._batcher: Batcher[Rendered, ComputedReward] = Batcher(
-            model.read,
+            model.compute,
             policy=PACKED if model.shares_prompts else PADDED,
             max_batch_tokens=max_batch_tokens,
             max_wait_ms=max_wait_ms,
@@ -48,20 +48,29 @@ class RewardModelScorer:
         device: Device,
         dtype: Precision,
         trust_remote_code: bool,
-        held: SharedTrunk | None = None,
+        shared_trunk: SharedTrunk | None = None,
         **batching: Any,
     ) -> Self:
-        """Loads the reward model `spec` (a prepared name, directory or hub id) without holding up the event loop."""
+        """Loads the reward model `spec` (a prepared name, directory or hub id) without blocking the event loop.
+
+        Raises:
+            reranker.models.reward_model.RewardModelError: it cannot be loaded.
+        """
         model = await asyncio.to_thread(
-            RewardModel.load, spec, device=device, dtype=dtype, trust_remote_code=trust_remote_code, held=held
+            RewardModel.load,
+            spec,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            shared_trunk=shared_trunk,
         )
         return cls(name, model, **batching)
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        """One reward per candidate; NaN for a candidate that does not fit the model's context.
+        """Returns one reward per candidate; NaN for a candidate that does not fit the model's context.
 
         Raises:
-            ScoringError: the model failed, or not one candidate fits.
+            ScoringError: the model failed, or no candidate fits.
         """
         rendered_N = await self._rendering.render(prompt, candidates)
         fitting = [
@@ -70,14 +79,16 @@ class RewardModelScorer:
             if rendered is not None
         ]
         try:
-            readings = await self._batcher.submit(fitting)
-        except RuntimeError as error:  # what torch raises, out of memory included
+            results = await self._batcher.submit(fitting)
+        except RuntimeError as error:  # torch raises it, for example when memory is exhausted
             raise ScoringError(f"{self.name} failed: {error}") from error
-        computed = {one.token_ids: reading.computed_tokens for one, reading in zip(fitting, readings, strict=True)}
+        computed_tokens = {  # by tokens, because equal sequences are computed once
+            rendered.token_ids: result.computed_tokens for rendered, result in zip(fitting, results, strict=True)
+        }
         return Scores(
-            in_place((reading.reward for reading in readings), rendered_N),
-            scored_tokens=sum(computed.values()),
-            prompt_tokens_cut=max(one.cut_tokens for one in fitting),
+            with_missing((result.reward for result in results), rendered_N),
+            scored_tokens=sum(computed_tokens.values()),
+            prompt_tokens_cut=max(rendered.cut_tokens for rendered in fitting),
         )
 
     async def close(self) -> None:

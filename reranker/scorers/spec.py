@@ -1,4 +1,4 @@
-"""The grammar of SPEC, by which scorers are named on the command line: `--reward-model NAME=SPEC`.
+"""The grammar of SPEC, which defines a scorer on the command line: `--reward-model NAME=SPEC`.
 
     movie-sentiment · DIR · OWNER/NAME     a reward model: prepared name, directory, hub id
     vllm:URL[/classify|/score|/pooling][#TOKENIZER]
@@ -6,11 +6,13 @@
     python:FILE_OR_MODULE:FUNCTION
     logprob · self_certainty
     ensemble:mean:NAME,NAME · ensemble:min:NAME,NAME · ensemble:mean-std:K:NAME,NAME
-    cascade:KEEP:CHEAP,DEAR
+    cascade:KEEP:CHEAP,EXPENSIVE
 
-What stands before the first colon decides; anything else is a reward model (a directory that is called like a form is
-written ./logprob). Nothing is loaded or looked up here, so the command line can check a SPEC at once. Each form's
-meaning is in the header of the module that makes it (`reranker.scorers.registry` has the table).
+The word before the first colon selects the form. Any other SPEC is a reward model (write ./logprob for a directory that
+is named like a form). Nothing is loaded or looked up here, so the command line can check a SPEC at once. The header of
+each scorer's module explains its form; `reranker.scorers.registry` maps a form to its scorer.
+
+Modules that handle every form import this one whole (`from reranker.scorers import spec`) and write `spec.JudgeSpec`.
 """
 
 import math
@@ -24,23 +26,23 @@ Measure = Literal["logprob", "self_certainty"]
 Combination = Literal["mean", "min", "mean-std"]
 
 OWN_POLICY = "self"
-"""The MODEL of a judge that is the served policy."""
+"""The MODEL in a judge's SPEC that stands for the served policy."""
 
 
 class ScorerSpecError(ValueError):
-    """What was named is not a scorer that can be served. The message says why and what to do."""
+    """The SPEC does not define a scorer that can be served. The message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModelSpec:
-    """A prepared name, directory or hub id."""
+    """A reward model; `source` is a prepared name, a directory or a hub id."""
 
     source: str
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointSpec:
-    """`server` is the address before /v1/models; `tokenizer` None is the one the server names."""
+    """A pooling server: its base address, the endpoint, and the tokenizer; None stands for the one it reports."""
 
     server: str
     route: Route
@@ -49,7 +51,7 @@ class EndpointSpec:
 
 @dataclass(frozen=True, slots=True)
 class JudgeSpec:
-    """`pairwise`: it compares two candidates instead of grading one."""
+    """A language model as judge; `pairwise` if it compares two candidates instead of grading one."""
 
     model: str
     pairwise: bool
@@ -57,22 +59,22 @@ class JudgeSpec:
 
 @dataclass(frozen=True, slots=True)
 class FunctionSpec:
-    """A file that ends in .py, or a module, and the name of the function in it."""
+    """A Python function: a file that ends in .py or a module, and the function's name in it."""
 
     file_or_module: str
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class LikelihoodSpec:
-    """Which of the policy's own probabilities."""
+class LogprobSpec:
+    """A measure of the policy's own log-probabilities."""
 
     measure: Measure
 
 
 @dataclass(frozen=True, slots=True)
 class EnsembleSpec:
-    """`k` is the weight of the standard deviation in mean-std."""
+    """A combination of other served scorers; `k` weights the standard deviation in mean-std."""
 
     combination: Combination
     members: tuple[str, ...]
@@ -81,32 +83,32 @@ class EnsembleSpec:
 
 @dataclass(frozen=True, slots=True)
 class CascadeSpec:
-    """Of what the first of `members` ranks highest, `keep` go to the second: a count, or below 1 a share."""
+    """Two other served scorers: the second scores the `keep` (a count, or below 1 a share) best of the first."""
 
     keep: float
     members: tuple[str, str]
 
 
-OfOthers = EnsembleSpec | CascadeSpec
-"""Made of other served scorers."""
-ScorerSpec = RewardModelSpec | EndpointSpec | JudgeSpec | FunctionSpec | LikelihoodSpec | OfOthers
+CompositeSpec = EnsembleSpec | CascadeSpec
+"""Scorers that are made of other served scorers, their `members`."""
+ScorerSpec = RewardModelSpec | EndpointSpec | JudgeSpec | FunctionSpec | LogprobSpec | CompositeSpec
 
 
 def parse(spec: str) -> ScorerSpec:
-    """What the SPEC names.
+    """Parses one SPEC.
 
     Raises:
-        ScorerSpecError: it begins like one of the forms and does not go on like it.
+        ScorerSpecError: it begins with a form's name and does not match that form.
     """
     form, _, rest = spec.partition(":")
     return FORMS[form](spec, rest) if form in FORMS else RewardModelSpec(spec)
 
 
 def parse_all(specs: Mapping[str, str]) -> dict[str, ScorerSpec]:
-    """The SPEC of every served name, in order; the members of those made of others are among the names.
+    """Parses the SPEC of every served name, in order, and checks that members of composite scorers are served.
 
     Raises:
-        ScorerSpecError: with the first name that is wrong.
+        ScorerSpecError: a SPEC is wrong; the message names the first such scorer.
     """
     parsed: dict[str, ScorerSpec] = {}
     for name, spec in specs.items():
@@ -114,21 +116,23 @@ def parse_all(specs: Mapping[str, str]) -> dict[str, ScorerSpec]:
             parsed[name] = parse(spec)
         except ScorerSpecError as error:
             raise ScorerSpecError(f"{name}={error}") from error
-    for place, (name, one) in enumerate(parsed.items()):
-        for member in one.members if isinstance(one, OfOthers) else ():
+    for position, (name, scorer_spec) in enumerate(parsed.items()):
+        for member in scorer_spec.members if isinstance(scorer_spec, CompositeSpec) else ():
             if member not in parsed:
                 raise ScorerSpecError(
                     f"{name}={specs[name]}: no scorer {member!r} is served; add it with --reward-model {member}=SPEC"
                 )
-            if isinstance(parsed[member], OfOthers) and list(parsed).index(member) >= place:
-                raise ScorerSpecError(f"{name}={specs[name]}: {member!r}, made of others, must come before this one")
+            if isinstance(parsed[member], CompositeSpec) and list(parsed).index(member) >= position:
+                raise ScorerSpecError(
+                    f"{name}={specs[name]}: {member!r} is itself made of other scorers and must come before {name!r}"
+                )
     return parsed
 
 
 def _endpoint(spec: str, rest: str) -> EndpointSpec:
     address, tokenizer = urldefrag(rest)
     if not address.startswith(("http://", "https://")):
-        raise ScorerSpecError(f"{spec} needs an address, as in vllm:http://localhost:8001/classify")
+        raise ScorerSpecError(f"{spec} needs an address, such as vllm:http://localhost:8001/classify")
     address = address.rstrip("/")
     server, _, last = address.rpartition("/")
     if last not in get_args(Route):
@@ -138,7 +142,7 @@ def _endpoint(spec: str, rest: str) -> EndpointSpec:
 
 def _judge(spec: str, rest: str) -> JudgeSpec:
     if not rest:
-        raise ScorerSpecError(f"{spec} needs a model, as in judge:MODEL, or judge:{OWN_POLICY} for the served policy")
+        raise ScorerSpecError(f"{spec} needs a model: judge:MODEL, or judge:{OWN_POLICY} for the served policy")
     return JudgeSpec(rest, pairwise=False)
 
 
@@ -157,10 +161,10 @@ def _function(spec: str, rest: str) -> FunctionSpec:
     return FunctionSpec(file_or_module, name)
 
 
-def _likelihood(spec: str, rest: str) -> LikelihoodSpec:
+def _logprob(spec: str, rest: str) -> LogprobSpec:
     if rest:
-        raise ScorerSpecError(f"{spec} takes nothing after the colon; leave {rest} out")
-    return LikelihoodSpec(cast(Measure, spec.removesuffix(":")))
+        raise ScorerSpecError(f"{spec} takes nothing after the colon; remove {rest}")
+    return LogprobSpec(cast(Measure, spec.removesuffix(":")))
 
 
 def _ensemble(spec: str, rest: str) -> EnsembleSpec:
@@ -173,7 +177,7 @@ def _ensemble(spec: str, rest: str) -> EnsembleSpec:
         except ValueError:
             k = math.nan
         if not 0 <= k < math.inf:
-            raise ScorerSpecError(f"{spec}: K is {number!r} and should be a number not below 0, as in mean-std:1.0:…")
+            raise ScorerSpecError(f"{spec}: K is {number!r} and must be a number of at least 0, as in mean-std:1.0:…")
     members = tuple(name for name in names.split(",") if name)
     if how not in get_args(Combination) or len(members) < 2 or len(set(members)) < len(members):
         raise ScorerSpecError(
@@ -192,7 +196,7 @@ def _cascade(spec: str, rest: str) -> CascadeSpec:
         keep = math.nan
     if not (0 < keep < 1 or (keep >= 1 and keep.is_integer())) or len(members) != 2 or members[0] == members[1]:
         raise ScorerSpecError(
-            f"{spec} should read cascade:KEEP:CHEAP,DEAR, with KEEP a count as in cascade:4:… or a share as in "
+            f"{spec} should read cascade:KEEP:CHEAP,EXPENSIVE, with KEEP a count as in cascade:4:… or a share as in "
             "cascade:0.25:…, and the names of two other served scorers"
         )
     return CascadeSpec(keep, members)
@@ -203,9 +207,9 @@ FORMS: dict[str, Callable[[str, str], ScorerSpec]] = {
     "judge": _judge,
     "pairwise": _pairwise,
     "python": _function,
-    "logprob": _likelihood,
-    "self_certainty": _likelihood,
+    "logprob": _logprob,
+    "self_certainty": _logprob,
     "ensemble": _ensemble,
     "cascade": _cascade,
 }
-"""What stands before the first colon -> the parser of (SPEC, what stands after it)."""
+"""The word before the first colon -> the parser, which takes the SPEC and the part after that colon."""

@@ -1,13 +1,13 @@
-"""The process in which a verifier function runs; `reranker.scorers.verifier` is the other end.
+"""The process that runs a verifier function; `reranker.scorers.verifier` starts it and talks to it.
 
     python -m reranker.scorers.verifier_worker FILE_OR_MODULE FUNCTION
 
-It imports the function, says `{"ready": true}`, and then answers each line of stdin with a line:
+It imports the function, writes `{"ready": true}` to stdout, and then answers each line of stdin with a line:
 
     {"prompt": "…", "completions": ["…", "…"]}   ->   {"rewards": [1.0, 0.0]}  or  {"error": "ValueError: …"}
 
-What the function prints goes to stderr: the descriptor of stdout is taken away from it before it is imported, so that
-not even a C library's output can get among the answers.
+What the function prints goes to stderr. The file descriptor of stdout is redirected before the import, so that not even
+the output of a C library can mix with the answers.
 """
 
 import importlib
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 MAX_ERROR_CHARACTERS = 1000
-"""Of an exception's message; the traceback on stderr has it whole."""
+"""Longest message of an exception in an answer; the traceback on stderr has it in full."""
 
 
 def load(file_or_module: str, function: str) -> Callable[..., Any]:
-    """The function; a file's own folder can be imported from, as when it is run."""
+    """Imports the function; a file can import from its own folder, as if it were run as a script."""
     if file_or_module.endswith(".py"):
         path = Path(file_or_module).resolve()
         sys.path.insert(0, str(path.parent))
@@ -37,17 +37,17 @@ def load(file_or_module: str, function: str) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(file_or_module)
-    found: Callable[..., Any] = getattr(module, function)
-    if not callable(found):
-        raise TypeError(f"{function} is no function")
-    return found
+    loaded: Callable[..., Any] = getattr(module, function)
+    if not callable(loaded):
+        raise TypeError(f"{function} is not a function")
+    return loaded
 
 
 def rewards(function: Callable[..., Any], prompt: str, completions: list[str]) -> list[float]:
-    """One float per completion, whatever kind of numbers and sequence the function returns.
+    """One float per completion; the function may return any kind of numbers in any kind of sequence.
 
     Raises:
-        Exception: what the function raised, or that its answer is not one number per completion.
+        Exception: the function raised it, or did not return one number per completion.
     """
     returned = [float(number) for number in function(prompt, completions)]
     if len(returned) != len(completions):
@@ -60,25 +60,25 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
 
-    def tell(answer: dict[str, Any]) -> None:
+    def send(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
 
     try:
         function = load(*sys.argv[1:])
-    except Exception as error:  # noqa: BLE001 (whatever the user's module raises is theirs to read)
+    except Exception as error:  # noqa: BLE001 (the user has to see what their module raises)
         traceback.print_exc()
-        tell({"error": _named(error)})
+        send({"error": _with_type(error)})
         return
-    tell({"ready": True})
+    send({"ready": True})
     for line in sys.stdin:
         try:
-            tell({"rewards": rewards(function, **json.loads(line))})
+            send({"rewards": rewards(function, **json.loads(line))})
         except Exception as error:  # noqa: BLE001 (as above)
             traceback.print_exc()
-            tell({"error": _named(error)})
+            send({"error": _with_type(error)})
 
 
-def _named(error: Exception) -> str:
+def _with_type(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
 
 

@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 def is_kept(kept: PrefixCache, prompt: tuple[int, ...]) -> bool:
     """Looks at it, too, so that it is the one used last."""
-    return kept.longest(prompt, (*prompt, 0)).places_T is not None
+    return kept.longest_match(prompt, (*prompt, 0)).slots_T is not None
 
 
 def of(prompt: tuple[int, ...], layer: int) -> torch.Tensor:
@@ -51,10 +51,10 @@ def test_what_is_read_is_what_was_written_whatever_came_and_went() -> None:
             kept.write(layer, places, of(prompt, layer), -of(prompt, layer))
         known.append(prompt)
         if dice.random() < 0.2:
-            kept.forget(known.pop())
+            kept.evict(known.pop())
         known = [one for one in known if is_kept(kept, one)]
         for one in known:
-            found = kept.longest(one, (*one, 0)).places_T
+            found = kept.longest_match(one, (*one, 0)).slots_T
             assert found is not None
             for layer in (0, 1):
                 keys, values = kept.read(layer, found)
@@ -68,22 +68,22 @@ def test_a_beginning_holds_places_for_its_own_tokens_and_goes_before_what_it_goe
     prompt, first, second = (1, 1), (1, 1, 2, 2, 2, 2), (1, 1, 2, 2, 2, 2, 3)
 
     def found(*token_ids: int) -> tuple[tuple[int, ...], int]:
-        return kept.longest(prompt, token_ids)[:2]
+        return kept.longest_match(prompt, token_ids)[:2]
 
     prompt_places = kept.add(prompt, [prompt])
-    places = kept.add(first, [prompt], prompt_ids=prompt, after=kept.longest(prompt, first))
+    places = kept.add(first, [prompt], prompt_ids=prompt, after=kept.longest_match(prompt, first))
     assert prompt_places is not None
     assert places is not None
-    path = kept.longest(prompt, (*first, 0))
-    assert path.places_T is not None
-    assert path.places_T.tolist() == [*prompt_places.tolist(), *places.tolist()]
+    path = kept.longest_match(prompt, (*first, 0))
+    assert path.slots_T is not None
+    assert path.slots_T.tolist() == [*prompt_places.tolist(), *places.tolist()]
     assert len(places) == 4
     assert kept.add(second, [prompt], prompt_ids=prompt, after=path) is not None
     assert kept.add(second, [prompt], prompt_ids=prompt, after=path) is None, "it is kept already"
     assert found(*second, 4) == (second, 7)
     assert found(*first[:6], 9, 9) == (first, 6)
     assert found(*first[:5], 9) == (prompt, 2)  # three in common are as soon computed
-    assert kept.longest((5,), (5, 2, 2, 2, 2, 3)) == ((5,), 1, None)
+    assert kept.longest_match((5,), (5, 2, 2, 2, 2, 3)) == ((5,), 1, None)
     other = (7, 7)
     assert kept.add(other, [other]) is not None  # one place was free, and the last to go on gives up another
     assert second not in kept
@@ -95,6 +95,6 @@ def test_the_last_token_is_never_among_those_in_common() -> None:
     kept = PrefixCache(8, CPU)
     prompt, beginning = (1,), (1, 2, 2, 2, 2, 3)
     assert kept.add(prompt, [prompt]) is not None
-    assert kept.add(beginning, [prompt], prompt_ids=prompt, after=kept.longest(prompt, beginning)) is not None
-    assert kept.longest(prompt, beginning)[:2] == (beginning, 5)
-    assert kept.longest(prompt, beginning[:5])[:2] == (prompt, 1)
+    assert kept.add(beginning, [prompt], prompt_ids=prompt, after=kept.longest_match(prompt, beginning)) is not None
+    assert kept.longest_match(prompt, beginning)[:2] == (beginning, 5)
+    assert kept.longest_match(prompt, beginning[:5])[:2] == (prompt, 1)

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from reranker.models.prefix_sharing import SharingTrunk
+from reranker.models.prefix_sharing import PrefixSharingTrunk
 from reranker.models.rendering import Rendered, Renderer, pad
 from reranker.models.reward_model import RewardModel, forward_rewards
 from tests.support.tiny_models import CONTEXT_LENGTH, draw_weights, tiny_config, tiny_tokenizer
@@ -119,7 +119,7 @@ def test_a_prompt_is_computed_once_and_then_kept() -> None:
     model = reward_model(classifier("llama"))
     batch = continued(LONG, tokens(9, 2), tokens(4, 3))
     other = continued(tokens(7, 4), tokens(2, 5))
-    computed = [[reading.computed_tokens for reading in model.read(items)] for items in (batch, batch[:1] + other)]
+    computed = [[reading.computed_tokens for reading in model.compute(items)] for items in (batch, batch[:1] + other)]
     assert computed == [[30 + 9, 4], [9, 7 + 2]]
 
 
@@ -141,7 +141,7 @@ def test_of_what_goes_on_from_a_beginning_the_rest_is_computed(family: str) -> N
             for one in steps
         ]
     sharing = reward_model(model)
-    read = [sharing.read(list(step)) for step in zip(*growing, strict=True)]
+    read = [sharing.compute(list(step)) for step in zip(*growing, strict=True)]
     assert [[one.computed_tokens for one in step] for step in read] == [[37, 7], [9, 9], [7, 7]]
     rewards = [[step[which].reward] for which in (0, 1) for step in read]
     assert rewards == [pytest.approx(one, abs=1e-4) for one in alone]
@@ -150,22 +150,22 @@ def test_of_what_goes_on_from_a_beginning_the_rest_is_computed(family: str) -> N
 def test_many_go_on_from_one_beginning_and_what_they_share_is_read_once_each() -> None:
     model = reward_model(classifier("llama"))
     (beginning, _) = grown(LONG, 16, 17)
-    model.read([beginning])
+    model.compute([beginning])
     chosen = beginning.token_ids[:-1]
     on = [Rendered((*chosen, *tokens(8, seed), EOS), len(LONG), is_beginning=True) for seed in (4, 5, 6)]
-    assert [one.computed_tokens for one in model.read(on)] == [9, 9, 9]
+    assert [one.computed_tokens for one in model.compute(on)] == [9, 9, 9]
     further = [Rendered((*one.token_ids[:-1], 7, EOS), len(LONG)) for one in on]
-    assert [one.computed_tokens for one in model.read(further)] == [2, 2, 2]
+    assert [one.computed_tokens for one in model.compute(further)] == [2, 2, 2]
     unlike = [Rendered((*LONG, *tokens(8, 9), EOS), len(LONG))]
-    assert [one.computed_tokens for one in model.read(unlike)] == [9]
+    assert [one.computed_tokens for one in model.compute(unlike)] == [9]
 
 
 def test_whatever_is_kept_and_given_up_a_state_is_what_it_is_alone() -> None:
     """Three prompts, four candidates each, growing at random where there is room for a part of them."""
     model = classifier("llama")
     cpu = torch.device("cpu")
-    assert SharingTrunk.where_equal(model, cpu) is not None
-    trunk, dice, saved = SharingTrunk(model.base_model, cpu, kept_tokens=70), random.Random(0), 0
+    assert PrefixSharingTrunk.if_supported(model, cpu) is not None
+    trunk, dice, saved = PrefixSharingTrunk(model.base_model, cpu, cache_tokens=70), random.Random(0), 0
     lengths = {(prompt, candidate): 0 for prompt in range(3) for candidate in range(4)}
     with torch.inference_mode():
         for _ in range(40):
@@ -177,7 +177,9 @@ def test_whatever_is_kept_and_given_up_a_state_is_what_it_is_alone() -> None:
                 ids = (*tokens(6 + prompt, prompt), *text, EOS)
                 batch.append(Rendered(ids, 6 + prompt, is_beginning=dice.random() < 0.8))
             states_N_D, computed_N = trunk.scored_states(batch)
-            alone_N_D = torch.cat([SharingTrunk(model.base_model, cpu, 0).scored_states([one])[0] for one in batch])
+            alone_N_D = torch.cat(
+                [PrefixSharingTrunk(model.base_model, cpu, 0).scored_states([one])[0] for one in batch]
+            )
             torch.testing.assert_close(states_N_D, alone_N_D, atol=1e-4, rtol=0)
             saved += sum(len(one.token_ids) for one in batch) - sum(computed_N)
     assert saved > 300
@@ -185,9 +187,9 @@ def test_whatever_is_kept_and_given_up_a_state_is_what_it_is_alone() -> None:
 
 def test_the_oldest_prompts_are_forgotten() -> None:
     model = classifier("llama")
-    checked = SharingTrunk.where_equal(model, torch.device("cpu"))
+    checked = PrefixSharingTrunk.if_supported(model, torch.device("cpu"))
     assert checked is not None
-    trunk = SharingTrunk(model.base_model, torch.device("cpu"), kept_tokens=20)
+    trunk = PrefixSharingTrunk(model.base_model, torch.device("cpu"), cache_tokens=20)
     first, second, third = (continued(tokens(8, seed), (5,)) for seed in (1, 2, 3))
 
     def computed(batch: Sequence[Rendered]) -> int:
@@ -201,12 +203,12 @@ def test_the_oldest_prompts_are_forgotten() -> None:
 def test_what_has_no_room_is_scored_all_the_same_and_not_kept() -> None:
     """Of a batch's prompts the first is kept; the second would drive it out, and the third is longer than the room."""
     model = classifier("llama")
-    assert SharingTrunk.where_equal(model, torch.device("cpu")) is not None
-    trunk = SharingTrunk(model.base_model, torch.device("cpu"), kept_tokens=12)
+    assert PrefixSharingTrunk.if_supported(model, torch.device("cpu")) is not None
+    trunk = PrefixSharingTrunk(model.base_model, torch.device("cpu"), cache_tokens=12)
     batch = [one for length in (8, 6, 20) for one in continued(tokens(length, length), (5,), (6, 7))]
     with torch.inference_mode():
         alone_N_D = torch.cat(
-            [SharingTrunk(model.base_model, torch.device("cpu")).scored_states([one])[0] for one in batch]
+            [PrefixSharingTrunk(model.base_model, torch.device("cpu")).scored_states([one])[0] for one in batch]
         )
         for expected in ([9, 2, 7, 2, 21, 2], [1, 2, 7, 2, 21, 2]):
             states_N_D, computed_N = trunk.scored_states(batch)
@@ -226,14 +228,14 @@ def test_a_batch_that_failed_leaves_no_half_computed_prompt(monkeypatch: pytest.
         patched.setattr(model.base_model.layers[1], "forward", fail)
         with pytest.raises(RuntimeError):
             sharing.score(batch)
-    assert sharing.read(batch)[0].computed_tokens == 39
+    assert sharing.compute(batch)[0].computed_tokens == 39
     first, second, _ = grown(LONG, 8, 16, 17)
-    sharing.read([first])
+    sharing.compute([first])
     with monkeypatch.context() as patched:
         patched.setattr(model.base_model.layers[1], "forward", fail)
         with pytest.raises(RuntimeError):
             sharing.score([second])
-    assert sharing.read([second])[0].computed_tokens == 9
+    assert sharing.compute([second])[0].computed_tokens == 9
 
 
 class RunningSum(torch.nn.Module):
@@ -273,4 +275,4 @@ def test_a_model_that_cannot_share_falls_back_to_padded_batches(make: Callable[[
     alone = [falling_back.score([one])[0] for one in batch]
     assert abs(alone[0] - alone[1]) > 0.01
     assert falling_back.score(batch) == pytest.approx(alone, abs=1e-4)
-    assert [reading.computed_tokens for reading in falling_back.read(batch)] == [39, 34]
+    assert [reading.computed_tokens for reading in falling_back.compute(batch)] == [39, 34]

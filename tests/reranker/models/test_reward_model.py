@@ -160,7 +160,7 @@ def test_an_adapter_without_a_head_is_refused(tmp_path: Path) -> None:
     weights = load_file(directory / ADAPTER_FILE)
     del weights["base_model.model.score.weight"]
     save_file(weights, directory / ADAPTER_FILE)
-    with pytest.raises(RewardModelError, match="holds no scalar head"):
+    with pytest.raises(RewardModelError, match="contains no scalar head"):
         load(directory)
 
 

@@ -11,7 +11,7 @@ import pytest
 from reranker.candidate import Candidate, Message, Prompt
 from reranker.scorers.base import Scores, ScoringError
 from reranker.scorers.cached import CachedScorer, digest
-from reranker.scorers.registry import ScorerContext, make_scorers, reads_texts_alone
+from reranker.scorers.registry import ScorerContext, is_cacheable, make_scorers
 from reranker.scorers.spec import parse
 from server.pipeline.best_of_n import BestOfN
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
@@ -113,7 +113,7 @@ def test_parts_do_not_run_into_each_other() -> None:
     ],
 )
 def test_only_scorers_of_texts_alone_remember(spec: str, alone: bool) -> None:
-    assert reads_texts_alone(parse(spec)) is alone
+    assert is_cacheable(parse(spec)) is alone
 
 
 async def test_a_reward_model_says_the_same_again_and_as_the_member_of_others(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import pytest
 
 from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Scores, ScoringError
-from reranker.scorers.cascade import CascadeScorer, best, kept_of
+from reranker.scorers.cascade import CascadeScorer, best_indices, kept_count
 from server.generation.base import SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest
 from tests.reranker.scorers.test_ensemble import scripted
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
 
@@ -25,13 +26,13 @@ async def cascaded(cheap: ScriptedScorer, dear: ScriptedScorer, keep: float, tex
     ("candidates", "keep", "kept"), [(16, 4, 4), (3, 4, 3), (16, 0.25, 4), (5, 0.25, 2), (1, 0.01, 1), (100, 0.07, 7)]
 )
 def test_a_count_or_a_share_goes_on(candidates: int, keep: float, kept: int) -> None:
-    assert kept_of(candidates, keep) == kept
+    assert kept_count(candidates, keep) == kept
 
 
 def test_the_highest_go_on_ties_to_the_earlier_and_the_unscored_last() -> None:
-    assert best([1.0, 3.0, 3.0, 2.0], 1) == [1]
-    assert best([1.0, 3.0, 3.0, 2.0], 3) == [1, 2, 3]
-    assert best([NAN, -math.inf, 5.0], 2) == [1, 2]
+    assert best_indices([1.0, 3.0, 3.0, 2.0], 1) == [1]
+    assert best_indices([1.0, 3.0, 3.0, 2.0], 3) == [1, 2, 3]
+    assert best_indices([NAN, -math.inf, 5.0], 2) == [1, 2]
 
 
 async def test_the_dear_one_decides_among_what_the_cheap_one_leaves() -> None:

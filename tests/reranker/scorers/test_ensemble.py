@@ -9,7 +9,8 @@ from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
 from reranker.scorers.ensemble import EnsembleScorer, standardised
 from server.generation.base import SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
 
 PROMPT = Prompt(text="It was")

@@ -11,7 +11,7 @@ import pytest
 
 from reranker.candidate import Candidate, Message, Prompt
 from reranker.scorers.base import Scores, ScoringError
-from reranker.scorers.judge import BETTER_SCHEMA, GRADE_SCHEMA, MAX_CALLS, Answer, Judge, JudgeScorer
+from reranker.scorers.judge import BETTER_SCHEMA, GRADE_SCHEMA, MAX_CALLS, Judge, JudgeAnswer, JudgeScorer
 from reranker.scorers.pairwise import PairwiseScorer
 from server.errors import BadRequestError
 from server.generation.judge_client import JudgeClient
@@ -30,7 +30,7 @@ class ScriptedAsk:
         self.out = 0
         self.most_at_once = 0
 
-    async def __call__(self, question: Prompt, json_schema: dict[str, Any]) -> Answer:
+    async def __call__(self, question: Prompt, json_schema: dict[str, Any]) -> JudgeAnswer:
         (message,) = question.messages
         self.asked.append((message.content, json_schema))
         self.out += 1
@@ -40,7 +40,7 @@ class ScriptedAsk:
         answer = next(answer for key, answer in self.answers.items() if key in message.content)
         if answer is None:
             raise ScoringError("the judge is out")
-        return Answer(answer, num_tokens=10)
+        return JudgeAnswer(answer, num_tokens=10)
 
 
 def candidates(*texts: str) -> list[Candidate]:
@@ -116,7 +116,7 @@ class TestComparing:
         assert await self.scored('{"better": "A"}', '{"better": "C"}') == (0.25, 1.0)
 
     async def test_only_nonsense_is_an_error(self) -> None:
-        with pytest.raises(ScoringError, match="never said which is better"):
+        with pytest.raises(ScoringError, match="no comparison gave a verdict"):
             await self.scored("Paris, surely.", '{"better": ["A"]}')
 
 

@@ -8,7 +8,8 @@ from reranker.candidate import Candidate, Prompt, TokenLogprob
 from reranker.scorers.base import Scores, ScoringError
 from reranker.scorers.logprob import LogprobScorer, SelfCertaintyScorer, self_certainty
 from server.generation.base import SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest
 from tests.support.doubles import ScriptedGenerator
 
 PROMPT = Prompt(text="It was")

@@ -9,7 +9,8 @@ from reranker.candidate import Candidate, Prompt
 from reranker.scorers.base import Scores, ScoringError
 from reranker.scorers.pairwise import Comparison, PairwiseScorer
 from server.generation.base import SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest
 from tests.support.doubles import ScriptedGenerator
 
 PROMPT = Prompt(text="It was")
@@ -106,7 +107,7 @@ class TestNoVerdict:
     async def test_none_at_all_is_an_error_with_the_reason(self) -> None:
         with pytest.raises(ScoringError, match="knockout: the judge is out"):
             await tournament(Strongest(), "fails", "fails", "fails")
-        with pytest.raises(ScoringError, match="knockout: it never said which is better"):
+        with pytest.raises(ScoringError, match="knockout: no comparison gave a verdict"):
             await tournament(Strongest(), "", "")
 
     async def test_a_bug_is_not_taken_for_a_missing_verdict(self) -> None:

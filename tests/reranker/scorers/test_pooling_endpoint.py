@@ -163,13 +163,17 @@ class TestReplies:
     @pytest.mark.parametrize(
         ("status", "content", "told"),
         [
-            (400, {"error": {"message": "context is 128"}}, r"http://pooling:8001 says: context is 128 \(status 400\)"),
-            (404, {"detail": "Not Found"}, r"says: Not Found \(status 404\)"),
-            (502, "bad gateway", r"says: .*bad gateway.* \(status 502\)"),
-            (200, {"data": [{"index": 0, "probs": [1.0]}]}, "http://pooling:8001/classify did not give 2 numbers"),
-            (200, {"data": [{"index": 0, "probs": [0.4, 0.6]}]}, "the model gives 2 numbers a text"),
+            (
+                400,
+                {"error": {"message": "context is 128"}},
+                r"http://pooling:8001 replied: context is 128 \(status 400\)",
+            ),
+            (404, {"detail": "Not Found"}, r"replied: Not Found \(status 404\)"),
+            (502, "bad gateway", r"replied: .*bad gateway.* \(status 502\)"),
+            (200, {"data": [{"index": 0, "probs": [1.0]}]}, "http://pooling:8001/classify did not return 2 numbers"),
+            (200, {"data": [{"index": 0, "probs": [0.4, 0.6]}]}, "the model returns 2 numbers per text"),
             (200, {"data": [{"index": 0, "probs": ["high"]}]}, "could not convert"),
-            (200, ["unexpected"], "did not give 2 numbers"),
+            (200, ["unexpected"], "did not return 2 numbers"),
         ],
     )
     async def test_a_refusal_is_told_in_the_servers_words(
@@ -196,6 +200,6 @@ class TestReplies:
 )
 async def test_a_server_that_serves_no_model_is_told_at_the_start(reply: httpx.Response) -> None:
     client = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: reply))
-    with pytest.raises(ScorerSpecError, match=r"http://pooling:8001/v1/models does not say.*start that server first"):
+    with pytest.raises(ScorerSpecError, match=r"http://pooling:8001/v1/models does not name.*start that server first"):
         await PoolingEndpointScorer.connect("remote", EndpointSpec(SERVER, "classify", None), client=client)
     assert client.is_closed

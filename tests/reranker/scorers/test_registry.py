@@ -12,7 +12,7 @@ import pytest
 from reranker.candidate import Candidate, Message, Prompt
 from reranker.models.reward_model import RewardModel
 from reranker.scorers.base import Scorer
-from reranker.scorers.judge import Answer
+from reranker.scorers.judge import JudgeAnswer
 from reranker.scorers.registry import ScorerContext, make_scorers
 from reranker.scorers.spec import (
     FORMS,
@@ -21,14 +21,15 @@ from reranker.scorers.spec import (
     EnsembleSpec,
     FunctionSpec,
     JudgeSpec,
-    LikelihoodSpec,
+    LogprobSpec,
     RewardModelSpec,
     ScorerSpecError,
     parse,
     parse_all,
 )
 from server.generation.base import SamplingParams
-from server.pipeline.best_of_n import BestOfN, BestOfNRequest
+from server.pipeline.best_of_n import BestOfN
+from server.pipeline.types import BestOfNRequest
 from tests.support.doubles import ScriptedGenerator
 from tests.support.paths import ROOT
 from tests.support.serving import HELLO, app_over, client_of
@@ -52,8 +53,8 @@ PROMPT = Prompt(messages=(Message("user", "How was the film?"),))
         ("pairwise:judge:large", JudgeSpec("large", pairwise=True)),
         ("python:checks/unit.py:passes", FunctionSpec("checks/unit.py", "passes")),
         ("python:checks.unit:passes", FunctionSpec("checks.unit", "passes")),
-        ("logprob", LikelihoodSpec("logprob")),
-        ("self_certainty", LikelihoodSpec("self_certainty")),
+        ("logprob", LogprobSpec("logprob")),
+        ("self_certainty", LogprobSpec("self_certainty")),
         ("ensemble:min:a,b", EnsembleSpec("min", ("a", "b"))),
         ("ensemble:mean-std:0.5:a,b,c", EnsembleSpec("mean-std", ("a", "b", "c"), 0.5)),
         ("cascade:4:a,b", CascadeSpec(4.0, ("a", "b"))),
@@ -67,24 +68,24 @@ def test_what_a_spec_names(text: str, spec: object) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("vllm:gpu:8001", "needs an address, as in vllm:http://localhost:8001/classify"),
+        ("vllm:gpu:8001", "needs an address, such as vllm:http://localhost:8001/classify"),
         ("judge:", "needs a model"),
         ("pairwise:large", "should read pairwise:judge:MODEL"),
         ("pairwise:judge:", "should read pairwise:judge:MODEL"),
         ("python:checks.py", "should read python:FILE.py:FUNCTION"),
         ("python::f", "should read python:FILE.py:FUNCTION"),
         ("python:checks/unit:f", "should read python:FILE.py:FUNCTION"),
-        ("logprob:sum", "takes nothing after the colon; leave sum out"),
+        ("logprob:sum", "takes nothing after the colon; remove sum"),
         ("ensemble:a,b", "should read ensemble:mean:NAME,NAME"),
         ("ensemble:min:a", "two or more other served scorers"),
         ("ensemble:min:a,a", "two or more other served scorers"),
-        ("cascade:a,b", "should read cascade:KEEP:CHEAP,DEAR"),
-        ("cascade:0:a,b", "should read cascade:KEEP:CHEAP,DEAR"),
-        ("cascade:1.5:a,b", "should read cascade:KEEP:CHEAP,DEAR"),
-        ("cascade:4:a,a", "should read cascade:KEEP:CHEAP,DEAR"),
-        ("cascade:4:a,b,c", "should read cascade:KEEP:CHEAP,DEAR"),
-        ("ensemble:mean-std:a,b", "K is 'a,b' and should be a number"),
-        ("ensemble:mean-std:-1:a,b", "K is '-1' and should be a number not below 0"),
+        ("cascade:a,b", "should read cascade:KEEP:CHEAP,EXPENSIVE"),
+        ("cascade:0:a,b", "should read cascade:KEEP:CHEAP,EXPENSIVE"),
+        ("cascade:1.5:a,b", "should read cascade:KEEP:CHEAP,EXPENSIVE"),
+        ("cascade:4:a,a", "should read cascade:KEEP:CHEAP,EXPENSIVE"),
+        ("cascade:4:a,b,c", "should read cascade:KEEP:CHEAP,EXPENSIVE"),
+        ("ensemble:mean-std:a,b", "K is 'a,b' and must be a number"),
+        ("ensemble:mean-std:-1:a,b", "K is '-1' and must be a number of at least 0"),
     ],
 )
 def test_a_spec_that_begins_like_a_form_must_go_on_like_it(text: str, told: str) -> None:
@@ -96,7 +97,10 @@ def test_a_spec_that_begins_like_a_form_must_go_on_like_it(text: str, told: str)
     ("specs", "told"),
     [
         ({"a": "logprob", "both": "ensemble:min:a,b"}, "no scorer 'b' is served; add it with --reward-model b=SPEC"),
-        ({"both": "ensemble:min:a,both", "a": "logprob"}, "'both', made of others, must come before this one"),
+        (
+            {"both": "ensemble:min:a,both", "a": "logprob"},
+            "'both' is itself made of other scorers and must come before 'both'",
+        ),
         ({"a": "logprob", "x": "judge:"}, "x=judge: needs a model"),
     ],
 )
@@ -112,12 +116,12 @@ def test_every_form_is_documented(form: str) -> None:
 
 @asynccontextmanager
 async def made(specs: Mapping[str, str], answer: str = '{"grade": 5}') -> AsyncIterator[dict[str, Scorer]]:
-    async def ask(question: Prompt, json_schema: dict[str, Any]) -> Answer:
-        return Answer(answer, num_tokens=10)
+    async def ask(question: Prompt, json_schema: dict[str, Any]) -> JudgeAnswer:
+        return JudgeAnswer(answer, num_tokens=10)
 
     async with AsyncExitStack() as stack:
         yield await make_scorers(
-            specs, ScorerContext(ask_model=lambda model: ask, device="cpu", reward_dtype="float32"), stack
+            specs, ScorerContext(judge_model=lambda model: ask, device="cpu", reward_dtype="float32"), stack
         )
 
 

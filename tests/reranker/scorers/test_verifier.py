@@ -13,7 +13,7 @@ import pytest
 from reranker.candidate import Candidate, Message, Prompt
 from reranker.scorers.base import ScoringError
 from reranker.scorers.spec import FunctionSpec, ScorerSpecError
-from reranker.scorers.verifier import VerifierScorer, is_there
+from reranker.scorers.verifier import VerifierScorer, source_exists
 from tests.support.paths import ROOT
 
 QUESTION = Prompt(messages=(Message("user", "2 + 2?"),))
@@ -121,8 +121,8 @@ async def test_only_the_candidate_at_fault_has_no_reward(start: Start, fault: st
     ("fault", "told"),
     [
         ("raise", "check: ValueError: no such luck"),
-        ("crash", "its process ended with exit code -6"),
-        ("exit", "its process ended with exit code 3"),
+        ("crash", "its process exited with code -6"),
+        ("exit", "its process exited with code 3"),
         ("drop", "0 numbers were returned for 1 completions"),
     ],
 )
@@ -184,7 +184,7 @@ async def test_closing_ends_the_process(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("missing", "has no attribute 'missing'"), ("number", "TypeError: number is no function")]
+    ("name", "told"), [("missing", "has no attribute 'missing'"), ("number", "TypeError: number is not a function")]
 )
 async def test_a_function_that_is_not_there_is_told_at_the_start(start: Start, name: str, told: str) -> None:
     with pytest.raises(ScorerSpecError, match=f"{name} of .*functions.py cannot be used: .*{told}"):
@@ -205,7 +205,7 @@ async def test_a_module_of_the_working_folder_will_do(tmp_path: Path, monkeypatc
     )
     monkeypatch.chdir(tmp_path)
     function = FunctionSpec("checks.arithmetic", "right")
-    assert is_there(function)
+    assert source_exists(function)
     scorer = await VerifierScorer.create("check", function, timeout_s=20)
     try:
         assert await rewards(scorer, "4", "5") == (1.0, 0.0)
@@ -214,10 +214,10 @@ async def test_a_module_of_the_working_folder_will_do(tmp_path: Path, monkeypatc
 
 
 def test_what_is_not_there_is_known_without_importing(functions: str) -> None:
-    assert is_there(FunctionSpec(functions, "whatever"))
-    assert not is_there(FunctionSpec(f"{functions}.py", "f"))
-    assert is_there(FunctionSpec("json.decoder", "f"))
-    assert not is_there(FunctionSpec("nothing_of_that_name", "f"))
+    assert source_exists(FunctionSpec(functions, "whatever"))
+    assert not source_exists(FunctionSpec(f"{functions}.py", "f"))
+    assert source_exists(FunctionSpec("json.decoder", "f"))
+    assert not source_exists(FunctionSpec("nothing_of_that_name", "f"))
 
 
 async def test_the_example_of_the_documentation_works(tmp_path: Path) -> None:
