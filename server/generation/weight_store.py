@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
+from reranker.fsio import sha256_of
 from server.errors import BadRequestError
 
 WeightChange = Literal["reload_weights", "load_adapter"]
@@ -93,8 +94,7 @@ def digest(*files: Path) -> str:
     """The version of weights: the first digits of the SHA-256 of the files' SHA-256 digests."""
     combined = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            combined.update(hashlib.file_digest(file, "sha256").digest())
+        combined.update(bytes.fromhex(sha256_of(path)))
     return combined.hexdigest()[:VERSION_DIGITS]
 
 
