@@ -1,4 +1,4 @@
-"""Equal answers become equal strings, and no text or pattern from outside can hang or run anything."""
+"""Equal answers become equal strings, and no untrusted text or pattern can hang the server or run code."""
 
 import time
 
@@ -22,16 +22,16 @@ from reranker.answers import AnswerError, by_json_pointer, by_regex, canonical, 
         pytest.param(["new york", "New   York"], id="two words"),
     ],
 )
-def test_ways_to_write_the_same_answer(ways: list[str]) -> None:
+def test_all_ways_to_write_an_answer_have_the_same_form(ways: list[str]) -> None:
     assert len({canonical(way) for way in ways}) == 1
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("1/2", "1/3"),
-        ("Paris", "pairs"),  # letters beside each other are a word, not a product
-        ("1 1/2", "0.5"),  # a mixed number to some, a product to others: its text decides
+        ("Paris", "pairs"),  # a run of letters is a word and not a product
+        ("1 1/2", "0.5"),  # it may be a mixed number or a product, so it is compared as text
         ("2^3^2", "64"),
         ("12 apples", "12"),
         ("x", "y"),
@@ -39,8 +39,8 @@ def test_ways_to_write_the_same_answer(ways: list[str]) -> None:
         ("0.333", "1/3"),
     ],
 )
-def test_answers_that_are_not_the_same(one: str, other: str) -> None:
-    assert canonical(one) != canonical(other)
+def test_different_answers_have_different_forms(first: str, second: str) -> None:
+    assert canonical(first) != canonical(second)
 
 
 @pytest.mark.parametrize("nothing", ["", "  ", ".", "$$", r"\text{}"])
@@ -70,7 +70,7 @@ def test_an_answer_without_content_is_none(nothing: str) -> None:
         "9" * 10_000,
     ],
 )
-def test_a_hostile_text_is_compared_as_text_and_at_once(hostile: str) -> None:
+def test_a_hostile_text_is_compared_as_text_within_seconds(hostile: str) -> None:
     canonical("1+1")  # SymPy is imported before the clock starts
     began_s = time.perf_counter()
     assert canonical(hostile) == hostile.casefold().strip("()")
@@ -78,24 +78,24 @@ def test_a_hostile_text_is_compared_as_text_and_at_once(hostile: str) -> None:
 
 
 class TestRegex:
-    def test_the_first_match_decides(self) -> None:
+    def test_the_first_match_is_extracted(self) -> None:
         assert by_regex("answer is ([0-9]+)")("The answer is 4, no, the answer is 5.") == "4"
 
-    def test_a_greedy_beginning_finds_the_last(self) -> None:
+    def test_a_pattern_with_a_greedy_start_extracts_the_last_match(self) -> None:
         assert by_regex("(?s:.*)answer is ([0-9]+)")("The answer is 4.\nNo, the answer is 5.") == "5"
 
     @pytest.mark.parametrize("text", ["no number", ""])
-    def test_no_match_is_no_answer(self, text: str) -> None:
+    def test_a_text_without_a_match_has_no_answer(self, text: str) -> None:
         assert by_regex("([0-9]+)")(text) is None
 
-    def test_a_group_that_took_no_part_is_no_answer(self) -> None:
+    def test_a_group_outside_the_match_gives_no_answer(self) -> None:
         assert by_regex("(a)|b")("b") is None
 
-    def test_letters_are_characters_not_bytes(self) -> None:
+    def test_a_pattern_matches_characters_and_not_bytes(self) -> None:
         assert by_regex("naïve (.)")("so naïve é!") == "é"
 
     @pytest.mark.parametrize(
-        ("pattern", "why"),
+        ("pattern", "reason"),
         [
             ("([0-9]+", "missing"),
             ("[0-9]+", "0 groups"),
@@ -106,11 +106,11 @@ class TestRegex:
             (r"(\p{L}{1000})", "too large"),
         ],
     )
-    def test_a_pattern_that_cannot_be_used_is_told(self, pattern: str, why: str) -> None:
-        with pytest.raises(AnswerError, match=why):
+    def test_an_unusable_pattern_is_refused_with_the_reason(self, pattern: str, reason: str) -> None:
+        with pytest.raises(AnswerError, match=reason):
             by_regex(pattern)
 
-    def test_a_pattern_that_hangs_a_backtracking_engine_does_not(self) -> None:
+    def test_a_pattern_that_hangs_a_backtracking_engine_takes_linear_time(self) -> None:
         began_s = time.perf_counter()
         assert by_regex("((?:a|aa)+)$")("a" * 10_000 + "b") is None
         assert time.perf_counter() - began_s < 5
@@ -139,10 +139,10 @@ class TestJsonPointer:
             ("/answer/value/0", None),
         ],
     )
-    def test_it_leads_to_the_answer(self, pointer: str, answer: str | None) -> None:
+    def test_a_pointer_extracts_the_value_it_points_at(self, pointer: str, answer: str | None) -> None:
         assert by_json_pointer(pointer)(self.DOCUMENT) == answer
 
-    def test_objects_are_equal_in_any_order(self) -> None:
+    def test_objects_with_the_same_fields_in_any_order_are_equal(self) -> None:
         whole = by_json_pointer("")
         assert whole('{"a": 1, "b": 2}') == whole('{"b": 2, "a": 1}')
 
@@ -154,7 +154,7 @@ class TestJsonPointer:
         assert by_json_pointer("")("9" * 10_000) == "9" * 10_000
 
     @pytest.mark.parametrize("pointer", ["answer", "/a~2b", "/a~"])
-    def test_what_is_not_a_pointer_is_told(self, pointer: str) -> None:
+    def test_an_invalid_pointer_is_refused(self, pointer: str) -> None:
         with pytest.raises(AnswerError, match="begins with /"):
             by_json_pointer(pointer)
 

@@ -1,4 +1,4 @@
-"""Numbers checkable by hand, and each estimator against the mean over every subset of a small pool."""
+"""Estimators against numbers computed by hand, and against the mean over all subsets of a small pool."""
 
 import math
 from collections import defaultdict
@@ -84,7 +84,7 @@ class TestPassAtN:
 
 
 def majority_over_every_draw(answers: Sequence[Hashable | None], correct: Hashable, n: int) -> float:
-    """Every ordered draw of n, voted on by the very function that serves."""
+    """The probability over every ordered draw of n, decided by the function that serves requests."""
     draws = list(permutations(answers, n))
     won = 0
     for draw in draws:
@@ -101,18 +101,18 @@ class TestMajorityAtN:
 
     @pytest.mark.parametrize("answers", ["aabbc", "aaabb", "abcde", "ab--a", "-----", "bbbbb", "aabb-c"])
     @pytest.mark.parametrize("n", range(1, 6))
-    def test_it_is_what_majority_does_over_every_draw(self, answers: str, n: int) -> None:
+    def test_it_equals_majority_over_every_draw(self, answers: str, n: int) -> None:
         pool = [None if answer == "-" else answer for answer in answers]
         assert majority_at_n(pool, "a", n) == pytest.approx(majority_over_every_draw(pool, "a", n))
 
-    def test_a_pool_of_64_is_exact_too(self) -> None:
-        # All answers but the correct one differ: from two votes on it wins. P(no vote) and P(one vote) by counting.
+    def test_it_is_exact_for_a_pool_of_64(self) -> None:
+        # All wrong answers differ, so two votes win for the correct one. P(no vote) and P(one vote) are counted.
         pool = ["right"] * 8 + [f"wrong {index}" for index in range(56)]
         ways = math.comb(64, 16)
-        none, one = math.comb(56, 16) / ways, 8 * math.comb(56, 15) / ways
-        assert majority_at_n(pool, "right", 16) == pytest.approx(1 - none - one + one / 16)
+        no_vote, one_vote = math.comb(56, 16) / ways, 8 * math.comb(56, 15) / ways
+        assert majority_at_n(pool, "right", 16) == pytest.approx(1 - no_vote - one_vote + one_vote / 16)
 
-    def test_no_answer_cannot_be_correct(self) -> None:
+    def test_none_as_the_correct_answer_is_refused(self) -> None:
         with pytest.raises(ValueError, match="no answer"):
             majority_at_n([None], None, 1)
 
@@ -122,7 +122,7 @@ class TestExpectedValueOfSelected:
     VALUES = (1.0, 0.0, 1.0, 1.0, 0.0, 1.0)
 
     @pytest.mark.parametrize("n", range(1, 7))
-    def test_few_subsets_are_all_taken(self, n: int) -> None:
+    def test_with_few_subsets_the_value_is_exact(self, n: int) -> None:
         exact = expected_value_of_best(self.REWARDS, self.VALUES, n)
         assert expected_value_of_selected(
             scored(self.REWARDS), dict(enumerate(self.VALUES)), n, argmax
@@ -138,7 +138,7 @@ class TestExpectedValueOfSelected:
         ]
         assert at_n == pytest.approx([2 / 3, 1 / 3, 1.0])
 
-    def test_many_subsets_are_sampled_by_the_seed(self) -> None:
+    def test_many_subsets_are_sampled_with_the_seed(self) -> None:
         def estimate(seed: int) -> float:
             return expected_value_of_selected(
                 scored(self.REWARDS), dict(enumerate(self.VALUES)), 3, argmax, draws=19, seed=seed
@@ -151,23 +151,23 @@ class TestExpectedValueOfSelected:
 
 
 class TestBootstrap:
-    def test_equal_prompts_leave_no_doubt(self) -> None:
+    def test_equal_values_have_an_interval_of_width_zero(self) -> None:
         interval = bootstrap_mean([0.5] * 10)
         assert (interval.mean, interval.low, interval.high) == (0.5, 0.5, 0.5)
 
-    def test_it_agrees_with_the_normal_approximation_of_a_binomial(self) -> None:
+    def test_the_interval_agrees_with_the_normal_approximation_of_a_binomial(self) -> None:
         # 30 of 100: .3 ± 1.96 · √(.3 · .7 / 100) = .3 ± .0898; the bootstrap moves in steps of .01.
         interval = bootstrap_mean([1.0] * 30 + [0.0] * 70)
         assert interval.mean == pytest.approx(0.3)
         assert [interval.low, interval.high] == pytest.approx([0.21, 0.39], abs=0.011)
 
-    def test_the_seed_decides(self) -> None:
+    def test_the_seed_determines_the_interval(self) -> None:
         random = Random(1)
         values = [random.gauss(0, 1) for _ in range(20)]
         assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
         assert bootstrap_mean(values, seed=1) != bootstrap_mean(values, seed=2)
 
-    def test_no_prompts_have_no_mean(self) -> None:
+    def test_the_mean_of_no_prompts_is_refused(self) -> None:
         with pytest.raises(ValueError, match="no prompts"):
             bootstrap_mean([])
 
@@ -207,7 +207,7 @@ class TestKl:
 
         assert kl_divergence(returned_by(voted, n), POLICY) <= kl_upper_bound(n) + 1e-12
 
-    def test_one_sample_is_the_policy_itself(self) -> None:
+    def test_best_of_one_is_the_policy(self) -> None:
         assert kl_upper_bound(1) == 0
         assert best_of_n_distribution(POLICY, REWARDS, 1) == pytest.approx(POLICY)
 
@@ -215,11 +215,11 @@ class TestKl:
         assert kl_upper_bound(2) == pytest.approx(0.693147 - 0.5, abs=1e-6)
         assert kl_upper_bound(16) == pytest.approx(2.772589 - 0.9375, abs=1e-6)
 
-    def test_no_samples_have_no_bound(self) -> None:
+    def test_the_bound_of_no_samples_is_refused(self) -> None:
         with pytest.raises(ValueError, match="at least one sample"):
             kl_upper_bound(0)
 
     @pytest.mark.parametrize(("policy", "n"), [((0.5, 0.4), 2), ((0.5, 0.5), 0)])
-    def test_what_is_no_policy_is_refused(self, policy: tuple[float, ...], n: int) -> None:
+    def test_an_invalid_policy_or_n_is_refused(self, policy: tuple[float, ...], n: int) -> None:
         with pytest.raises(ValueError, match="sum to 1"):
             best_of_n_distribution(policy, [1.0, 2.0], n)

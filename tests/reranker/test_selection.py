@@ -1,4 +1,4 @@
-"""Three candidates at a time, so that every expectation can be checked in the head."""
+"""Selection strategies over few candidates, so that every expected value can be computed by hand."""
 
 import math
 from collections import Counter
@@ -23,12 +23,12 @@ def texts(*pairs: tuple[str, float]) -> list[ScoredCandidate]:
 
 
 def votes(answers: str) -> dict[int, str]:
-    """One letter a candidate; - is no answer."""
+    """The answers of candidates, one letter each; - stands for no answer."""
     return {index: answer for index, answer in enumerate(answers) if answer != "-"}
 
 
 def order(selection: Selection) -> list[int]:
-    return [one.candidate.index for one in selection.ranking]
+    return [scored.candidate.index for scored in selection.ranking]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_argmax_does_not_depend_on_the_order_of_arrival(rewards: list[float], ra
     assert order(argmax(shuffled)) == order(argmax(arrived))
 
 
-def test_by_logprob_takes_the_mean_a_token_not_the_sum() -> None:
+def test_by_logprob_ranks_by_the_mean_per_token_and_not_the_sum() -> None:
     # Sums -3, -4 and unknown; means -1.0 (three tokens) and -0.5 (eight tokens).
     short = Candidate(0, "short", 3, cumulative_logprob=-3.0)
     long = Candidate(1, "long", 8, cumulative_logprob=-4.0)
@@ -68,7 +68,7 @@ def test_by_index_is_the_order_of_drawing() -> None:
 
 
 class TestMajority:
-    """Answers of five candidates; rewards do not count."""
+    """Answers of five candidates; rewards are ignored."""
 
     @pytest.mark.parametrize(
         ("answers", "expected"),
@@ -79,7 +79,7 @@ class TestMajority:
             pytest.param("----a", [4, 0, 1, 2, 3], id="one answer beats none"),
         ],
     )
-    def test_most_votes_first(self, answers: str, expected: list[int]) -> None:
+    def test_the_answer_with_most_votes_is_first(self, answers: str, expected: list[int]) -> None:
         assert order(majority(scored(9.0, NAN, 0.0, 5.0, 7.0), votes(answers))) == expected
 
     def test_without_a_vote_it_is_argmax(self) -> None:
@@ -96,14 +96,14 @@ class TestWeightedMajority:
         assert order(weighted_majority(scored(*rewards), votes("aab"))) == [2, 1, 0]
         assert order(weighted_majority(scored(*rewards, 0.0), votes("aaba"))) == [1, 0, 3, 2]
 
-    def test_temperature_leads_from_argmax_to_majority(self) -> None:
+    def test_a_rising_temperature_changes_argmax_to_majority(self) -> None:
         # Two votes of reward 0 against one of reward 1: 2·exp(-1/T) against 1, even at T = 1/ln 2.
         pool, answers = scored(0.0, 1.0, 0.0), votes("aba")
         assert order(weighted_majority(pool, answers, 0.9 / self.LN2))[0] == 1
         assert order(weighted_majority(pool, answers, 1.1 / self.LN2))[0] == 0
 
     @pytest.mark.parametrize("shift", [-1000.0, 1000.0])
-    def test_only_differences_of_rewards_count(self, shift: float) -> None:
+    def test_a_shift_of_all_rewards_changes_nothing(self, shift: float) -> None:
         rewards = (0.5, 1.25, 0.75, -2.0)
         moved = tuple(reward + shift for reward in rewards)
         assert order(weighted_majority(scored(*moved), votes("abac"))) == order(
@@ -113,7 +113,7 @@ class TestWeightedMajority:
     def test_a_missing_reward_has_no_vote_and_comes_last(self) -> None:
         assert order(weighted_majority(scored(NAN, 0.0, NAN, 0.5, 0.1), votes("aaab-"))) == [3, 1, 4, 0, 2]
 
-    def test_no_answer_stands_behind_every_answer(self) -> None:
+    def test_a_candidate_without_an_answer_ranks_below_all_with_one(self) -> None:
         assert order(weighted_majority(scored(9.0, -math.inf, 0.0), votes("-ab"))) == [2, 1, 0]
 
     def test_without_a_vote_it_is_argmax(self) -> None:
@@ -128,26 +128,26 @@ class TestSoft:
         winners = Counter(order(soft(rewards, temperature=2.0, seed=seed))[0] for seed in range(4000))
         assert [winners[index] / 4000 for index in range(3)] == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.02)
 
-    def test_the_second_is_drawn_from_the_rest(self) -> None:
+    def test_the_second_is_drawn_from_the_remaining_candidates(self) -> None:
         # Where 2 (weight 4) has won, 0 and 1 are left with weights 1 and 2.
         rewards = scored(0.0, math.log(2), math.log(4))
         orders = [order(soft(rewards, temperature=1.0, seed=seed)) for seed in range(4000)]
         seconds = Counter(second for first, second, _ in orders if first == 2)
         assert seconds[1] / (seconds[0] + seconds[1]) == pytest.approx(2 / 3, abs=0.03)
 
-    def test_a_seed_decides_whatever_the_order_of_arrival(self) -> None:
+    def test_the_draw_depends_on_the_seed_and_not_on_the_order_of_arrival(self) -> None:
         pool = scored(0.1, 0.2, 0.3, 0.4)
         assert order(soft(pool, 1.0, seed=5)) == order(soft(pool[::-1], 1.0, seed=5))
         assert len({tuple(order(soft(pool, 1.0, seed=seed))) for seed in range(50)}) > 1
 
-    def test_a_failed_candidate_leaves_the_draw_of_the_others(self) -> None:
+    def test_a_failed_candidate_does_not_change_the_draw_of_the_others(self) -> None:
         pool = scored(0.1, 0.2, 0.3, 0.4)
         for seed in range(20):
             without = [index for index in order(soft(pool, 1.0, seed)) if index != 1]
             assert order(soft([pool[0], *pool[2:]], 1.0, seed)) == without
 
     @pytest.mark.parametrize("rewards", [(0.0, 1.0, -1.0), (-math.inf, math.inf, 5.0), (1e300, 1.1e300, 0.0)])
-    def test_at_temperature_zero_in_the_limit_it_is_argmax(self, rewards: tuple[float, ...]) -> None:
+    def test_near_temperature_zero_it_is_argmax(self, rewards: tuple[float, ...]) -> None:
         assert order(soft(scored(*rewards), 1e-12, seed=1))[0] == 1
 
     def test_a_missing_reward_is_never_drawn(self) -> None:
@@ -157,13 +157,13 @@ class TestSoft:
 class TestMbr:
     def test_worked_by_hand(self) -> None:
         # Trigrams {abc, bcd}, {abc, bce}, {xyz}: similarity of the first two 2·1/4 = .5, of the third to both 0.
-        # Closeness to all three, oneself included: (1 + .5)/3 = .5, .5, 1/3. So the lead of .1 that the third has in
+        # Closeness to all three, itself included: (1 + .5)/3 = .5, .5, 1/3. So the lead of .1 that the third has in
         # reward is lost at beta 1 (1.1 + 1/3 < 1 + 1/2) and kept at beta .5 (1.1 + 1/6 > 1 + 1/4).
         pool = texts(("abcd", 1.0), ("abce", 1.0), ("xyz", 1.1))
         assert order(mbr(pool, beta=1.0)) == [0, 1, 2]
         assert order(mbr(pool, beta=0.5)) == [2, 0, 1]
 
-    def test_a_candidate_without_a_reward_never_wins_but_is_a_sample_of_the_policy(self) -> None:
+    def test_a_candidate_without_a_reward_never_wins_but_counts_for_closeness(self) -> None:
         pool = texts(("xyz", 0.0), ("abcd", 0.0), ("abcd", NAN))
         assert order(mbr(pool)) == [1, 0, 2]
 
@@ -183,17 +183,19 @@ def test_no_strategy_lets_a_missing_reward_win_or_depends_on_the_order_of_arriva
     for strategy in (
         argmax,
         mbr,
-        lambda given: soft(given, 0.5, seed=3),
-        lambda given: weighted_majority(given, answers, 0.5),
+        lambda scored: soft(scored, 0.5, seed=3),
+        lambda scored: weighted_majority(scored, answers, 0.5),
     ):
         ranking = strategy(arrived).ranking
         assert order(strategy(shuffled)) == order(strategy(arrived))
-        assert [one.has_reward for one in ranking] == sorted((one.has_reward for one in ranking), reverse=True)
+        assert [sample.has_reward for sample in ranking] == sorted(
+            (sample.has_reward for sample in ranking), reverse=True
+        )
     assert order(majority(shuffled, answers)) == order(majority(arrived, answers))
 
 
-def test_similarity_worked_by_hand() -> None:
-    # {abc, bcd} and {abc, bce} share one of two; case and white space do not count; nothing is like nothing.
+def test_trigram_similarity_worked_by_hand() -> None:
+    # {abc, bcd} and {abc, bce} share one of two; case and white space do not count; an empty text equals only itself.
     assert trigram_similarity(["abcd", "ABCE", "", "ab", "a  b c", "a b\nc"]) == [
         [1, 0.5, 0, 0, 0, 0],
         [0.5, 1, 0, 0, 0, 0],
