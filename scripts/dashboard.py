@@ -1,7 +1,7 @@
-"""Writes deploy/grafana/nbest.json, the Grafana dashboard, from the rows of panels below.
+"""Generates deploy/grafana/nbest.json, the Grafana dashboard, from the rows of panels below.
 
-A panel is a title, a unit of Grafana's, what it tells, and its queries, each with its legend. `make docs` writes the
-file and tests/scripts/test_dashboard.py asks every query of a real scrape; a new panel is a line here.
+A panel has a title, a Grafana unit, a description, and queries with their legends. `make docs` writes the file, and
+tests/scripts/test_dashboard.py evaluates every query on a real scrape. To add a panel, add an entry to ROWS.
 """
 
 import json
@@ -16,55 +16,57 @@ PANEL_HEIGHT = 8
 PANELS_A_LINE = 3
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 SCHEMA_VERSION = 39
-"""Grafana 10; later ones migrate it by themselves."""
+"""The schema of Grafana 10; later versions migrate it."""
 
 ON = 'instance=~"$instance"'
-"""The servers that are looked at."""
+"""Label matcher of the servers selected in the dashboard."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
     title: str
     unit: str
-    tells: str
+    description: str
     queries: dict[str, str]
     """Legend -> PromQL."""
     kind: str = "timeseries"
 
 
 def rate(counter: str, labels: str = ON, by: str = "") -> str:
-    """The sum of a counter's rates over the servers looked at."""
+    """The sum of a counter's rates over the selected servers."""
     return f"sum{f' by ({by})' if by else ''} (rate({counter}{{{labels}}}[$__rate_interval]))"
 
 
 def quantile(share: float, histogram: str, by: str = "") -> str:
-    """A quantile of a histogram, over the servers together."""
+    """A quantile of a histogram over all selected servers."""
     return f"histogram_quantile({share:g}, {rate(f'{histogram}_bucket', by=', '.join(filter(None, ['le', by])))})"
 
 
 def mean(histogram: str, by: str = "") -> str:
-    """The mean of what a histogram has observed."""
+    """The mean of a histogram's observations."""
     return f"{rate(f'{histogram}_sum', by=by)} / {rate(f'{histogram}_count', by=by)}"
 
 
 def share(counter: str, labels: str) -> str:
-    """The share of a counter that has these labels, 0 while there are none."""
+    """The share of a counter's rate with these labels; 0 while no series has them."""
     return f"({rate(counter, f'{ON}, {labels}')} or vector(0)) / {rate(counter)}"
 
 
 ROWS: dict[str, list[Panel]] = {
     "Traffic and errors": [
-        Panel("Ready", "bool", "The least of all servers looked at.", {"ready": f"min(nbest_ready{{{ON}}})"}, "stat"),
+        Panel(
+            "Ready", "bool", "1 if all selected servers are ready.", {"ready": f"min(nbest_ready{{{ON}}})"}, "stat"
+        ),
         Panel(
             "Requests",
             "reqps",
-            "By route and status; 499 is a client that hung up.",
+            "By route and status; 499 is a client that disconnected.",
             {"{{endpoint}} {{status}}": rate("nbest_requests_total", by="endpoint, status")},
         ),
         Panel(
             "Errors and shed requests",
             "percentunit",
-            "Shares of all requests: our errors (5xx) and those refused for overload (429).",
+            "Shares of all requests: server errors (5xx) and requests rejected for overload (429).",
             {
                 "5xx": share("nbest_requests_total", 'status=~"5.."'),
                 "429": share("nbest_requests_total", 'status="429"'),
@@ -73,13 +75,13 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Answers",
             "reqps",
-            "By what ordered the candidates and what ended the wait for them.",
+            "By the values that ranked the candidates and by the reason that the request stopped waiting for more.",
             {"{{ranked_by}}, {{stopped_by}}": rate("nbest_answers_total", by="ranked_by, stopped_by")},
         ),
         Panel(
             "Reward failures",
             "reqps",
-            "Requests without any reward, by what became of them.",
+            "Requests without any reward, by their outcome.",
             {"{{ended_as}}": rate("nbest_reward_failures_total", by="ended_as")},
         ),
     ],
@@ -87,13 +89,13 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Answered requests",
             "s",
-            "Arrival at the pipeline to the selection.",
-            {f"p{100 * one:g}": quantile(one, "nbest_request_seconds") for one in (0.5, 0.95, 0.99)},
+            "From arrival at the pipeline to the selection of the winner.",
+            {f"p{100 * level:g}": quantile(level, "nbest_request_seconds") for level in (0.5, 0.95, 0.99)},
         ),
         Panel(
             "p95 by stage",
             "s",
-            "Generating and scoring overlap.",
+            "Generation and scoring overlap.",
             {
                 stage: quantile(0.95, f"nbest_{stage}_seconds")
                 for stage in ("queue", "generate", "score", "select")
@@ -102,7 +104,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Mean by stage",
             "s",
-            "Generating and scoring overlap, so these do not add up to the request.",
+            "Generation and scoring overlap, so the stages do not add up to the request.",
             {stage: mean(f"nbest_{stage}_seconds") for stage in ("queue", "generate", "score", "select")},
         ),
     ],
@@ -110,7 +112,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Candidates in flight",
             "short",
-            "Asked of the engine and not ended, by server.",
+            "Submitted to the engine and not ended, by server.",
             {"{{instance}}": f"sum by (instance) (nbest_candidates_in_flight{{{ON}}})"},
         ),
         Panel(
@@ -122,7 +124,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Candidates spared",
             "cps",
-            "What stopping policies did not let the engine write: cancelled on the way, or not drawn.",
+            "Candidates that stopping policies saved: cancelled before their end, or not sampled.",
             {"{{policy}}, {{spared}}": rate("nbest_spared_candidates_total", by="policy, spared")},
         ),
         Panel(
@@ -140,13 +142,13 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Candidate seconds a request",
             "s",
-            "What an answered request cost the engine, added up over its candidates.",
+            "Engine time of an answered request, summed over its candidates.",
             {"mean": mean("nbest_request_candidate_seconds"), "p95": quantile(0.95, "nbest_request_candidate_seconds")},
         ),
         Panel(
-            "Candidates side by side",
+            "Concurrent candidates",
             "short",
-            "Candidate seconds for each second of generating: 1 is one after the other.",
+            "Candidate seconds for each second of generation: 1 means one candidate at a time.",
             {
                 "mean": f"{rate('nbest_request_candidate_seconds_sum')} / {rate('nbest_generate_seconds_sum')}",
             },
@@ -156,19 +158,19 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Reward gain",
             "short",
-            "Reward of the winner over the mean of its request's candidates: what best-of-N adds.",
+            "Reward of the winner minus the mean of its request's candidates: the gain of best-of-N.",
             {"{{reward_model}}": mean("nbest_reward_gain", by="reward_model")},
         ),
         Panel(
             "Reward of the winner",
             "short",
-            "Median, as far as the buckets tell it.",
+            "Median, estimated from the buckets.",
             {"{{reward_model}}": quantile(0.5, "nbest_winner_reward", by="reward_model")},
         ),
         Panel(
             "Scoring batches",
             "short",
-            "Means of what is computed together.",
+            "Mean size of a scoring batch.",
             {
                 "sequences": mean("nbest_score_batch_sequences"),
                 "tokens": mean("nbest_score_batch_tokens"),
@@ -180,35 +182,35 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Score cache",
             "cps",
-            "Candidates whose reward was held, and those that had to be scored; none without --score-cache-entries.",
+            "Candidates whose reward was cached, and those that were scored; no data without --score-cache-entries.",
             {"{{found}}": rate("nbest_score_cache_lookups_total", by="found")},
         ),
     ],
-    "Under pressure": [
+    "Load and failures": [
         Panel(
             "Admitted and waiting",
             "short",
-            "Candidates let in, and those of requests that wait their turn.",
+            "Admitted candidates, and candidates of queued requests.",
             {
                 "admitted": f"sum(nbest_admitted_candidates{{{ON}}})",
                 "waiting": f"sum(nbest_queued_candidates{{{ON}}})",
             },
         ),
         Panel(
-            "Tokens waiting", "short", "The most that waiting requests may cost.",
+            "Tokens waiting", "short", "Maximum tokens of the queued requests.",
             {"tokens": f"sum(nbest_queued_tokens{{{ON}}})"},
         ),
-        Panel("Shed", "reqps", "Refused with 429, by reason.", {"{{reason}}": rate("nbest_shed_total", by="reason")}),
+        Panel("Shed", "reqps", "Rejected with 429, by reason.", {"{{reason}}": rate("nbest_shed_total", by="reason")}),
         Panel(
             "Engine restarts",
             "short",
-            "Engines started in place of one that had died, in an hour.",
+            "Engines restarted after a crash, in an hour.",
             {"restarts": f"sum(increase(nbest_engine_restarts_total{{{ON}}}[1h]))"},
         ),
         Panel(
             "Engine recovery",
             "s",
-            "From the death of an engine to the next one being ready.",
+            "From the crash of an engine until its replacement is ready.",
             {"mean": mean("nbest_engine_recovery_seconds"), "p95": quantile(0.95, "nbest_engine_recovery_seconds")},
         ),
     ],
@@ -246,7 +248,7 @@ def _instance() -> dict[str, Any]:
         "type": "query",
         "datasource": DATASOURCE,
         "query": {"query": "label_values(nbest_ready, instance)", "refId": "instances"},
-        "refresh": 2,  # when the range of time changes
+        "refresh": 2,  # on a change of the time range
         "multi": True,
         "includeAll": True,
         "allValue": ".*",
@@ -259,12 +261,12 @@ def _panels() -> Iterator[dict[str, Any]]:
     top = 0
     width = COLUMNS // PANELS_A_LINE
     for title, panels in ROWS.items():
-        place = {"x": 0, "y": top, "w": COLUMNS, "h": 1}
-        yield {"id": next(ids), "type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
+        position = {"x": 0, "y": top, "w": COLUMNS, "h": 1}
+        yield {"id": next(ids), "type": "row", "title": title, "collapsed": False, "gridPos": position, "panels": []}
         for number, panel in enumerate(panels):
             line, column = divmod(number, PANELS_A_LINE)
-            place = {"x": width * column, "y": top + 1 + line * PANEL_HEIGHT, "w": width, "h": PANEL_HEIGHT}
-            yield {"id": next(ids), "gridPos": place, **_panel(panel)}
+            position = {"x": width * column, "y": top + 1 + line * PANEL_HEIGHT, "w": width, "h": PANEL_HEIGHT}
+            yield {"id": next(ids), "gridPos": position, **_panel(panel)}
         top += 1 + PANEL_HEIGHT * -(-len(panels) // PANELS_A_LINE)
 
 
@@ -272,7 +274,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
     return {
         "type": panel.kind,
         "title": panel.title,
-        "description": panel.tells,
+        "description": panel.description,
         "datasource": DATASOURCE,
         "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0 if panel.unit != "short" else None}, "overrides": []},
         "targets": [

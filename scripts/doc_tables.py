@@ -1,11 +1,11 @@
-"""What the pages say in figures, made from benchmarks/results and from the code alone.
+"""Fills the tables of the pages from benchmarks/results and from the code.
 
-The prose of those pages is written by hand; each `<!-- name -->` … `<!-- /name -->` in it is filled from here.
+The prose of the pages is written by hand; the text between `<!-- name -->` and `<!-- /name -->` comes from this module.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def filled(page: Path) -> str:
-    """The page with every block filled anew."""
+    """The text of a page with every block filled again."""
 
     def fill(block: re.Match[str]) -> str:
         name = block["name"]
@@ -26,21 +26,23 @@ def filled(page: Path) -> str:
     return re.sub(r"<!-- (?P<name>[a-z-]+) -->\n.*?<!-- /(?P=name) -->", fill, page.read_text(), flags=re.DOTALL)
 
 
-def result(name: str) -> Any:
+def read_result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def result_if_there(name: str) -> Any:
-    return result(name) if (RESULTS / f"{name}.json").exists() else None
+def read_result_if_exists(name: str) -> Any:
+    return read_result(name) if (RESULTS / f"{name}.json").exists() else None
 
 
 NOT_MEASURED = "Not measured yet.\n"
 
 
 def if_measured(name: str, block: Callable[[Any], str]) -> Callable[[], str]:
+    """The block of a result, or NOT_MEASURED where the result does not exist."""
+
     def fill() -> str:
-        found = result_if_there(name)
-        return NOT_MEASURED if found is None else block(found)
+        result = read_result_if_exists(name)
+        return NOT_MEASURED if result is None else block(result)
 
     return fill
 
@@ -50,74 +52,84 @@ def with_interval(figure: dict[str, float]) -> str:
 
 
 def quality() -> str:
-    """Winner reward, and the independent judge, versus N."""
-    found = result("quality")
+    """Reward and VADER score of the winner against N."""
+    result = read_result("quality")
     rows = [
-        f"| {n} | {with_interval(found['winner_reward'][n])} | {with_interval(found['winner_vader'][n])} |\n"
-        for n in found["winner_reward"]
+        f"| {n} | {with_interval(result['winner_reward'][n])} | {with_interval(result['winner_vader'][n])} |\n"
+        for n in result["winner_reward"]
     ]
     return (
         "| best_of | mean reward of the winner (95 % interval) | independent judge: VADER, -1 to 1 |\n|---|---|---|\n"
         + "".join(rows)
-        + f"\n{found['prompts']} prompts that open a film review, {found['max_tokens']} new tokens, "
-        f"`{found['policy']}` judged by `{found['reward_model']}`. From 1 to 16 the mean rises by "
-        f"{found['gain_of_16_over_1_in_single_sample_sd']:.2f} standard deviations of single-sample rewards "
-        f"({found['single_sample_reward']['sd']:.2f}).\n"
+        + f"\n{result['prompts']} openings of film reviews, {result['max_tokens']} new tokens, "
+        f"`{result['policy']}` scored by `{result['reward_model']}`. From 1 to 16 the mean rises by "
+        f"{result['gain_of_16_over_1_in_single_sample_sd']:.2f} standard deviations of single-sample rewards "
+        f"({result['single_sample_reward']['sd']:.2f}).\n"
     )
 
 
 def scoring_overhead() -> str:
-    found = result("scoring_overhead")
-    ratio, stages = found["with_scoring_over_without"], found["with_scoring_s"]
+    """The time of scoring, and the stages of a request."""
+    result = read_result("scoring_overhead")
+    ratio, stages = result["with_scoring_over_without"], result["with_scoring_s"]
     return (
-        f"`best_of={found['best_of']}` with scoring takes **{ratio['median']:.2f} times** the seconds of the same "
-        f"{found['best_of']} generations without it (median of {ratio['rounds']} rounds in turn, {ratio['low']:.2f} … "
-        f"{ratio['high']:.2f}; {found['prompt_tokens']}-token prompt, {found['max_tokens']} new tokens).\n\n"
+        f"`best_of={result['best_of']}` with scoring takes **{ratio['median']:.2f} times** as long as the same "
+        f"{result['best_of']} generations without it (median of {ratio['rounds']} alternating rounds, "
+        f"{ratio['low']:.2f} … {ratio['high']:.2f}; {result['prompt_tokens']}-token prompt, {result['max_tokens']} new "
+        "tokens).\n\n"
         "| seconds, median | |\n|---|---|\n"
-        f"| the same generations alone | {found['without_scoring_s']['median']:.2f} |\n"
+        f"| the same generations alone | {result['without_scoring_s']['median']:.2f} |\n"
         f"| whole request | {stages['total']:.2f} |\n"
-        f"| … until the last candidate has ended | {stages['queue'] + stages['generate']:.2f} |\n"
-        f"| … a scorer call out (overlaps with generating) | {stages['score']:.2f} |\n"
-        f"| … after the last candidate | {found['after_the_last_candidate_s']:.2f} |\n"
-        f"| … selecting | {stages['select']:.5f} |\n"
+        f"| … until the last candidate ends | {stages['queue'] + stages['generate']:.2f} |\n"
+        f"| … with a scorer at work (overlaps with generation) | {stages['score']:.2f} |\n"
+        f"| … after the last candidate | {result['after_the_last_candidate_s']:.2f} |\n"
+        f"| … selection | {stages['select']:.5f} |\n"
     )
 
 
 def prefill() -> str:
-    found = result("prefill")
+    """Seconds of 16 candidates for one prompt, by `vllm serve` and by nbest's engine."""
+    result = read_result("prefill")
     rows = [
-        f"| {arm} | {max_tokens} | {one['vllm_serve_s']:.2f} | {one['ours_s']:.2f} | {with_extremes(one['ratio'])} |\n"
-        for arm, by_tokens in found["by_max_tokens"].items()
-        for max_tokens, one in by_tokens.items()
+        (
+            arm,
+            max_tokens,
+            f"{case['vllm_serve_s']:.2f}",
+            f"{case['ours_s']:.2f}",
+            with_extremes(case["ratio"]),
+        )
+        for arm, by_tokens in result["by_max_tokens"].items()
+        for max_tokens, case in by_tokens.items()
     ]
-    return (
-        "| `vllm serve` with | new tokens | its seconds | ours | ratio (extremes) |\n|---|---|---|---|---|\n"
-        + "".join(rows)
-    )
+    return table(("`vllm serve` with", "new tokens", "its seconds", "nbest's", "ratio (extremes)"), rows)
 
 
 def scoring() -> str:
-    """Seconds of four ways to score the same candidates, and how ours compares."""
-    found = result("scoring")
-    rows = []
-    for case in found["cases"].values():
-        for way, ratio in case["times_longer_than_ours"].items():
-            rows.append(
-                f"| {case['prompt_tokens']} + {found['best_of']} of {case['candidate_tokens']} | {way} "
-                f"| {case['seconds'][way]['median']:.2f} | {case['seconds']['ours']['median']:.2f} "
-                f"| {with_extremes(ratio)} | {ratio['bar']:g} |\n"
-            )
+    """Seconds of nbest and of three other ways to score the same candidates."""
+    result = read_result("scoring")
+    rows = [
+        (
+            f"{case['prompt_tokens']} + {result['best_of']} of {case['candidate_tokens']}",
+            way,
+            f"{case['seconds'][way]['median']:.2f}",
+            f"{case['seconds']['ours']['median']:.2f}",
+            with_extremes(ratio),
+            f"{ratio['bar']:g}",
+        )
+        for case in result["cases"].values()
+        for way, ratio in case["times_longer_than_ours"].items()
+    ]
+    difference = max(case["largest_difference_of_rewards"] for case in result["cases"].values())
     return (
-        "| tokens | other way | its seconds | ours | ratio (extremes) | to be reached |\n|---|---|---|---|---|---|\n"
-        + "".join(rows)
-        + f"\nMedians of {found['rounds']} rounds in turn; SmolLM2-135M's trunk in float32. The rewards differ by "
-        f"{max(case['largest_difference_of_rewards'] for case in found['cases'].values()):.0e} at most.\n"
+        table(("tokens", "other way", "its seconds", "nbest's", "ratio (extremes)", "bar, at least"), rows)
+        + f"\nMedians of {result['rounds']} alternating rounds; SmolLM2-135M's trunk in float32. The rewards differ by "
+        f"{difference:.0e} at most.\n"
     )
 
 
 def router_overhead() -> str:
-    """CPU milliseconds of the server's process a request, scripted generator and scorer."""
-    found = result("router_overhead")
+    """CPU milliseconds of the server's process for a request, with a scripted generator and scorer."""
+    result = read_result("router_overhead")
     names = {
         "n1": "best_of 1",
         "n16": "best_of 16",
@@ -125,149 +137,167 @@ def router_overhead() -> str:
         "n1_stream": "best_of 1, streamed word by word",
     }
     rows = [
-        f"| {names[case]} | {one['mean']:.2f} ± {one['stdev']:.2f} | {one['min']:.2f} |\n"
-        for case, one in found["cpu_ms_per_request"].items()
+        (names[case], f"{cpu_ms['mean']:.2f} ± {cpu_ms['stdev']:.2f}", f"{cpu_ms['min']:.2f}")
+        for case, cpu_ms in result["cpu_ms_per_request"].items()
     ]
-    return "| request | CPU ms, mean ± standard deviation | least |\n|---|---|---|\n" + "".join(rows)
+    return table(("request", "CPU ms, mean ± standard deviation", "minimum"), rows)
 
 
 def card(block: Callable[[Any], str]) -> Callable[[], str]:
-    return lambda: block(result("reward_movie-sentiment"))
+    return lambda: block(read_result("reward_movie-sentiment"))
 
 
 def arithmetic() -> str:
-    """Right answers by way of choosing and n."""
-    found = result("arithmetic")
-    n = list(next(iter(found["curves"].values())))
+    """Share of correct answers by selection strategy and n."""
+    result = read_result("arithmetic")
+    sizes = list(next(iter(result["curves"].values())))
 
-    def percent(one: dict[str, float]) -> str:
-        return f"{100 * one['mean']:.0f} ({100 * one['low']:.0f} … {100 * one['high']:.0f})"
+    def percent(share: dict[str, float]) -> str:
+        return f"{100 * share['mean']:.0f} ({100 * share['low']:.0f} … {100 * share['high']:.0f})"
 
-    rows = [
-        f"| {name} | {' | '.join(percent(one) for one in curve.values())} |\n"
-        for name, curve in found["curves"].items()
-    ]
-    last = [by_n[n[-1]] for by_n in found["best_of_n_by_training_seed"].values()]
-    pairs = found["held_out_pair_accuracy_by_training_seed"].values()
-    problems = found["problems"]
+    rows = [(name, *(percent(share) for share in curve.values())) for name, curve in result["curves"].items()]
+    largest = sizes[-1]
+    shares = [by_n[largest] for by_n in result["best_of_n_by_training_seed"].values()]
+    accuracies = result["held_out_pair_accuracy_by_training_seed"].values()
+    problems = result["problems"]
     return (
-        f"| n | {' | '.join(n)} |\n|---|{'---|' * len(n)}\n"
-        + "".join(rows)
-        + f"\nPercent of {problems['test']} problems answered rightly, with 95 % bootstrap intervals over problems. "
-        f"Greedy: {percent(found['greedy'])}. One pool of {found['pool']} candidates a problem; the reward was trained "
-        f"on {problems['pairs']} pairs of answers to other problems, {len(found['training_seeds'])} times with seeds "
-        f"of their own: best of {n[-1]} by it is right in {100 * min(last):.0f} to {100 * max(last):.0f} %, and "
-        f"its order of held-out pairs in {100 * min(pairs):.0f} to {100 * max(pairs):.0f} %.\n"
+        table(("n", *sizes), rows)
+        + f"\nPercent of {problems['test']} problems answered correctly, with 95 % bootstrap intervals over problems. "
+        f"Greedy: {percent(result['greedy'])}. One pool of {result['pool']} candidates for each problem. The reward "
+        f"model was trained {len(result['training_seeds'])} times, with different seeds, on {problems['pairs']} pairs "
+        f"of answers to other problems: best of {largest} by it is correct in {100 * min(shares):.0f} to "
+        f"{100 * max(shares):.0f} %, and its accuracy on held-out pairs is {100 * min(accuracies):.0f} to "
+        f"{100 * max(accuracies):.0f} %.\n"
     )
 
 
 def improve() -> str:
-    """Best of n against what the policy was taught, by every measure."""
-    found = result("improve")
-    rows = {f"base, best of {n}": one for n, one in found["best_of_n_of_the_base"].items()}
-    rows |= {f"{name}, best of 1": one for name, one in found["policies_at_best_of_1"].items()}
+    """Best of n of the base against the trained policies, by every measure."""
+    result = read_result("improve")
+    rows = {f"base, best of {n}": figures for n, figures in result["best_of_n_of_the_base"].items()}
+    rows |= {f"{name}, best of 1": figures for name, figures in result["policies_at_best_of_1"].items()}
 
-    variety = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["distinct_first_words"].items())
-    drawn = ", ".join(f"{count} of {name}" for name, count in found["samples_a_prompt"].items())
+    diversity = ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["distinct_first_words"].items())
+    samples = ", ".join(f"{count} of {name}" for name, count in result["samples_a_prompt"].items())
     return (
         against_base(rows)
-        + f"\n{found['prompts']['held_out']} held-out openings, {found['max_tokens']} new tokens, 95 % bootstrap "
-        f"intervals over openings; samples an opening: {drawn}. Trained on {found['prompts']['train']} other openings: "
-        f"{' and '.join(map(str, found['demonstrations']))} winners in the rounds, {found['pairs']} pairs for DPO. "
-        f"Different first four words among the samples of an opening: {variety}.\n"
+        + f"\n{result['prompts']['held_out']} held-out openings, {result['max_tokens']} new tokens, 95 % bootstrap "
+        f"intervals over openings; samples of each opening: {samples}. Trained on {result['prompts']['train']} other "
+        f"openings: {' and '.join(map(str, result['demonstrations']))} winners in the rounds, {result['pairs']} pairs "
+        f"for DPO. Distinct first four words among the samples of an opening: {diversity}.\n"
     )
 
 
 def rl() -> str:
-    """What PPO and REINFORCE made of the policy, seed by seed, against best of n of what they started from."""
-    found = result("rl")
-    best = found["best_of_n_of_the_base"]
+    """Policies trained with PPO and REINFORCE, for each seed, against best of n of the base."""
+    result = read_result("rl")
+    best = result["best_of_n_of_the_base"]
     rows = {f"base, best of {n}": best[n] for n in ("1", "4", "16")}
-    told = []
-    for method, runs in found["runs"].items():
+    notes = []
+    for method, runs in result["runs"].items():
         rows |= {f"{method}, seed {seed}, best of 1": run["held_out"] for seed, run in runs.items()}
         minutes = [sum(run["seconds"].values()) / 60 for run in runs.values()]
         shares = {
             name: sum(run["seconds"][name] for run in runs.values()) for name in ("rollout_s", "learning_s", "sync_s")
         }
-        of_all = ", ".join(f"{name[:-2]} {100 * part / sum(shares.values()):.0f} %" for name, part in shares.items())
-        variety = " / ".join(f"{100 * run['distinct_first_words']:.0f} %" for run in runs.values())
-        told.append(
-            f"{method}: {min(minutes):.0f} to {max(minutes):.0f} minutes a run ({of_all}), different first four words "
-            f"among the samples of an opening {variety}"
+        phases = ", ".join(f"{name[:-2]} {100 * part / sum(shares.values()):.0f} %" for name, part in shares.items())
+        diversity = " / ".join(f"{100 * run['distinct_first_words']:.0f} %" for run in runs.values())
+        notes.append(
+            f"{method}: {min(minutes):.0f} to {max(minutes):.0f} minutes a run ({phases}), distinct first four words "
+            f"among the samples of an opening {diversity}"
         )
     return (
         against_base(rows)
-        + f"\n{found['prompts']['held_out']} held-out openings, {found['max_tokens']} new tokens, 95 % bootstrap "
-        f"intervals over openings; trained on {found['prompts']['train']} others. {'; '.join(told)}; the base "
-        f"{100 * found['distinct_first_words_of_the_base']:.0f} %.\n"
+        + f"\n{result['prompts']['held_out']} held-out openings, {result['max_tokens']} new tokens, 95 % bootstrap "
+        f"intervals over openings; trained on {result['prompts']['train']} others. {'; '.join(notes)}; the base "
+        f"{100 * result['distinct_first_words_of_the_base']:.0f} %.\n"
     )
 
 
-def rlhf_pipeline(found: Any) -> str:
-    """What each method made of one start."""
-    rows = {f"start, best of {n}": one for n, one in found["best_of_n_of_the_base"].items()}
-    rows |= {f"{name}, best of 1": one for name, one in found["policies_at_best_of_1"].items()}
-    test = {name: 100 * found["reward_test"][name] for name in ("accuracy", "low", "high")}
+def rlhf_pipeline(result: Any) -> str:
+    """The policies that each method trained from the same start."""
+    rows = {f"start, best of {n}": figures for n, figures in result["best_of_n_of_the_base"].items()}
+    rows |= {f"{name}, best of 1": figures for name, figures in result["policies_at_best_of_1"].items()}
+    test = {name: 100 * result["reward_test"][name] for name in ("accuracy", "low", "high")}
     return (
         against_base(rows, "start")
-        + f"\n{found['prompts']['held_out']} held-out openings, {found['max_tokens']} new tokens, one seed, 95 % "
+        + f"\n{result['prompts']['held_out']} held-out openings, {result['max_tokens']} new tokens, one seed, 95 % "
         f"bootstrap intervals over openings. The reward model orders {test['accuracy']:.0f} % ({test['low']:.0f} … "
-        f"{test['high']:.0f}) of {found['reward_test']['comparisons']} held-out pairs as people did.\n"
+        f"{test['high']:.0f}) of {result['reward_test']['comparisons']} held-out pairs as people did.\n"
     )
 
 
 def against_base(rows: dict[str, Any], base: str = "base") -> str:
-    """Policies by all that is measured of them (`benchmarks.policy_evaluation`); `base` is where they began."""
+    """Policies by the measures of `benchmarks.policy_evaluation`; `base` is the policy that training started from."""
 
     def kl(figure: dict[str, float]) -> str:
         return with_interval(figure) if "low" in figure else f"≤ {figure['mean']:.2f}"
 
-    return (
-        f"| | mean reward | VADER, -1 to 1 | perplexity under the {base} | KL to the {base}, nats a sequence |\n"
-        "|---|---|---|---|---|\n"
-    ) + "".join(
-        f"| {name} | {with_interval(one['reward'])} | {with_interval(one['vader'])} "
-        f"| {with_interval(one['perplexity_under_base'])} | {kl(one['kl'])} |\n"
-        for name, one in rows.items()
+    heading = (
+        "",
+        "mean reward",
+        "VADER, -1 to 1",
+        f"perplexity under the {base}",
+        f"KL to the {base}, nats a sequence",
+    )
+    return table(
+        heading,
+        [
+            (
+                name,
+                with_interval(figures["reward"]),
+                with_interval(figures["vader"]),
+                with_interval(figures["perplexity_under_base"]),
+                kl(figures["kl"]),
+            )
+            for name, figures in rows.items()
+        ],
     )
 
 
 def offline() -> str:
-    """What the offline mode makes of the engine, and against the simplest way."""
-    found = result("offline")
-    head = (
-        "| work | scorer of the offline mode | other way | offline | other | ratio (extremes) | to be reached |\n"
-        "|---|---|---|---|---|---|---|\n"
+    """Throughput of the offline mode against the bare engine and a transformers script."""
+    result = read_result("offline")
+    rounds = result["works"]["openings"]["times_as_fast_as"]["transformers"]["rounds"]
+    heading = (
+        "work",
+        "scorer of the offline mode",
+        "other way",
+        "offline",
+        "other",
+        "ratio (extremes)",
+        "bar, at least",
     )
-    rounds = found["works"]["openings"]["times_as_fast_as"]["transformers"]["rounds"]
     return (
-        head
-        + "".join(_offline_rows(name, work) for name, work in found["works"].items())
-        + f"\n{found['prompts']} prompts, {found['best_of']} candidates each, {rounds} rounds in turn.\n"
+        table(heading, [row for name, work in result["works"].items() for row in _offline_rows(name, work)])
+        + f"\n{result['prompts']} prompts, {result['best_of']} candidates each, {rounds} alternating rounds.\n"
     )
 
 
-def _offline_rows(name: str, work: Any) -> str:
-    tokens, pairs, ratios = work["tokens_per_s"], work["pairs_per_s"], work["times_as_fast_as"]
-
-    def row(scorer: str, way: str, other: str, speeds: dict[str, float], digits: int, unit: str) -> str:
-        ratio = ratios[other]
+def _offline_rows(name: str, work: Any) -> Iterator[tuple[str, ...]]:
+    def row(scorer: str, way: str, other: str, speeds: dict[str, float], digits: int, unit: str) -> tuple[str, ...]:
+        ratio = work["times_as_fast_as"][other]
         return (
-            f"| {name} | {scorer} | {way} | {speeds[f'offline, {scorer}']:.{digits}f} {unit} "
-            f"| {speeds[other]:.{digits}f} {unit} "
-            f"| {with_extremes(ratio)} | {ratio['bar']:g} |\n"
+            name,
+            scorer,
+            way,
+            f"{speeds[f'offline, {scorer}']:.{digits}f} {unit}",
+            f"{speeds[other]:.{digits}f} {unit}",
+            with_extremes(ratio),
+            f"{ratio['bar']:g}",
         )
 
-    return row("logprob", "the bare engine, nothing scored or written", "bare engine", tokens, 0, "tokens/s") + row(
-        "reward model", "transformers: generate all, then score all", "transformers", pairs, 1, "pairs/s"
-    )
+    tokens, pairs = work["tokens_per_s"], work["pairs_per_s"]
+    yield row("logprob", "the bare engine, without scoring or files", "bare engine", tokens, 0, "tokens/s")
+    yield row("reward model", "transformers: generate all, then score all", "transformers", pairs, 1, "pairs/s")
 
 
 def batch_memory() -> str:
-    runs = ", ".join(f"{one['peak_mib']:.0f} MiB for {one['lines']:,} lines" for one in result("batch_memory")["runs"])
-    peaks = f"The peak of the command's memory, with a generator that takes no time: {runs}"
-    return f"{peaks} (`benchmarks/batch_memory.py`).\n"
+    runs = read_result("batch_memory")["runs"]
+    peaks = ", ".join(f"{run['peak_mib']:.0f} MiB for {run['lines']:,} lines" for run in runs)
+    return (
+        f"Peak memory of the command, with a generator that answers at once: {peaks} (`benchmarks/batch_memory.py`).\n"
+    )
 
 
 RENAMED = {
@@ -302,81 +332,109 @@ def provenance() -> str:
 
 
 def stopping() -> str:
-    """What each stopping policy draws at plain best-of-16's reward, by the settings chosen on other prompts."""
-    found = result_if_there("stopping")
-    if found is None:
+    """The tokens of every stopping policy at plain best-of-16's reward, with settings chosen on other prompts."""
+    result = read_result_if_exists("stopping")
+    if result is None:
         return NOT_MEASURED
     rows = []
-    for pools, policies in found["policies"].items():
-        for name, measured in policies.items():
+    for pools, policies in result["policies"].items():
+        for name, policy in policies.items():
             for criterion in ("equal", "within"):
-                one = measured[criterion]
-                bar = found["bars"].get(name) if pools == "film reviews" else None
+                figures = policy[criterion]
+                bar = result["bars"].get(name) if pools == "film reviews" else None
                 rows.append(
-                    f"| {pools} | {name} | {criterion} | {with_interval(one['token_share'])} | "
-                    f"{f'{bar:.2f}' if bar else ''} | {with_interval(one['reward_minus_plain'])} |\n"
+                    (
+                        pools,
+                        name,
+                        criterion,
+                        with_interval(figures["token_share"]),
+                        f"{bar:.2f}" if bar else "",
+                        with_interval(figures["reward_minus_plain"]),
+                    )
                 )
-    prompts = " and ".join(f"{count} {name}" for name, count in found["prompts"].items())
+    prompts = " and ".join(f"{count} {name}" for name, count in result["prompts"].items())
+    heading = (
+        "pools",
+        "policy",
+        "criterion",
+        f"share of plain best-of-{result['plain_n']}'s tokens",
+        "bar, at most",
+        "reward minus its reward",
+    )
     return (
-        f"| pools | policy | good enough | share of plain best-of-{found['plain_n']}'s tokens | bar | reward minus its "
-        "reward |\n|---|---|---|---|---|---|\n"
-        + "".join(rows)
-        + f"\nPools of {found['pool']} candidates for {prompts} prompts, each in {found['orders']} random orders; "
+        table(heading, rows)
+        + f"\nPools of {result['pool']} candidates for {prompts} prompts, each in {result['orders']} random orders; "
         "95 % bootstrap intervals over prompts. In arithmetic a candidate counts as one token.\n"
     )
 
 
 def stopping_waves() -> str:
     """The share of tokens at equal reward by the size of a wave."""
-    found = result_if_there("stopping")
-    if found is None:
+    result = read_result_if_exists("stopping")
+    if result is None:
         return NOT_MEASURED
-    waves = list(next(iter(found["share_by_wave"].values())))
+    waves = list(next(iter(result["share_by_wave"].values())))
     rows = [
-        f"| {pools} | {' | '.join(with_interval(by_wave[wave]) for wave in waves)} |\n"
-        for pools, by_wave in found["share_by_wave"].items()
+        (pools, *(with_interval(by_wave[wave]) for wave in waves)) for pools, by_wave in result["share_by_wave"].items()
     ]
-    return f"| candidates of a wave | {' | '.join(waves)} |\n|---|{'---|' * len(waves)}\n" + "".join(rows)
+    return table(("candidates of a wave", *waves), rows)
 
 
 def stopping_live() -> str:
-    """The same on the running engine."""
-    found = result_if_there("stopping_live")
-    if found is None:
+    """The tokens and seconds of every stopping policy on the running engine."""
+    result = read_result_if_exists("stopping_live")
+    if result is None:
         return NOT_MEASURED
     rows = [
-        f"| {name} | {with_interval(one['reward'])} | {with_interval(one['token_share'])} | "
-        f"{one['completed']:.1f} | {one['cancelled']:.1f} | {one['scored_tokens']:.0f} | {one['total_s']:.2f} |\n"
-        for name, one in found["by_policy"].items()
+        (
+            name,
+            with_interval(figures["reward"]),
+            with_interval(figures["token_share"]),
+            f"{figures['completed']:.1f}",
+            f"{figures['cancelled']:.1f}",
+            f"{figures['scored_tokens']:.0f}",
+            f"{figures['total_s']:.2f}",
+        )
+        for name, figures in result["by_policy"].items()
     ]
     return (
-        "| policy | reward | share of tokens | completed | cancelled | scored tokens | seconds |\n"
-        "|---|---|---|---|---|---|---|\n"
-        + "".join(rows)
-        + f"\n{found['prompts']} openings, {found['max_tokens']} new tokens; means a prompt.\n"
+        table(("policy", "reward", "share of tokens", "completed", "cancelled", "scored tokens", "seconds"), rows)
+        + f"\n{result['prompts']} openings, {result['max_tokens']} new tokens; means over prompts.\n"
     )
 
 
-def blockwise(found: Any) -> str:
-    """When the first words of an answer in blocks come, and what it costs, beside plain best-of-N."""
-    whole = found["plain"]
-    return (
-        "| tokens of a block | first token, of plain best-of-N's | bar | last token, of plain's | tokens, of plain's "
-        "| reward minus its reward |\n|---|---|---|---|---|---|\n"
-        + "".join(
-            f"| {tokens} | {with_extremes(one['of_plain']['first_token_s'])} | {found['bar']} "
-            f"| {with_extremes(one['of_plain']['total_s'])} | {with_extremes(one['of_plain']['tokens'])} "
-            f"| {with_interval(one['of_plain']['reward_difference'])} |\n"
-            for tokens, one in found["block_tokens"].items()
+def blockwise(result: Any) -> str:
+    """Time to the first token and cost of blockwise best-of-N, relative to plain best-of-N."""
+    plain = result["plain"]
+    heading = (
+        "tokens of a block",
+        "first token, relative to plain best-of-N",
+        "bar, at most",
+        "last token, relative to plain",
+        "tokens, relative to plain",
+        "reward minus plain's",
+    )
+    rows = [
+        (
+            tokens,
+            with_extremes(figures["of_plain"]["first_token_s"]),
+            f"{result['bar']}",
+            with_extremes(figures["of_plain"]["total_s"]),
+            with_extremes(figures["of_plain"]["tokens"]),
+            with_interval(figures["of_plain"]["reward_difference"]),
         )
-        + f"\n{found['prompts']} openings of film reviews, best of {found['best_of']}, {found['max_tokens']} tokens at "
-        "most; ratios prompt by prompt, median and extremes, of requests in turn. Plain best-of-N begins to answer "
-        f"after {whole['first_token_s']['mean']:.1f} s with reward {whole['reward']['mean']:.2f}.\n"
+        for tokens, figures in result["block_tokens"].items()
+    ]
+    return (
+        table(heading, rows)
+        + f"\n{result['prompts']} openings of film reviews, best of {result['best_of']}, {result['max_tokens']} tokens "
+        "at most; ratios prompt by prompt, median and extremes, requests alternating. Plain best-of-N begins to answer "
+        f"after {plain['first_token_s']['mean']:.1f} s, with reward {plain['reward']['mean']:.2f}.\n"
     )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "figures": lambda: tables_readme.figures(result),
+    "figures": lambda: tables_readme.figures(read_result),
     "quality": quality,
     "scoring-overhead": scoring_overhead,
     "prefill": prefill,
@@ -396,10 +454,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rlhf-pipeline": if_measured("rlhf_pipeline", rlhf_pipeline),
     "blockwise": if_measured("blockwise", blockwise),
     "side-by-side": if_measured("side_by_side", tables_latency.side_by_side),
-    "latency": if_measured("latency", lambda found: tables_latency.against_n(found, result_if_there("latency_ray"))),
+    "latency": if_measured(
+        "latency", lambda result: tables_latency.against_n(result, read_result_if_exists("latency_ray"))
+    ),
     "latency-scaling": if_measured("latency", tables_latency.scaling),
     "goodput": if_measured("latency", tables_latency.goodput),
-    "reliability": lambda: reliability.table(result_if_there),
+    "reliability": lambda: reliability.table(read_result_if_exists),
     "rl-memory": if_measured("rl_breakdown", tables_rl.memory),
     "rl-memory-large": tables_rl.memory_7b,
     "rl-time": if_measured("rl_breakdown", tables_rl.time),
@@ -419,4 +479,4 @@ PAGES = (
     ROOT / "docs" / "stopping.md",
     ROOT / "reranker" / "pretrained" / "movie-sentiment" / "README.md",
 )
-"""The pages that have blocks."""
+"""The pages with blocks."""

@@ -1,9 +1,9 @@
-"""Writes what is made from code and results in README and docs/, so that it cannot drift from them.
+"""Generates the parts of README and docs/ that come from code and results.
 
     python -m scripts.docs            # or: make docs
-    python -m scripts.docs --check    # fails, naming the pages that no longer tell the truth (in make check)
+    python -m scripts.docs --check    # fails and names the pages that are out of date (in make check)
 
-A test reads the same `pages()`.
+A test compares the committed files with the same `pages()`.
 """
 
 import json
@@ -31,7 +31,7 @@ COLUMNS = "80"
 
 
 def pages() -> dict[str, str]:
-    """Path -> what the file should hold."""
+    """Path -> the text that the file should have."""
     return {
         "docs/cli.md": cli_page(),
         "docs/settings.md": settings_page(),
@@ -43,7 +43,7 @@ def pages() -> dict[str, str]:
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The path of every command below a group, the group's own first."""
+    """The path of the group, then of every command below it."""
     yield path
     context = typer.Context(group)
     for name in group.list_commands(context):
@@ -69,7 +69,7 @@ def settings_page() -> str:
     rows = [
         (
             f"`{name}`",
-            "none: a command line is no place for a secret" if is_secret(field) else f"`{flag_of(name)}`",
+            "none: a command line would expose a secret" if is_secret(field) else f"`{flag_of(name)}`",
             f"`{variable_of(name)}`",
             f"`{json.dumps(field.default)}`" if field.default is not None else "",
             allowed(schema[name]),
@@ -86,14 +86,14 @@ by `--config` or `NBEST_CONFIG`, the environment, the flags of `nbest serve`. In
 is a list of NAME=SPEC with spaces between; in the file it is a table.
 
 {table(("TOML key", "flag", "variable", "default", "values", "meaning"), rows)}
-Variables that are no settings of the server:
+Variables that are not settings of the server:
 
 {table(("variable", "meaning"), others)}"""
 
 
 def allowed(schema: dict[str, Any]) -> str:
-    """The values a setting takes, from its JSON schema."""
-    kinds = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
+    """The values that a setting accepts, from its JSON schema."""
+    kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
     (kind,) = kinds
     if choices := kind.get("enum"):
         return ", ".join(f"`{choice}`" for choice in choices)
@@ -108,7 +108,7 @@ def allowed(schema: dict[str, Any]) -> str:
 def metrics_page() -> str:
     metrics = Metrics()
     collectors: Iterable[Any] = metrics.registry._collector_to_names
-    labels = {one._name: one._labelnames for one in collectors}  # which collect() does not tell
+    labels = {collector._name: collector._labelnames for collector in collectors}  # collect() has no label names
     rows = [
         (
             f"`{family.name}{'_total' if family.type == 'counter' else ''}`",
@@ -128,18 +128,18 @@ Written by `make docs` from `server/observability/metrics.py`; `GET /metrics` se
 
 def openapi() -> dict[str, Any]:
     def never_started() -> AbstractAsyncContextManager[BestOfN]:
-        raise AssertionError("the routes are described without starting anything")
+        raise AssertionError("describing the routes must not start the pipeline")
 
     return create_app(never_started, Settings(), Metrics()).openapi()
 
 
 def main() -> None:
     for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
-        del os.environ[name]  # the pages describe the defaults, not this shell
+        del os.environ[name]  # the pages describe the defaults, not the environment of this shell
     stale = {name: text for name, text in pages().items() if not same(ROOT / name, text)}
     if "--check" in sys.argv[1:]:
         for name in stale:
-            print(f"{name} no longer agrees with code and results; run `make docs` and commit it.", file=sys.stderr)
+            print(f"{name} is out of date; run `make docs` and commit it.", file=sys.stderr)
         sys.exit(bool(stale))
     for name, text in stale.items():
         (ROOT / name).write_text(text)

@@ -1,11 +1,11 @@
-"""Markdown from data."""
+"""Markdown tables and figures from data."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 def with_extremes(ratio: Mapping[str, float]) -> str:
-    """A median and its extremes, as in `benchmarks.stats.paired_ratio`."""
+    """A median with its extremes, as in `benchmarks.stats.spread`."""
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})"
 
 
@@ -17,6 +17,6 @@ def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def machine(provenance: Mapping[str, Any]) -> str:
-    """The machine of a result: CPU, cores and instruction sets, as far as they are recorded."""
+    """The machine of a result: CPU, cores and instruction sets, as far as they were recorded."""
     cores = [f"{provenance['cores']} cores"] if "cores" in provenance else []
     return ", ".join([provenance["cpu"], *cores, *provenance.get("instruction_sets", ())])

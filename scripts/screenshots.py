@@ -1,8 +1,8 @@
-"""Takes the pictures of the playground that README shows, from a running server with the embedded models.
+"""Takes the screenshots of the playground that README shows, from a running server with the embedded models.
 
     python -m scripts.screenshots http://127.0.0.1:8000 [FONT]
 
-A font family can be named for systems whose own is not worth a picture.
+FONT is a font family, for systems without a good default font.
 """
 
 import asyncio
@@ -24,14 +24,14 @@ FIELDS = {
     "#prompt": "I saw this movie last night and",
 }
 NUM_COLOURS = 128
-"""The page has few, and a palette makes the files a third as large."""
+"""Size of the palette: the page has few colours, and a palette makes the files a third as large."""
 
 
 async def take(page: Page, name: str) -> None:
-    await asyncio.sleep(1)  # whatever moves has arrived
+    await asyncio.sleep(1)  # until animations have ended
     await page.js("document.activeElement.blur()")
-    shown = await page.send("Page.captureScreenshot", format="png")
-    picture = Image.open(io.BytesIO(base64.b64decode(shown["data"]))).convert("RGB")
+    screenshot = await page.send("Page.captureScreenshot", format="png")
+    picture = Image.open(io.BytesIO(base64.b64decode(screenshot["data"]))).convert("RGB")
     file = PICTURES / f"playground-{name}.png"
     picture.quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
     print(f"wrote {file}, {file.stat().st_size} bytes")

@@ -1,10 +1,10 @@
-"""Keeps words out of the code and the docs that a newcomer has to read twice; each has a replacement.
+"""Lists uses of words that are banned from code and docs because they read badly, each with its replacement.
 
-    python -m scripts.words             lists every use, and exits with 1 if there is any
-    python -m scripts.words --count     how many there are of each
-    python -m scripts.words PATH ...    only in these files or folders
+    python -m scripts.words             lists every use and exits with 1 if there is any
+    python -m scripts.words --count     counts the uses of each word
+    python -m scripts.words PATH ...    checks only these files or folders
 
-Identifiers are held to the short list of `IDENTIFIERS`, comments, docstrings, strings and pages to that of `TEXT`.
+`IDENTIFIERS` applies to names in code, `TEXT` to comments, docstrings, strings and pages.
 """
 
 import argparse
@@ -32,7 +32,7 @@ IDENTIFIERS = {
     "news": "event, outcomes",
 }
 PARTS = ("told", "heard", "asked", "news")
-"""Those that are no part of a name either, as in told_as."""
+"""Identifiers that are also banned as a part of a name, as in told_as."""
 
 TEXT = {
     "told": "said, reported, returned, logged, given",
@@ -69,7 +69,7 @@ _TEXT = re.compile(rf"(?<![\w`])({_LONGEST_FIRST})(?![\w`])", re.IGNORECASE)
 
 
 class Use(NamedTuple):
-    """A banned word where it stands."""
+    """A banned word at its path and line."""
 
     path: str
     line: int
@@ -78,7 +78,7 @@ class Use(NamedTuple):
 
 
 def uses_in_text(path: str, first_line: int, text: str) -> Iterator[Use]:
-    """The banned words of a comment, string or page; `first_line` is the number of its first line."""
+    """The banned words in a comment, string or page whose first line has the number `first_line`."""
     for number, line in enumerate(text.split("\n"), first_line):
         for match in _TEXT.finditer(line):
             word = match[1].lower()
@@ -86,7 +86,7 @@ def uses_in_text(path: str, first_line: int, text: str) -> Iterator[Use]:
 
 
 def uses_in_code(path: str, source: str) -> Iterator[Use]:
-    """The banned words of a Python file, in its names and in its text."""
+    """The banned words in the names and the text of a Python file."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME:
             word = token.string.lower()
@@ -98,7 +98,7 @@ def uses_in_code(path: str, source: str) -> Iterator[Use]:
 
 
 def uses(paths: Iterable[str]) -> Iterator[Use]:
-    """Every banned word in these files."""
+    """Every use of a banned word in these files."""
     for path in paths:
         file = ROOT / path
         if path.startswith(SKIPPED) or not file.is_file():
@@ -118,7 +118,7 @@ def _files(wanted: list[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("paths", nargs="*", help="files or folders; default: the whole checkout")
-    parser.add_argument("--count", action="store_true", help="only how many there are of each word")
+    parser.add_argument("--count", action="store_true", help="print the number of uses of each word")
     arguments = parser.parse_args()
     banned = list(uses(_files(arguments.paths)))
     if arguments.count:

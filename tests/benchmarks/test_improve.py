@@ -59,7 +59,7 @@ def test_the_table_and_the_plot_show_the_result(
 ) -> None:
     monkeypatch.setattr(plot, "FIGURES", tmp_path)
     assert plot.improve(result).stat().st_size > 0
-    monkeypatch.setattr(doc_tables, "result", lambda name: result)
+    monkeypatch.setattr(doc_tables, "read_result", lambda name: result)
     table = doc_tables.improve()
     assert "| base, best of 32 | 31.00 (31.00 … 31.00) |" in table
     assert "| round 2, best of 1 | 1.50 (1.50 … 1.50) |" in table

@@ -59,7 +59,7 @@ def test_the_table_and_the_plot_show_the_result(
 ) -> None:
     monkeypatch.setattr(plot, "FIGURES", tmp_path)
     assert plot.rl(result).stat().st_size > 0
-    monkeypatch.setattr(doc_tables, "result", lambda name: result)
+    monkeypatch.setattr(doc_tables, "read_result", lambda name: result)
     table = doc_tables.rl()
     assert "| ppo, seed 1, best of 1 | 8.50 (8.50 … 8.50) |" in table
     assert "ppo: 6 to 6 minutes a run (rollout 67 %, learning 33 %, sync 0 %)" in table

@@ -1,4 +1,4 @@
-"""deploy/ and the Dockerfile: settings, flags and import paths exist, versions agree, and the linter finds nothing."""
+"""deploy/ and the Dockerfile: settings, flags and import paths exist, versions agree, the linter reports nothing."""
 
 import re
 import subprocess
@@ -22,21 +22,21 @@ RAY_SERVICE = yaml.safe_load((ROOT / "deploy" / "rayservice.yaml").read_text())[
 
 
 def stage(name: str) -> str:
-    """The instructions of one stage of the Dockerfile, the last by the name of `final`."""
+    """The instructions of a stage of the Dockerfile; the last stage is called `final`."""
     stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]
     if name == "final":
         return stages[-1]
-    (found,) = (one for one in stages if f" AS {name}\n" in one)
-    return found
+    (match,) = (instructions for instructions in stages if f" AS {name}\n" in instructions)
+    return match
 
 
-def test_the_linter_finds_nothing_in_the_dockerfile() -> None:
+def test_the_linter_reports_nothing_for_the_dockerfile() -> None:
     hadolint = Path(sys.executable).parent / "hadolint"
     result = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "")
 
 
-def test_what_the_dockerfile_copies_is_there_and_is_sent_to_the_builder() -> None:
+def test_files_that_the_dockerfile_copies_exist_and_are_sent_to_the_builder() -> None:
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {
         source
@@ -48,7 +48,7 @@ def test_what_the_dockerfile_copies_is_there_and_is_sent_to_the_builder() -> Non
     assert copied <= sent
 
 
-def test_the_image_runs_as_an_ordinary_user_and_tells_its_health() -> None:
+def test_the_image_runs_as_an_unprivileged_user_and_has_a_health_check() -> None:
     final = stage("final")
     assert re.search(r"^USER [1-9]\d*$", final, re.MULTILINE)
     assert "\nHEALTHCHECK " in final
@@ -62,7 +62,7 @@ def test_the_cpu_image_has_no_build_tools() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_both_devices_have_their_stages(device: str) -> None:
+def test_each_device_has_its_stages(device: str) -> None:
     assert stage(f"packages-{device}")
     assert stage(f"runtime-{device}")
 
@@ -89,7 +89,7 @@ def test_ray_serve_accepts_the_config_of_the_ray_service() -> None:
     assert type(built).__name__ == "Application"
 
 
-def test_a_worker_of_the_ray_service_holds_one_generator_and_one_scorer() -> None:
+def test_a_worker_of_the_ray_service_has_room_for_a_generator_and_a_scorer() -> None:
     settings = load_settings({**serve_config()["applications"][0]["args"], "ray": True})
     (group,) = RAY_SERVICE["rayClusterConfig"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]

@@ -1,7 +1,7 @@
-"""Every query of the dashboard and of the alert rules asks for what a real scrape has.
+"""Every query of the dashboard and of the alert rules matches series of a real scrape.
 
-The metrics, labels and label values that a query names are looked up in a scrape after some traffic. Where a Prometheus
-is installed, it scrapes that traffic and answers every query; only then are the numbers themselves computed.
+The metrics, labels and label values of each query are looked up in a scrape after some traffic. Where Prometheus is
+installed, it scrapes the same traffic and evaluates every query; without it no values are computed.
 """
 
 import asyncio
@@ -39,14 +39,14 @@ PROMETHEUS_TIMEOUT_S = 120
 
 
 def filled(query: str) -> str:
-    """The query as Grafana sends it."""
+    """The query with Grafana's variables replaced, as Grafana sends it."""
     for name, value in VARIABLES.items():
         query = query.replace(name, value)
     return query
 
 
 class Traffic:
-    """An app over doubles, and requests that meet every kind of end the dashboard tells apart."""
+    """An app over scripted doubles, and requests with every outcome that the dashboard distinguishes."""
 
     def __init__(self) -> None:
         self.generator = ScriptedGenerator(["dull", None, "great fun"])
@@ -54,9 +54,9 @@ class Traffic:
         self.metrics = Metrics()
         self.app: FastAPI = app_over(pipeline(self.generator, self.scorer), self.metrics)
 
-    async def flow(self, client: httpx.AsyncClient) -> None:
+    async def send(self, client: httpx.AsyncClient) -> None:
         statuses = []
-        asked: list[tuple[bool, OverloadedError | None, dict[str, Any]]] = [
+        requests: list[tuple[bool, OverloadedError | None, dict[str, Any]]] = [
             (False, None, {}),
             (False, None, {"nbest": {"strategy": "majority"}}),
             (True, None, {}),
@@ -64,7 +64,7 @@ class Traffic:
             (False, None, {"nbest": {"stopping": {"policy": "adaptive", "target_reward": -1.0, "wave": 1}}}),
             (False, OverloadedError("Too much is under way.", retry_after_s=1), {}),
         ]
-        for self.scorer.fails, self.generator.refusal, extra in asked:
+        for self.scorer.fails, self.generator.refusal, extra in requests:
             reply = await client.post("/v1/chat/completions", json=HELLO | {"best_of": 3} | extra)
             statuses.append(reply.status_code)
         assert statuses == [200, 200, 503, 200, 200, 429]
@@ -74,12 +74,12 @@ class Traffic:
 
 @pytest.fixture(scope="module")
 def scrape() -> dict[str, list[dict[str, str]]]:
-    """Sample name -> the labels of its series, with the one that Prometheus adds."""
+    """Sample name -> the labels of its series, with the label that Prometheus adds."""
 
     async def scraped() -> str:
         traffic = Traffic()
         async with client_of(traffic.app) as client:
-            await traffic.flow(client)
+            await traffic.send(client)
             return (await client.get("/metrics")).text
 
     series: dict[str, list[dict[str, str]]] = {}
@@ -90,15 +90,15 @@ def scrape() -> dict[str, list[dict[str, str]]]:
 
 
 def nodes(query: str) -> list[Any]:
-    """The query's parts, from the outside in."""
-    found: list[Any] = []
+    """The nodes of the query's syntax tree, parents first."""
+    visited: list[Any] = []
 
     def visit(node: Any) -> bool:
-        found.append(node)
+        visited.append(node)
         return True
 
     promql_parser.walk(promql_parser.parse(filled(query)), visit)
-    return found
+    return visited
 
 
 def selectors(query: str) -> Iterator[Any]:
@@ -113,46 +113,48 @@ def matches(labels: dict[str, str], matcher: Any) -> bool:
     value = labels.get(matcher.name, "")
     if matcher.op == promql_parser.MatchOp.Equal:
         return bool(value == matcher.value)
-    assert matcher.op == promql_parser.MatchOp.Re, "the test knows = and =~"
+    assert matcher.op == promql_parser.MatchOp.Re, "the test supports = and =~"
     return re.fullmatch(matcher.value, value) is not None
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_every_selector_finds_series(name: str, scrape: dict[str, list[dict[str, str]]]) -> None:
-    asked = list(selectors(QUERIES[name]))
-    assert asked
-    for selector in asked:
+def test_every_selector_matches_series(name: str, scrape: dict[str, list[dict[str, str]]]) -> None:
+    in_query = list(selectors(QUERIES[name]))
+    assert in_query
+    for selector in in_query:
         assert selector.name in scrape, f"{selector.name} is not a metric of nbest"
-        found = [one for one in scrape[selector.name] if all(matches(one, by) for by in selector.matchers.matchers)]
-        assert found, f"nothing matches {selector}"
+        matchers = selector.matchers.matchers
+        assert any(all(matches(labels, matcher) for matcher in matchers) for labels in scrape[selector.name]), (
+            f"nothing matches {selector}"
+        )
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_every_label_that_is_summed_by_exists(name: str, scrape: dict[str, list[dict[str, str]]]) -> None:
+def test_every_label_of_an_aggregation_exists(name: str, scrape: dict[str, list[dict[str, str]]]) -> None:
     for node in nodes(QUERIES[name]):
         if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
             for selector in selectors(node.expr.prettify()):
                 assert set(node.modifier.labels) <= set(scrape[selector.name][0]), str(selector)
 
 
-def bare(node: Any) -> list[str]:
-    """Metrics whose every series comes out of the expression."""
+def not_aggregated(node: Any) -> list[str]:
+    """Metrics whose series the expression returns without aggregation."""
     match node:
         case promql_parser.VectorSelector():
             return [str(node.name)]
         case promql_parser.ParenExpr():
-            return bare(node.expr)
+            return not_aggregated(node.expr)
         case promql_parser.BinaryExpr():
-            return bare(node.lhs) + bare(node.rhs)
+            return not_aggregated(node.lhs) + not_aggregated(node.rhs)
         case promql_parser.Call() if node.func.name != "absent":
-            return [name for argument in node.args for name in bare(argument)]
+            return [name for argument in node.args for name in not_aggregated(argument)]
     return []
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_the_replicas_of_a_server_on_ray_are_told_together(name: str) -> None:
-    """There each of them has a series of its own: whatever is not aggregated would be told once for each."""
-    assert bare(promql_parser.parse(filled(QUERIES[name]))) == []
+def test_every_query_aggregates_over_the_replicas_of_a_server_on_ray(name: str) -> None:
+    """On Ray every replica has its own series; a query without aggregation would return a line for each replica."""
+    assert not_aggregated(promql_parser.parse(filled(QUERIES[name]))) == []
     for node in nodes(QUERIES[name]):
         if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
             assert "replica" not in node.modifier.labels
@@ -182,24 +184,24 @@ def test_ids_and_titles_are_unique_and_panels_do_not_overlap() -> None:
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({panel["title"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
-    for place in (panel["gridPos"] for panel in panels):
-        assert place["x"] + place["w"] <= 24
-        cells = {(place["x"] + dx, place["y"] + dy) for dx in range(place["w"]) for dy in range(place["h"])}
+    for position in (panel["gridPos"] for panel in panels):
+        assert position["x"] + position["w"] <= 24
+        cells = {(position["x"] + dx, position["y"] + dy) for dx in range(position["w"]) for dy in range(position["h"])}
         assert not cells & taken
         taken |= cells
 
 
-def test_every_query_goes_to_the_data_source_that_is_chosen() -> None:
-    variables = {one["name"]: one for one in BOARD["templating"]["list"]}
+def test_every_query_uses_the_selected_data_source() -> None:
+    variables = {variable["name"]: variable for variable in BOARD["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
     assert variables["instance"]["datasource"]["uid"] == "${datasource}"
     for panel in PANELS:
-        for asking in (panel, *panel["targets"]):
-            assert asking["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        for part in (panel, *panel["targets"]):
+            assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         assert all("$instance" in target["expr"] for target in panel["targets"]), panel["title"]
 
 
-def test_every_alert_says_what_is_wrong_and_what_to_do() -> None:
+def test_every_alert_has_a_summary_and_an_action() -> None:
     names = {rule["alert"] for rule in RULES}
     assert len(names) == len(RULES)
     assert names >= {"NbestNotReady", "NbestErrors", "NbestSlow", "NbestShedding", "NbestRewardFailures"}
@@ -211,11 +213,11 @@ def test_every_alert_says_what_is_wrong_and_what_to_do() -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 async def test_promtool_accepts_the_alert_rules() -> None:
-    checking = await asyncio.create_subprocess_exec(
+    promtool = await asyncio.create_subprocess_exec(
         "promtool", "check", "rules", str(ALERTS_FILE), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    said, _ = await checking.communicate()
-    assert checking.returncode == 0, said.decode()
+    output, _ = await promtool.communicate()
+    assert promtool.returncode == 0, output.decode()
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed")
@@ -246,18 +248,18 @@ async def test_a_real_prometheus_answers_every_query(tmp_path: Path) -> None:
             ):
                 scrapes = 0
                 while scrapes < 5:  # a rate needs two, with traffic between them
-                    await traffic.flow(client)
+                    await traffic.send(client)
                     await asyncio.sleep(1)
                     try:
-                        [*counted] = await answers(prometheus, "count_over_time(nbest_ready[1m])")
+                        [*counts] = await answers(prometheus, "count_over_time(nbest_ready[1m])")
                     except httpx.ConnectError:
                         continue
-                    scrapes = int(counted[0]["value"][1]) if counted else 0
+                    scrapes = int(counts[0]["value"][1]) if counts else 0
                 for name, query in QUERIES.items():
                     series = await answers(prometheus, filled(query))
-                    if name not in {rule["alert"] for rule in RULES}:  # those are empty while all is well
+                    if name not in {rule["alert"] for rule in RULES}:  # alerts are empty while nothing is wrong
                         assert series, name
-                        assert all(one["value"][1] != "NaN" for one in series), name
+                        assert all(sample["value"][1] != "NaN" for sample in series), name
         finally:
             running.terminate()
             await running.wait()

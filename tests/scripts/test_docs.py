@@ -1,4 +1,4 @@
-"""The pages agree with the code: the generated ones are up to date, and what README tells one to type exists."""
+"""The pages agree with the code: generated parts are up to date, and README's commands and links exist."""
 
 import ast
 import os
@@ -34,7 +34,7 @@ def shell_lines() -> list[str]:
     return [line.split(" #")[0].strip() for snippet in snippets("bash") for line in snippet.splitlines()]
 
 
-def test_what_is_generated_is_up_to_date() -> None:
+def test_generated_pages_are_up_to_date() -> None:
     stale = [name for name, text in docs.pages().items() if (docs.ROOT / name).read_text() != text]
     assert not stale, "run `make docs`"
 
@@ -55,14 +55,11 @@ def test_a_stale_page_fails_the_check_by_name(
     with pytest.raises(SystemExit) as failed:
         docs.main()
     assert failed.value.code
-    assert (
-        capsys.readouterr().err
-        == "docs/settings.md no longer agrees with code and results; run `make docs` and commit it.\n"
-    )
+    assert capsys.readouterr().err == "docs/settings.md is out of date; run `make docs` and commit it.\n"
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_every_setting_has_a_flag_a_variable_and_a_meaning(name: str) -> None:
+def test_every_setting_has_a_flag_a_variable_and_a_description(name: str) -> None:
     field = Settings.model_fields[name]
     page = (docs.ROOT / "docs" / "settings.md").read_text()
     assert f"`{variable_of(name)}`" in page
@@ -74,7 +71,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_meaning(name: str) -> None:
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_read_by_the_server(name: str) -> None:
-    """A setting that nothing reads would be a promise that nobody keeps."""
+    """A setting that nothing reads would have no effect."""
     sources = [
         file.read_text() for file in (ROOT / "server").rglob("*.py") if file.name not in ("config.py", "doctor.py")
     ]
@@ -87,7 +84,7 @@ def test_readme_python_compiles(snippet: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_links_to_or_shows_is_there(page: Path) -> None:
+def test_the_files_that_a_page_links_to_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)|<img src=\"([^\":]+)\"", page.read_text())
     missing = [link for pair in links for link in pair if link and not (page.parent / link).exists()]
     assert not missing
@@ -104,8 +101,8 @@ def test_readme_names_commands_that_exist() -> None:
     known = {" ".join(path) for path in docs.commands(typer.main.get_command(app))}
     lines = [*shell_lines(), *re.findall(r"`(nbest [^`]*)`", README)]
     for line in lines:
-        if found := re.match(r"(?:\.venv/bin/)?nbest ((?:[a-z]+ ?)+)", line):
-            words = found[1].split()
+        if command := re.match(r"(?:\.venv/bin/)?nbest ((?:[a-z]+ ?)+)", line):
+            words = command[1].split()
             assert any(" ".join(words[:length]) in known for length in range(len(words), 0, -1)), (
                 f"README says `{line}`, and there is no such command"
             )
