@@ -6,7 +6,7 @@ import pytest
 from benchmarks.rl_breakdown import Step
 from benchmarks.rl_overlap import Round, alternating_runs, figures
 from tests.support.tiny_models import save_tiny_policy
-from tests.training.rl.test_train import World, settings_of
+from tests.training.rl.test_train import RecordedBackend, settings_of
 from training.rl.config import PPOTraining
 
 
@@ -30,10 +30,10 @@ def test_overlapping_is_compared_with_in_turn_round_by_round() -> None:
 
 async def test_both_ways_alternate_on_one_engine_and_the_first_and_last_steps_are_not_counted(tmp_path: Path) -> None:
     base = save_tiny_policy(tmp_path / "base")
-    world, settings = World(base), settings_of("ppo", base, steps=4)
+    backend, settings = RecordedBackend(base), settings_of("ppo", base, steps=4)
     assert isinstance(settings, PPOTraining)
-    rounds = await alternating_runs(tmp_path, settings, 2, world.start)
-    assert len(world.generators) == 1
+    rounds = await alternating_runs(tmp_path, settings, 2, backend.start)
+    assert len(backend.generators) == 1
     counted = [
         {way: [(row["step"], row["staleness"]) for row in steps] for way, steps in steps_by_way.items()}
         for steps_by_way in rounds
