@@ -29,7 +29,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_prepared_policy_answers_a_question_and_stops_by_itself() -> None:
+def test_the_prepared_policy_answers_a_question_and_stops() -> None:
     directory = resolve(NAME)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
@@ -40,7 +40,7 @@ def test_the_prepared_policy_answers_a_question_and_stops_by_itself() -> None:
     assert model.dtype == torch.float32
 
 
-def test_the_prepared_tokenizer_knows_its_special_tokens_and_reads_digits_one_by_one() -> None:
+def test_the_prepared_tokenizer_has_its_special_tokens_and_splits_digits() -> None:
     tokenizer = AutoTokenizer.from_pretrained(resolve(NAME))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|im_start|>",
@@ -60,20 +60,20 @@ def test_tied_embeddings_are_stored_once() -> None:
     assert "lm_head.weight" not in names
 
 
-def test_what_is_not_a_prepared_name_is_handed_on(tmp_path: Path) -> None:
+def test_other_names_are_returned_unchanged(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == str(tmp_path)
     assert resolve("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert resolve("movie-sentiment") == str(PRETRAINED_REWARDS["movie-sentiment"])
 
 
-def test_looking_prepares_nothing(empty_cache: Path) -> None:
+def test_listing_the_models_prepares_nothing(empty_cache: Path) -> None:
     (model,) = prepared_models()
     assert (model.name, model.licence, model.is_prepared) == (NAME, "Apache-2.0", False)
     assert model.path.is_relative_to(empty_cache)
     assert list(empty_cache.iterdir()) == []
 
 
-def test_a_package_that_is_not_installed_says_how_to_install_it(
+def test_a_missing_package_is_an_error_with_the_install_command(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent = PackagedModel(
@@ -84,12 +84,14 @@ def test_a_package_that_is_not_installed_says_how_to_install_it(
         resolve("absent")
 
 
-def test_a_name_that_cannot_be_prepared_is_told_those_that_can() -> None:
+def test_an_unknown_name_is_an_error_with_the_known_names() -> None:
     with pytest.raises(PreparationError, match=NAME):
         prepare("gpt-5")
 
 
-def test_two_at_once_prepare_it_once_and_both_get_it(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_calls_prepare_once_and_both_get_the_directory(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs: list[Path] = []
 
     def slow(model: PackagedModel, source: Path, target: Path, step_done: Callable[[], None]) -> None:
@@ -99,22 +101,20 @@ def test_two_at_once_prepare_it_once_and_both_get_it(empty_cache: Path, monkeypa
         (target / "config.json").write_text("{}")
 
     monkeypatch.setattr(bundled, "_convert", slow)
-    found: list[bool] = []
+    results: list[bool] = []
     threads = [
-        threading.Thread(target=lambda: found.append((prepare(NAME, progress=False) / "config.json").exists()))
+        threading.Thread(target=lambda: results.append((prepare(NAME, progress=False) / "config.json").exists()))
         for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True, True]
+    assert results == [True, True]
     assert len(runs) == 1
 
 
-def test_a_run_killed_midway_leaves_nothing_that_looks_finished(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_leaves_nothing_that_looks_finished(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(model: PackagedModel, source: Path, target: Path, step_done: Callable[[], None]) -> None:
         target.mkdir(parents=True)
         (target / "config.json").write_text("half")

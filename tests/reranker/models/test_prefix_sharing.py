@@ -79,7 +79,7 @@ MIXED = [
     *continued(tokens(CONTEXT_LENGTH - 1, 9), (10,), (11,)),
     *continued((EOS, EOS), (EOS,), tokens(5, 10)),
 ]
-"""Prompts long, short, absent and at the context's end; candidates of one token, of none, and of padding tokens."""
+"""Prompts that are long, short, empty and almost as long as the context; candidates of no token, of one, of padding."""
 
 
 def padded_rewards(model: Any, batch: Sequence[Rendered], *, left: bool) -> list[float]:
@@ -91,77 +91,75 @@ def padded_rewards(model: Any, batch: Sequence[Rendered], *, left: bool) -> list
     with torch.inference_mode():
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         trunk_states = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions)
-        places = torch.arange(input_ids.shape[1])
-        last = (mask * places).argmax(1)
+        indices = torch.arange(input_ids.shape[1])
+        last = (mask * indices).argmax(1)
         return list(model.score(trunk_states.last_hidden_state[torch.arange(len(batch)), last])[:, 0].tolist())
+
+
+def reward_alone(model: Any, rendered: Rendered) -> float:
+    token_ids = torch.tensor([rendered.token_ids])
+    return float(forward_rewards(model, token_ids, torch.ones_like(token_ids))[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_score_is_the_same_alone_in_a_padded_batch_and_with_its_prompt_shared(family: str) -> None:
     model = classifier(family)
     with torch.inference_mode():
-        alone = [
-            float(forward_rewards(model, torch.tensor([one.token_ids]), torch.ones(1, len(one.token_ids)))[0])
-            for one in MIXED
-        ]
+        alone = [reward_alone(model, rendered) for rendered in MIXED]
     padded = {left: padded_rewards(model, MIXED, left=left) for left in (False, True)}
     sharing = reward_model(model)
     assert sharing.shares_prompts
     assert len({round(reward, 2) for reward in alone}) > len(MIXED) // 2  # every token moves the score
     assert sharing.score(MIXED) == pytest.approx(alone, abs=1e-4)
-    assert sharing.score(MIXED) == pytest.approx(alone, abs=1e-4), "now that the prompts are kept"
-    assert [sharing.score([one])[0] for one in MIXED] == pytest.approx(alone, abs=1e-4)
+    assert sharing.score(MIXED) == pytest.approx(alone, abs=1e-4), "now that the prompts are cached"
+    assert [sharing.score([rendered])[0] for rendered in MIXED] == pytest.approx(alone, abs=1e-4)
     assert padded[False] == pytest.approx(alone, abs=1e-4)
     assert padded[True] == pytest.approx(alone, abs=1e-4)
 
 
-def test_a_prompt_is_computed_once_and_then_kept() -> None:
+def test_a_prompt_is_computed_once_and_then_cached() -> None:
     model = reward_model(classifier("llama"))
     batch = continued(LONG, tokens(9, 2), tokens(4, 3))
     other = continued(tokens(7, 4), tokens(2, 5))
-    computed = [[reading.computed_tokens for reading in model.compute(items)] for items in (batch, batch[:1] + other)]
+    computed = [[result.computed_tokens for result in model.compute(items)] for items in (batch, batch[:1] + other)]
     assert computed == [[30 + 9, 4], [9, 7 + 2]]
 
 
 def grown(prompt: Sequence[int], *lengths: int, seed: int = 0) -> list[Rendered]:
-    """One candidate at each of these lengths, as it is rendered: closed by EOS. All but the last are beginnings."""
+    """One candidate at each of these lengths, rendered with EOS at the end. All but the last are beginnings."""
     text = tokens(max(lengths), seed)
     ids = [(*prompt, *text[:length], EOS) for length in lengths]
-    return [Rendered(one, len(prompt), is_beginning=one is not ids[-1]) for one in ids]
+    return [Rendered(token_ids, len(prompt), is_beginning=token_ids is not ids[-1]) for token_ids in ids]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_of_what_goes_on_from_a_beginning_the_rest_is_computed(family: str) -> None:
+def test_only_the_rest_of_a_continued_beginning_is_computed(family: str) -> None:
     model = classifier(family)
     growing = [grown(LONG, 6, 14, 20, seed=seed) for seed in (2, 3)]
     with torch.inference_mode():
-        alone = [
-            [float(forward_rewards(model, torch.tensor([one.token_ids]), torch.ones(1, len(one.token_ids)))[0])]
-            for steps in growing
-            for one in steps
-        ]
+        alone = [[reward_alone(model, rendered)] for steps in growing for rendered in steps]
     sharing = reward_model(model)
-    read = [sharing.compute(list(step)) for step in zip(*growing, strict=True)]
-    assert [[one.computed_tokens for one in step] for step in read] == [[37, 7], [9, 9], [7, 7]]
-    rewards = [[step[which].reward] for which in (0, 1) for step in read]
-    assert rewards == [pytest.approx(one, abs=1e-4) for one in alone]
+    results = [sharing.compute(list(step)) for step in zip(*growing, strict=True)]
+    assert [[result.computed_tokens for result in step] for step in results] == [[37, 7], [9, 9], [7, 7]]
+    rewards = [[step[candidate].reward] for candidate in (0, 1) for step in results]
+    assert rewards == [pytest.approx(reward, abs=1e-4) for reward in alone]
 
 
-def test_many_go_on_from_one_beginning_and_what_they_share_is_read_once_each() -> None:
+def test_several_candidates_continue_one_beginning_and_share_its_computation() -> None:
     model = reward_model(classifier("llama"))
     (beginning, _) = grown(LONG, 16, 17)
     model.compute([beginning])
     chosen = beginning.token_ids[:-1]
-    on = [Rendered((*chosen, *tokens(8, seed), EOS), len(LONG), is_beginning=True) for seed in (4, 5, 6)]
-    assert [one.computed_tokens for one in model.compute(on)] == [9, 9, 9]
-    further = [Rendered((*one.token_ids[:-1], 7, EOS), len(LONG)) for one in on]
-    assert [one.computed_tokens for one in model.compute(further)] == [2, 2, 2]
-    unlike = [Rendered((*LONG, *tokens(8, 9), EOS), len(LONG))]
-    assert [one.computed_tokens for one in model.compute(unlike)] == [9]
+    continued_once = [Rendered((*chosen, *tokens(8, seed), EOS), len(LONG), is_beginning=True) for seed in (4, 5, 6)]
+    assert [result.computed_tokens for result in model.compute(continued_once)] == [9, 9, 9]
+    continued_twice = [Rendered((*parent.token_ids[:-1], 7, EOS), len(LONG)) for parent in continued_once]
+    assert [result.computed_tokens for result in model.compute(continued_twice)] == [2, 2, 2]
+    unrelated = [Rendered((*LONG, *tokens(8, 9), EOS), len(LONG))]
+    assert [result.computed_tokens for result in model.compute(unrelated)] == [9]
 
 
-def test_whatever_is_kept_and_given_up_a_state_is_what_it_is_alone() -> None:
-    """Three prompts, four candidates each, growing at random where there is room for a part of them."""
+def test_states_do_not_depend_on_what_is_cached_and_evicted() -> None:
+    """Three prompts with four candidates each, which grow at random; the cache holds only a part of them."""
     model = classifier("llama")
     cpu = torch.device("cpu")
     assert PrefixSharingTrunk.if_supported(model, cpu) is not None
@@ -178,14 +176,14 @@ def test_whatever_is_kept_and_given_up_a_state_is_what_it_is_alone() -> None:
                 batch.append(Rendered(ids, 6 + prompt, is_beginning=dice.random() < 0.8))
             states_N_D, computed_N = trunk.scored_states(batch)
             alone_N_D = torch.cat(
-                [PrefixSharingTrunk(model.base_model, cpu, 0).scored_states([one])[0] for one in batch]
+                [PrefixSharingTrunk(model.base_model, cpu, 0).scored_states([rendered])[0] for rendered in batch]
             )
             torch.testing.assert_close(states_N_D, alone_N_D, atol=1e-4, rtol=0)
-            saved += sum(len(one.token_ids) for one in batch) - sum(computed_N)
+            saved += sum(len(rendered.token_ids) for rendered in batch) - sum(computed_N)
     assert saved > 300
 
 
-def test_the_oldest_prompts_are_forgotten() -> None:
+def test_the_least_recently_used_prompts_are_evicted() -> None:
     model = classifier("llama")
     checked = PrefixSharingTrunk.if_supported(model, torch.device("cpu"))
     assert checked is not None
@@ -196,19 +194,27 @@ def test_the_oldest_prompts_are_forgotten() -> None:
         with torch.inference_mode():
             return sum(trunk.scored_states(batch)[1])
 
-    assert [computed(one) for one in (first, second, first, third)] == [9, 9, 1, 9]  # 24 > 20: the second has to go
-    assert [computed(one) for one in (first, third, second)] == [1, 1, 9]
+    assert [computed(batch) for batch in (first, second, first, third)] == [
+        9,
+        9,
+        1,
+        9,
+    ]  # 24 > 20: the second is evicted
+    assert [computed(batch) for batch in (first, third, second)] == [1, 1, 9]
 
 
-def test_what_has_no_room_is_scored_all_the_same_and_not_kept() -> None:
-    """Of a batch's prompts the first is kept; the second would drive it out, and the third is longer than the room."""
+def test_prompts_that_do_not_fit_the_cache_are_scored_and_not_cached() -> None:
+    """The first prompt of a batch is cached; the second would evict it, and the third is longer than the cache."""
     model = classifier("llama")
     assert PrefixSharingTrunk.if_supported(model, torch.device("cpu")) is not None
     trunk = PrefixSharingTrunk(model.base_model, torch.device("cpu"), cache_tokens=12)
-    batch = [one for length in (8, 6, 20) for one in continued(tokens(length, length), (5,), (6, 7))]
+    batch = [rendered for length in (8, 6, 20) for rendered in continued(tokens(length, length), (5,), (6, 7))]
     with torch.inference_mode():
         alone_N_D = torch.cat(
-            [PrefixSharingTrunk(model.base_model, torch.device("cpu")).scored_states([one])[0] for one in batch]
+            [
+                PrefixSharingTrunk(model.base_model, torch.device("cpu")).scored_states([rendered])[0]
+                for rendered in batch
+            ]
         )
         for expected in ([9, 2, 7, 2, 21, 2], [1, 2, 7, 2, 21, 2]):
             states_N_D, computed_N = trunk.scored_states(batch)
@@ -216,7 +222,7 @@ def test_what_has_no_room_is_scored_all_the_same_and_not_kept() -> None:
             torch.testing.assert_close(states_N_D, alone_N_D, atol=1e-4, rtol=0)
 
 
-def test_a_batch_that_failed_leaves_no_half_computed_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_batch_leaves_no_incomplete_cache_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     model = classifier("llama")
     sharing = reward_model(model)
     batch = continued(LONG, tokens(9, 2))
@@ -239,7 +245,7 @@ def test_a_batch_that_failed_leaves_no_half_computed_prompt(monkeypatch: pytest.
 
 
 class RunningSum(torch.nn.Module):
-    """A layer with a state that runs along the row, as recurrent trunks have it."""
+    """A layer with a state that runs along the row, as in a recurrent trunk."""
 
     def forward(self, states_N_T_D: torch.Tensor) -> torch.Tensor:
         return states_N_T_D.cumsum(dim=1)
@@ -250,7 +256,7 @@ def encoder() -> Any:
     return draw_weights(AutoModelForSequenceClassification.from_config(config), seed=0)
 
 
-def attention_of_its_own() -> Any:
+def custom_attention() -> Any:
     config = BloomConfig(vocab_size=len(TOKENIZER), hidden_size=32, n_layer=2, n_head=4, pad_token_id=EOS, num_labels=1)
     return draw_weights(AutoModelForSequenceClassification.from_config(config), seed=0)
 
@@ -267,12 +273,12 @@ def recurrent() -> Any:
     return model
 
 
-@pytest.mark.parametrize("make", [encoder, attention_of_its_own, eager_attention, recurrent])
-def test_a_model_that_cannot_share_falls_back_to_padded_batches(make: Callable[[], Any]) -> None:
-    falling_back = reward_model(make().eval())
+@pytest.mark.parametrize("make", [encoder, custom_attention, eager_attention, recurrent])
+def test_a_model_that_cannot_share_prompts_uses_padded_batches(make: Callable[[], Any]) -> None:
+    padded = reward_model(make().eval())
     batch = continued(LONG, tokens(9, 2), tokens(4, 3))
-    assert not falling_back.shares_prompts
-    alone = [falling_back.score([one])[0] for one in batch]
+    assert not padded.shares_prompts
+    alone = [padded.score([rendered])[0] for rendered in batch]
     assert abs(alone[0] - alone[1]) > 0.01
-    assert falling_back.score(batch) == pytest.approx(alone, abs=1e-4)
-    assert [reading.computed_tokens for reading in falling_back.compute(batch)] == [39, 34]
+    assert padded.score(batch) == pytest.approx(alone, abs=1e-4)
+    assert [result.computed_tokens for result in padded.compute(batch)] == [39, 34]

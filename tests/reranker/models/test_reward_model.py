@@ -32,41 +32,39 @@ def load(directory: Path, dtype: Precision = "float32", **options: Any) -> Rewar
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_candidate_scored_alone_and_in_a_padded_batch_gets_the_same_score(
-    architecture: Architecture, tmp_path: Path
-) -> None:
+def test_a_candidate_has_the_same_score_alone_and_in_a_batch(architecture: Architecture, tmp_path: Path) -> None:
     model = load(save_tiny_reward_model(tmp_path, architecture))
     texts = [" great", " a delight from start to finish and the cast was great", "", " dull <|im_end|> dull", " a"]
     rendered = [model.render(TEXT, text) for text in texts]
-    alone = [model.score([one])[0] for one in rendered]
-    assert min(abs(one - other) for one, other in itertools.combinations(alone, 2)) > 0.01  # else all would be equal
+    alone = [model.score([sequence])[0] for sequence in rendered]
+    assert min(abs(left - right) for left, right in itertools.combinations(alone, 2)) > 0.01, "all scores are equal"
     assert model.score(rendered) == pytest.approx(alone, abs=1e-4)
 
 
 def test_one_token_is_enough_to_score(tmp_path: Path) -> None:
     model = load(save_tiny_reward_model(tmp_path))
-    one = model.render(Prompt(text=""), "a")
+    short = model.render(Prompt(text=""), "a")
     longer = model.render(TEXT, " a delight from start to finish")
-    assert len(one.token_ids) == 1
-    assert model.score([longer, one])[1] == pytest.approx(model.score([one])[0], abs=1e-4)
+    assert len(short.token_ids) == 1
+    assert model.score([longer, short])[1] == pytest.approx(model.score([short])[0], abs=1e-4)
 
 
 def test_a_decoder_agrees_with_transformers_where_no_token_equals_pad(tmp_path: Path) -> None:
     model = load(save_tiny_reward_model(tmp_path))
     rendered = model.render(TEXT, " great")
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)(torch.tensor([rendered.token_ids]))
-    assert model.score([rendered])[0] == pytest.approx(theirs.logits.item(), abs=1e-5)
+    expected = AutoModelForSequenceClassification.from_pretrained(tmp_path)(torch.tensor([rendered.token_ids]))
+    assert model.score([rendered])[0] == pytest.approx(expected.logits.item(), abs=1e-5)
 
 
-def test_eos_at_the_end_is_read_although_it_equals_pad(tmp_path: Path) -> None:
-    # transformers would score the token before it: the two texts would be one.
+def test_a_final_eos_is_scored_although_it_equals_pad(tmp_path: Path) -> None:
+    # transformers would score the token before it, so that both texts had the same score.
     model = load(save_tiny_reward_model(tmp_path))
     ended, open_ended = (model.render(TEXT, text) for text in (" great<|im_end|>", " great"))
     rewards = model.score([ended, open_ended])
     assert abs(rewards[0] - rewards[1]) > 0.01
 
 
-def test_a_tokenizer_of_its_own_reads_the_policys_text_and_never_its_tokens(tmp_path: Path) -> None:
+def test_the_reward_model_tokenises_the_text_with_its_own_tokenizer(tmp_path: Path) -> None:
     other = tiny_tokenizer(corpus=["quite other words make quite other tokens"])
     model = load(save_tiny_reward_model(tmp_path, tokenizer=other))
     rendered = model.render(TEXT, " great")
@@ -74,13 +72,13 @@ def test_a_tokenizer_of_its_own_reads_the_policys_text_and_never_its_tokens(tmp_
     assert rendered.token_ids != tuple(tiny_tokenizer()("The film was great")["input_ids"])
 
 
-def test_an_adapter_is_merged_and_scores_as_the_adapter_beside_its_trunk(tmp_path: Path) -> None:
+def test_a_merged_adapter_scores_as_the_separate_adapter(tmp_path: Path) -> None:
     directory = save_tiny_reward_adapter(tmp_path / "adapter", save_tiny_policy(tmp_path / "base"))
     merged = load(directory)
     rendered = [merged.render(TEXT, text) for text in (" great", " dull")]
     assert not any("lora" in name for name, _ in merged._model.named_parameters())
-    beside = load_classifier(str(tmp_path / "base"), new_head=True)
-    adapted = RewardModel("", PeftModel.from_pretrained(beside, directory).get_base_model(), merged.renderer, CPU)
+    trunk = load_classifier(str(tmp_path / "base"), new_head=True)
+    adapted = RewardModel("", PeftModel.from_pretrained(trunk, directory).get_base_model(), merged.renderer, CPU)
     assert any("lora" in name for name, _ in adapted._model.named_parameters())
     plain = load_classifier(str(tmp_path / "base"), new_head=True)
     plain.score.weight.data = load_file(directory / ADAPTER_FILE)["base_model.model.score.weight"]
@@ -96,7 +94,7 @@ def test_in_bfloat16_an_adapter_is_merged_before_it_is_rounded(tmp_path: Path) -
     exact, rounded = load(directory), load(directory, dtype="bfloat16")
     weights = dict(rounded._model.named_parameters())
     assert not any("lora" in name for name in weights)
-    assert weights.pop("score.weight").dtype is torch.float32, "the head is read in float32"
+    assert weights.pop("score.weight").dtype is torch.float32, "the head computes in float32"
     for name, weight in weights.items():
         assert torch.equal(weight, exact._model.get_parameter(name).to(torch.bfloat16)), name
     rendered = [exact.render(TEXT, text) for text in (" great", " dull")]
@@ -104,7 +102,7 @@ def test_in_bfloat16_an_adapter_is_merged_before_it_is_rounded(tmp_path: Path) -
     assert rounded.score(rendered) == pytest.approx(rewards, abs=0.05 * max(map(abs, rewards)))
 
 
-def test_an_adapter_reads_only_the_layers_it_names(tmp_path: Path) -> None:
+def test_an_adapter_reads_only_its_configured_layers(tmp_path: Path) -> None:
     base = save_tiny_policy(tmp_path / "base", num_layers=4)
     whole = load(save_tiny_reward_adapter(tmp_path / "whole", base))
     lower = load(save_tiny_reward_adapter(tmp_path / "lower", base, num_layers=1))
@@ -118,7 +116,7 @@ def test_the_context_is_the_shorter_of_the_models_and_the_tokenizers(tmp_path: P
     assert load(save_tiny_reward_model(tmp_path, tokenizer=tokenizer)).max_length == 40
 
 
-def test_no_candidates_no_rewards(tmp_path: Path) -> None:
+def test_an_empty_batch_has_no_rewards(tmp_path: Path) -> None:
     assert load(save_tiny_reward_model(tmp_path)).score([]) == []
 
 
@@ -130,7 +128,7 @@ def test_the_pretrained_reward_prefers_praise() -> None:
     assert rewards[0] - rewards[2] > 3
 
 
-def test_the_pretrained_reward_names_no_directory_of_the_machine_that_trained_it() -> None:
+def test_the_pretrained_reward_names_its_base_and_no_local_directory() -> None:
     directory = PRETRAINED_REWARDS["movie-sentiment"]
     config = json.loads((directory / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == RewardConfig.load(directory).base_model == "smollm2-135m-instruct"
@@ -141,12 +139,12 @@ def test_several_labels_are_refused(tmp_path: Path) -> None:
         load(save_tiny_reward_model(tmp_path, num_labels=3))
 
 
-def test_a_policy_is_no_reward_model(tmp_path: Path) -> None:
+def test_a_policy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RewardModelError, match=r"is a LlamaForCausalLM .* nbest train reward"):
         load(save_tiny_policy(tmp_path))
 
 
-def test_a_missing_head_is_never_made_up(tmp_path: Path) -> None:
+def test_a_missing_head_is_refused(tmp_path: Path) -> None:
     save_tiny_reward_model(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["score.weight"]
@@ -180,7 +178,7 @@ def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_file_cut_short_is_an_error_that_names_the_model(file: str, tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error_that_names_the_model(file: str, tmp_path: Path) -> None:
     whole = (save_tiny_reward_model(tmp_path) / file).read_bytes()
     (tmp_path / file).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RewardModelError, match=f"cannot load the reward model {tmp_path}"):
@@ -188,17 +186,17 @@ def test_a_file_cut_short_is_an_error_that_names_the_model(file: str, tmp_path: 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+def test_a_missing_cuda_device_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RewardModelError, match="run with --device cpu"):
         RewardModel.load(str(save_tiny_reward_model(tmp_path)), device="cuda")
 
 
-def test_a_missing_directory_is_said_so_without_asking_the_hub(tmp_path: Path) -> None:
+def test_a_missing_directory_is_an_error_without_a_hub_request(tmp_path: Path) -> None:
     with pytest.raises(RewardModelError, match="there is no directory"):
         load(tmp_path / "nowhere")
 
 
-def test_code_that_comes_with_a_model_is_not_run_unless_asked(tmp_path: Path) -> None:
+def test_a_models_own_code_is_not_run_by_default(tmp_path: Path) -> None:
     save_tiny_reward_model(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path).to_dict()
     config |= {"model_type": "custom", "auto_map": {"AutoConfig": "evil.Config"}}

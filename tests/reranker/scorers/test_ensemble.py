@@ -1,4 +1,4 @@
-"""Ensembles of scripted scorers, with numbers worked out by hand."""
+"""Ensembles of scripted scorers, with numbers computed by hand."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from tests.support.doubles import ScriptedGenerator, ScriptedScorer
 PROMPT = Prompt(text="It was")
 NAN = math.nan
 ROOT = math.sqrt(1.5)
-"""1, 2, 3 have mean 2 and standard deviation √(2/3): standardised they are minus this, 0 and this."""
+"""1, 2, 3 have mean 2 and standard deviation √(2/3), so standardised they are minus ROOT, 0 and ROOT."""
 
 
 def scripted(name: str, *rewards: float) -> ScriptedScorer:
@@ -31,7 +31,7 @@ async def combined(combination: Any, *members: Scorer, k: float = 0.0, texts: st
     return await ensemble.score(PROMPT, [Candidate(index, text, num_tokens=1) for index, text in enumerate(texts)])
 
 
-def test_standardised_by_hand() -> None:
+def test_standardised_worked_by_hand() -> None:
     assert standardised([1, 2, 3]) == pytest.approx([-ROOT, 0.0, ROOT])
     assert standardised([10, 10]) == [0.0, 0.0]
     assert standardised([7.0]) == [0.0]
@@ -41,7 +41,7 @@ def test_standardised_by_hand() -> None:
 
 
 class TestByHand:
-    """Standardised, with r = √1.5: the first (−r, 0, r), the second (0, r, −r)."""
+    """Standardised, with r = √1.5, the rewards are (−r, 0, r) of the first member and (0, r, −r) of the second."""
 
     first = scripted("first", 1, 2, 3)
     second = scripted("second", 20, 30, 10)
@@ -54,8 +54,8 @@ class TestByHand:
         rewards = (await combined("min", self.first, self.second)).rewards_N
         assert rewards == pytest.approx((-ROOT, 0.0, -ROOT))
 
-    async def test_mean_less_k_deviations(self) -> None:
-        """The members' standard deviations are r/2, r/2, r: disagreement over c is the worst."""
+    async def test_mean_minus_k_deviations(self) -> None:
+        """The members' standard deviations are r/2, r/2, r: they disagree most about c."""
         rewards = (await combined("mean-std", self.first, self.second, k=0.5)).rewards_N
         assert rewards == pytest.approx((-0.75 * ROOT, 0.25 * ROOT, -0.5 * ROOT))
 
@@ -65,14 +65,14 @@ class TestByHand:
 
 
 async def test_the_widest_scale_does_not_decide_alone() -> None:
-    """Two members prefer a by a hair, one prefers c by a hundred; a is the ensemble's choice."""
+    """Two members prefer a by a tenth, one prefers c by a hundred; the ensemble prefers a."""
     narrow, wide = scripted("narrow", 0.3, 0.2, 0.1), scripted("wide", 0, 50, 100)
     rewards = (await combined("mean", narrow, scripted("other", 0.3, 0.2, 0.1), wide)).rewards_N
     assert max(rewards) == rewards[0]
 
 
-async def test_an_overrated_candidate_wins_alone_and_loses_in_the_ensemble() -> None:
-    """One member thinks the world of c, the other two think it the worst."""
+async def test_a_candidate_that_one_member_overrates_loses_in_the_ensemble() -> None:
+    """One member rates c highest by far, the other two rate it lowest."""
     fooled, second, third = scripted("1", 1, 2, 9), scripted("2", 2, 3, 0), scripted("3", 1, 3, 0)
     alone = (await fooled.score(PROMPT, [Candidate(i, t, num_tokens=1) for i, t in enumerate("abc")])).rewards_N
     assert max(alone) == alone[2]
@@ -81,17 +81,17 @@ async def test_an_overrated_candidate_wins_alone_and_loses_in_the_ensemble() -> 
         assert max(rewards) == rewards[1], combination
 
 
-async def test_tokens_are_those_of_all_members() -> None:
+async def test_the_tokens_of_all_members_are_counted() -> None:
     assert (await combined("mean", scripted("1", 1, 2, 3), scripted("2", 1, 2, 3))).scored_tokens == 6
 
 
-async def test_members_score_at_the_same_time() -> None:
+async def test_members_score_concurrently() -> None:
     members = [ScriptedScorer(delay_s=0.3) for _ in range(5)]
     ensemble = EnsembleScorer("all", members, "mean")
     result = await BestOfN(ScriptedGenerator(["a", "bb"]), {"all": ensemble}).run(
         BestOfNRequest(PROMPT, SamplingParams(), 2)
     )
-    assert result.timings.score < 0.9  # one after the other they take 1.5 s
+    assert result.timings.score < 0.9  # sequentially they would take 1.5 s
     assert result.selection.winner.candidate.text == "bb"
     assert [member.groups for member in members] == [[2]] * 5
 
@@ -102,12 +102,12 @@ class TestMissing:
         assert math.isnan(rewards[1])
         assert rewards[0] < 0 < rewards[2]
 
-    async def test_a_member_that_fails_fails_the_ensemble_and_is_named(self) -> None:
+    async def test_the_ensemble_fails_with_a_member_and_names_it(self) -> None:
         broken = ScriptedScorer(fails=True)
         with pytest.raises(ScoringError, match="both: its member scripted-reward failed: the scripted scorer fails"):
             await combined("mean", scripted("1", 1, 2, 3), broken)
 
-    async def test_a_bug_is_not_taken_for_a_missing_reward(self) -> None:
+    async def test_a_bug_in_a_member_is_raised(self) -> None:
         class Broken(ScriptedScorer):
             async def score(self, *args: Any) -> Any:
                 raise RuntimeError("a bug")
@@ -116,7 +116,7 @@ class TestMissing:
             await combined("mean", scripted("1", 1, 2, 3), Broken())
 
 
-def test_it_needs_what_its_members_need() -> None:
+def test_an_ensemble_needs_all_candidates_and_what_its_members_need() -> None:
     sure, plain = ScriptedScorer(), ScriptedScorer()
     sure.needs = Needs(top_logprobs=20)
     assert EnsembleScorer("both", [plain, sure], "min").needs == Needs(all_candidates=True, top_logprobs=20)

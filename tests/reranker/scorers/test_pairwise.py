@@ -1,4 +1,4 @@
-"""Knockout tournaments worked out by hand, over a comparison that reads strengths off the texts."""
+"""Knockout tournaments worked out by hand; the comparator reads each candidate's strength from its text."""
 
 import asyncio
 import math
@@ -17,26 +17,27 @@ PROMPT = Prompt(text="It was")
 
 
 class Strongest:
-    """The larger number wins, an equal one is undecided; `favours_first` is added to the one shown first.
+    """A comparator: the larger number wins, equal ones are undecided; `favours_first` is added to the first.
 
-    An empty text gives no verdict, and "fails" no answer. `asked` collects the pairs, `at_once` how many were out.
+    An empty text gives no verdict, and "fails" raises an error. `pairs` collects the calls; `max_running` is the most
+    calls that ran at the same time.
     """
 
     def __init__(self, favours_first: float = 0.0) -> None:
         self.favours_first = favours_first
-        self.asked: list[tuple[str, str]] = []
-        self.out = 0
-        self.most_at_once = 0
+        self.pairs: list[tuple[str, str]] = []
+        self.running = 0
+        self.max_running = 0
 
     async def __call__(self, prompt: Prompt, first: Candidate, second: Candidate) -> Comparison:
         pair = (first.text, second.text)
-        self.asked.append(pair)
-        self.out += 1
-        self.most_at_once = max(self.most_at_once, self.out)
+        self.pairs.append(pair)
+        self.running += 1
+        self.max_running = max(self.max_running, self.running)
         await asyncio.sleep(0)
-        self.out -= 1
+        self.running -= 1
         if "fails" in pair:
-            raise ScoringError("the judge is out")
+            raise ScoringError("the judge is unavailable")
         if "" in pair:
             return Comparison(math.nan, num_tokens=10)
         lead = float(first.text) + self.favours_first - float(second.text)
@@ -49,79 +50,79 @@ async def tournament(compare: Strongest, *texts: str) -> Scores:
 
 
 async def test_five_candidates_by_hand() -> None:
-    """Round 1: 0–1 (1 wins), 2–3 (3 wins), 4 rests. Round 2: 1–3 (1 wins), 4 rests. Round 3: 1–4 (1 wins)."""
+    """Round 1: 0–1 (1 wins), 2–3 (3 wins), 4 a bye. Round 2: 1–3 (1 wins), 4 a bye. Round 3: 1–4 (1 wins)."""
     compare = Strongest()
     scores = await tournament(compare, "1", "9", "2", "5", "3")
     assert scores.rewards_N == (0.0, 3.0, 0.0, 1.0, 2.0)
-    assert len(compare.asked) == 8  # 4 matches, both orders
+    assert len(compare.pairs) == 8  # 4 matches, both orders
     assert scores.scored_tokens == 80
-    assert [pair for pair in compare.asked if pair[0] < pair[1]] == [("1", "9"), ("2", "5"), ("5", "9"), ("3", "9")]
+    assert [pair for pair in compare.pairs if pair[0] < pair[1]] == [("1", "9"), ("2", "5"), ("5", "9"), ("3", "9")]
 
 
 @pytest.mark.parametrize(("n", "rounds"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4)])
-async def test_the_best_wins_wherever_it_stands_in_log2_n_rounds(n: int, rounds: int) -> None:
+async def test_the_best_wins_at_any_index_in_log2_n_rounds(n: int, rounds: int) -> None:
     for best in range(n):
         compare = Strongest()
-        texts = ["9" if place == best else "1" for place in range(n)]
+        texts = ["9" if index == best else "1" for index in range(n)]
         rewards = (await tournament(compare, *texts)).rewards_N
         assert rewards[best] == max(rewards) == rounds
-        assert len(compare.asked) == 2 * (n - 1)
+        assert len(compare.pairs) == 2 * (n - 1)
 
 
-async def test_a_rounds_matches_are_played_at_once_in_both_orders() -> None:
+async def test_the_matches_of_a_round_run_concurrently_in_both_orders() -> None:
     compare = Strongest()
     await tournament(compare, *"12345678")
-    assert compare.most_at_once == 8
+    assert compare.max_running == 8
 
 
-async def test_a_judge_that_favours_the_first_place_decides_nothing_by_it() -> None:
-    """Between 1 and 2 the lead of 5 turns with the order, so the match is undecided; 9 wins in any place."""
+async def test_a_bias_for_the_first_position_decides_no_match() -> None:
+    """Between 1 and 2 the bias of 5 changes sides with the order, so the match is undecided; 9 wins in both orders."""
     assert (await tournament(Strongest(favours_first=5), "1", "2")).rewards_N == (1.0, 0.5)
     assert (await tournament(Strongest(favours_first=5), "2", "1")).rewards_N == (1.0, 0.5)
     assert (await tournament(Strongest(favours_first=5), "1", "9")).rewards_N == (0.0, 1.0)
 
 
-async def test_undecided_lets_the_lower_index_through_and_honours_the_narrow_loser() -> None:
+async def test_an_undecided_match_advances_the_lower_index_and_rewards_the_loser_with_half() -> None:
     """0–1 undecided, 2–3 clear, 0–2 clear."""
     assert (await tournament(Strongest(), "4", "4", "3", "1")).rewards_N == (2.0, 0.5, 1.0, 0.0)
 
 
 class TestNoVerdict:
-    async def test_a_candidate_that_cannot_be_judged_has_no_reward_however_far_it_came(self) -> None:
-        """0 has no verdict in 0–1 and goes through by index; nor has it in the final against 2."""
+    async def test_a_candidate_without_any_verdict_has_no_reward_however_far_it_advanced(self) -> None:
+        """0 has no verdict in 0–1 and advances by its index; it has none in the final against 2 either."""
         rewards = (await tournament(Strongest(), "", "5", "6", "1")).rewards_N
         assert [math.isnan(reward) for reward in rewards] == [True, True, False, False]
         assert rewards[2] > rewards[3]
 
-    async def test_an_order_that_fails_is_undecided_and_the_other_counts(self) -> None:
+    async def test_a_failed_comparison_counts_as_undecided_and_the_other_order_counts(self) -> None:
         class SecondOrderFails(Strongest):
             async def __call__(self, prompt: Prompt, first: Candidate, second: Candidate) -> Comparison:
                 if first.index > second.index:
-                    raise ScoringError("the judge is out")
+                    raise ScoringError("the judge is unavailable")
                 return await super().__call__(prompt, first, second)
 
         scores = await tournament(SecondOrderFails(), "1", "9")
-        assert scores.rewards_N == (0.25, 1.0)  # 0 was thought better with (0 + .5) / 2
+        assert scores.rewards_N == (0.25, 1.0)  # the probability that 0 is better is (0 + .5) / 2
         assert scores.scored_tokens == 10
 
-    async def test_none_at_all_is_an_error_with_the_reason(self) -> None:
-        with pytest.raises(ScoringError, match="knockout: the judge is out"):
+    async def test_no_verdict_at_all_is_an_error_with_the_reason(self) -> None:
+        with pytest.raises(ScoringError, match="knockout: the judge is unavailable"):
             await tournament(Strongest(), "fails", "fails", "fails")
         with pytest.raises(ScoringError, match="knockout: no comparison gave a verdict"):
             await tournament(Strongest(), "", "")
 
-    async def test_a_bug_is_not_taken_for_a_missing_verdict(self) -> None:
+    async def test_a_bug_in_the_comparator_is_raised(self) -> None:
         with pytest.raises(ValueError, match="could not convert"):
             await tournament(Strongest(), "1", "word")
 
 
-async def test_the_pipeline_holds_one_tournament_over_all_that_finished() -> None:
-    """Candidate 3 fails and 0 is the last to finish; the order of drawing decides who meets whom."""
+async def test_a_request_has_one_tournament_over_all_finished_candidates() -> None:
+    """Candidate 3 fails and 0 is the last to finish; the matches follow the order of the indices."""
     compare = Strongest()
     generator = ScriptedGenerator(["2", "5", "9", None], delays_s={0: 0.05})
     served = BestOfN(generator, {"knockout": PairwiseScorer("knockout", compare)})
     result = await served.run(BestOfNRequest(PROMPT, SamplingParams(), 4))
-    assert [(one.candidate.text, one.reward) for one in result.selection.ranking] == [
+    assert [(scored.candidate.text, scored.reward) for scored in result.selection.ranking] == [
         ("9", 2.0),
         ("5", 1.0),
         ("2", 0.0),

@@ -1,4 +1,4 @@
-"""The pooling endpoint against a scripted HTTP server, with the bodies and replies of vLLM 0.32."""
+"""The pooling endpoint with a scripted HTTP server, which has the bodies and replies of vLLM 0.32."""
 
 import json
 import math
@@ -23,22 +23,22 @@ SERVER = "http://pooling:8001"
 Body = dict[str, Any]
 
 
-class Server:
-    """A pooling server of `model` that answers each input with its length; `answer` replaces that."""
+class ScriptedServer:
+    """A pooling server whose score of an input is its length; `answer` replaces its replies."""
 
     def __init__(self, root: str, max_model_len: int | None = CONTEXT_LENGTH) -> None:
         self.card = {"id": "reward", "root": root, "max_model_len": max_model_len}
-        self.asked: list[tuple[str, Body]] = []
+        self.requests: list[tuple[str, Body]] = []
         self.answer: Callable[[Body], httpx.Response] | None = None
 
     def handle(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"object": "list", "data": [self.card]})
         body = json.loads(request.content)
-        self.asked.append((request.url.path, body))
+        self.requests.append((request.url.path, body))
         if self.answer:
             return self.answer(body)
-        sizes = [float(len(one)) for one in body.get("input") or body["text_2"]]
+        sizes = [float(len(text)) for text in body.get("input") or body["text_2"]]
         numbers = {
             "/classify": [
                 {"index": i, "label": "LABEL_0", "probs": [s], "num_classes": 1} for i, s in enumerate(sizes)
@@ -56,7 +56,9 @@ Connect = Callable[..., Awaitable[PoolingEndpointScorer]]
 async def connect() -> AsyncIterator[Connect]:
     connected: list[PoolingEndpointScorer] = []
 
-    async def connect(server: Server, route: Route = "classify", tokenizer: str | None = None) -> PoolingEndpointScorer:
+    async def connect(
+        server: ScriptedServer, route: Route = "classify", tokenizer: str | None = None
+    ) -> PoolingEndpointScorer:
         client = httpx.AsyncClient(transport=httpx.MockTransport(server.handle))
         spec = EndpointSpec(SERVER, route, tokenizer)
         connected.append(await PoolingEndpointScorer.connect("remote", spec, client=client))
@@ -69,7 +71,7 @@ async def connect() -> AsyncIterator[Connect]:
 
 @pytest.fixture
 def reward_model(tmp_path: Path) -> str:
-    """A chat reward model whose tokenizer is not that of any policy here."""
+    """A chat reward model whose tokenizer differs from that of every policy in the tests."""
     tokenizer = tiny_tokenizer(adds_bos=True, corpus=["capital of France", "delight of the cast"])
     return str(save_tiny_reward_model(tmp_path / "reward", tokenizer=tokenizer))
 
@@ -80,88 +82,90 @@ def candidates(*texts: str) -> list[Candidate]:
 
 @pytest.mark.parametrize("route", ["classify", "pooling"])
 @pytest.mark.parametrize("prompt", [CHAT, TEXT])
-async def test_one_request_carries_the_tokens_the_model_itself_would_read(
+async def test_one_http_request_has_the_token_ids_of_all_candidates(
     connect: Connect, reward_model: str, route: Route, prompt: Prompt
 ) -> None:
-    server = Server(reward_model)
+    server = ScriptedServer(reward_model)
     scores = await (await connect(server, route)).score(prompt, candidates("Paris.", "It is Rome, of course."))
-    here = RewardModel.load(reward_model, device="cpu", dtype="float32")
-    expected = [list(here.render(prompt, text).token_ids) for text in ("Paris.", "It is Rome, of course.")]
-    assert server.asked == [(f"/{route}", {"model": "reward", "use_activation": False, "input": expected})]
+    model = RewardModel.load(reward_model, device="cpu", dtype="float32")
+    expected = [list(model.render(prompt, text).token_ids) for text in ("Paris.", "It is Rome, of course.")]
+    assert server.requests == [(f"/{route}", {"model": "reward", "use_activation": False, "input": expected})]
     assert scores == Scores(tuple(float(len(ids)) for ids in expected), scored_tokens=55)
     bos = AutoTokenizer.from_pretrained(reward_model).bos_token_id
     assert [ids.count(bos) for ids in expected] == [1, 1]
 
 
-async def test_a_pair_is_put_together_by_the_server(connect: Connect) -> None:
-    server = Server("/only/there")
+async def test_the_score_route_sends_prompt_and_candidates_as_text(connect: Connect) -> None:
+    server = ScriptedServer("/only/there")
     scores = await (await connect(server, "score")).score(CHAT, candidates("Paris.", "Rome"))
     pair = {"text_1": "What is the capital of France?", "text_2": ["Paris.", "Rome"]}
-    assert server.asked == [("/score", {"model": "reward", "use_activation": False} | pair)]
+    assert server.requests == [("/score", {"model": "reward", "use_activation": False} | pair)]
     assert scores.rewards_N == (6.0, 4.0)
 
 
-async def test_without_the_tokenizer_texts_are_sent_and_the_log_says_so(
+async def test_without_the_tokenizer_texts_are_sent_and_a_warning_is_logged(
     connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = Server("/only/there")
+    server = ScriptedServer("/only/there")
     scorer = await connect(server)
     assert "The tokenizer of /only/there at http://pooling:8001 cannot be loaded here" in caplog.text
     turns = Prompt(messages=(Message("system", "Be brief."), *CHAT.messages))
     await scorer.score(turns, candidates("Paris."))
     await scorer.score(TEXT, candidates(" a delight"))
-    assert [body["input"] for _, body in server.asked] == [
+    assert [body["input"] for _, body in server.requests] == [
         ["system: Be brief.\n\nuser: What is the capital of France?\n\nassistant: Paris."],
         ["The film was a delight"],
     ]
 
 
-async def test_a_tokenizer_named_in_the_url_is_used_and_one_that_is_not_there_is_an_error(
+async def test_the_tokenizer_in_the_url_is_used_and_a_missing_one_is_an_error(
     connect: Connect, reward_model: str
 ) -> None:
-    server = Server("/only/there")
+    server = ScriptedServer("/only/there")
     await (await connect(server, tokenizer=reward_model)).score(CHAT, candidates("Paris."))
-    assert isinstance(server.asked[0][1]["input"][0][0], int)
+    assert isinstance(server.requests[0][1]["input"][0][0], int)
     with pytest.raises(ScorerSpecError, match="cannot load the tokenizer /nowhere"):
         await connect(server, tokenizer="/nowhere")
 
 
-async def test_a_candidate_too_long_for_the_server_is_missing_and_not_sent(connect: Connect, reward_model: str) -> None:
-    server = Server(reward_model, max_model_len=40)
+async def test_a_candidate_too_long_for_the_server_is_not_sent_and_has_no_reward(
+    connect: Connect, reward_model: str
+) -> None:
+    server = ScriptedServer(reward_model, max_model_len=40)
     scorer = await connect(server)
-    missing, there = (await scorer.score(CHAT, candidates("x" * 60, "Paris."))).rewards_N
+    missing, known = (await scorer.score(CHAT, candidates("x" * 60, "Paris."))).rewards_N
     assert math.isnan(missing)
-    assert len(server.asked[0][1]["input"]) == 1
-    assert len(server.asked[0][1]["input"][0]) <= 40 == there  # the prompt was cut from the left to fit
+    assert len(server.requests[0][1]["input"]) == 1
+    assert len(server.requests[0][1]["input"][0]) <= 40 == known  # the prompt was cut from the left to fit
     with pytest.raises(ScoringError, match=r"the candidate alone is 6\d tokens"):
         await scorer.score(CHAT, candidates("x" * 60))
 
 
 class TestReplies:
-    async def scored(self, connect: Connect, server: Server, route: Route = "classify") -> Scores:
+    async def scored(self, connect: Connect, server: ScriptedServer, route: Route = "classify") -> Scores:
         return await (await connect(server, route)).score(TEXT, candidates("a", "b"))
 
-    def answering(self, status: int, content: Any) -> Server:
-        server = Server("/only/there")
+    def answering(self, status: int, content: Any) -> ScriptedServer:
+        server = ScriptedServer("/only/there")
         server.answer = lambda body: httpx.Response(status, json=content)
         return server
 
-    async def test_items_are_taken_by_their_index(self, connect: Connect) -> None:
+    async def test_items_are_ordered_by_their_index(self, connect: Connect) -> None:
         items = [{"index": 1, "probs": [-2.5]}, {"index": 0, "probs": [4.0]}]
         assert await self.scored(connect, self.answering(200, {"data": items})) == Scores((4.0, -2.5), scored_tokens=0)
 
-    async def test_of_a_number_for_each_token_the_last_counts(self, connect: Connect) -> None:
+    async def test_of_a_number_per_token_the_last_is_taken(self, connect: Connect) -> None:
         items = [{"index": 0, "data": [[1.0], [2.0]]}, {"index": 1, "data": 3.0}]
         assert (await self.scored(connect, self.answering(200, {"data": items}), "pooling")).rewards_N == (2.0, 3.0)
 
-    async def test_null_is_missing(self, connect: Connect) -> None:
+    async def test_a_null_score_is_a_missing_reward(self, connect: Connect) -> None:
         items = [{"index": 0, "score": None}, {"index": 1, "score": 3.0}]
-        missing, there = (await self.scored(connect, self.answering(200, {"data": items}), "score")).rewards_N
+        missing, known = (await self.scored(connect, self.answering(200, {"data": items}), "score")).rewards_N
         assert math.isnan(missing)
-        assert there == 3.0
+        assert known == 3.0
 
     @pytest.mark.parametrize(
-        ("status", "content", "told"),
+        ("status", "content", "message"),
         [
             (
                 400,
@@ -176,21 +180,21 @@ class TestReplies:
             (200, ["unexpected"], "did not return 2 numbers"),
         ],
     )
-    async def test_a_refusal_is_told_in_the_servers_words(
-        self, connect: Connect, status: int, content: Any, told: str
+    async def test_a_refusal_or_wrong_reply_is_an_error_with_the_reason(
+        self, connect: Connect, status: int, content: Any, message: str
     ) -> None:
         server = self.answering(status, content)
-        with pytest.raises(ScoringError, match=told):
+        with pytest.raises(ScoringError, match=message):
             await self.scored(connect, server)
-        assert len(server.asked) == 1  # nothing is tried twice
+        assert len(server.requests) == 1  # nothing is retried
 
-    async def test_a_server_that_has_gone_is_told(self, connect: Connect) -> None:
-        server = Server("/only/there")
+    async def test_an_unreachable_server_is_an_error(self, connect: Connect) -> None:
+        server = ScriptedServer("/only/there")
 
-        def gone(body: Body) -> httpx.Response:
+        def refused(body: Body) -> httpx.Response:
             raise httpx.ConnectError("connection refused")
 
-        server.answer = gone
+        server.answer = refused
         with pytest.raises(ScoringError, match="http://pooling:8001 does not answer: connection refused"):
             await self.scored(connect, server)
 
@@ -198,7 +202,7 @@ class TestReplies:
 @pytest.mark.parametrize(
     "reply", [httpx.Response(503), httpx.Response(200, text="hello"), httpx.Response(200, json={"data": []})]
 )
-async def test_a_server_that_serves_no_model_is_told_at_the_start(reply: httpx.Response) -> None:
+async def test_a_server_without_a_model_is_an_error_at_the_start(reply: httpx.Response) -> None:
     client = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: reply))
     with pytest.raises(ScorerSpecError, match=r"http://pooling:8001/v1/models does not name.*start that server first"):
         await PoolingEndpointScorer.connect("remote", EndpointSpec(SERVER, "classify", None), client=client)

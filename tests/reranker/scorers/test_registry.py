@@ -1,4 +1,4 @@
-"""SPEC and what is made of it: the grammar, several scorers served at once, and the request that names one."""
+"""SPECs and their scorers: the grammar, several scorers served together, and requests that select one."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -11,22 +11,10 @@ import pytest
 
 from reranker.candidate import Candidate, Message, Prompt
 from reranker.models.reward_model import RewardModel
+from reranker.scorers import spec
 from reranker.scorers.base import Scorer
 from reranker.scorers.judge import JudgeAnswer
 from reranker.scorers.registry import ScorerContext, make_scorers
-from reranker.scorers.spec import (
-    FORMS,
-    CascadeSpec,
-    EndpointSpec,
-    EnsembleSpec,
-    FunctionSpec,
-    JudgeSpec,
-    LogprobSpec,
-    RewardModelSpec,
-    ScorerSpecError,
-    parse,
-    parse_all,
-)
 from server.generation.base import SamplingParams
 from server.pipeline.best_of_n import BestOfN
 from server.pipeline.types import BestOfNRequest
@@ -39,34 +27,34 @@ PROMPT = Prompt(messages=(Message("user", "How was the film?"),))
 
 
 @pytest.mark.parametrize(
-    ("text", "spec"),
+    ("text", "expected"),
     [
-        ("movie-sentiment", RewardModelSpec("movie-sentiment")),
-        ("org/reward", RewardModelSpec("org/reward")),
-        ("./logprob", RewardModelSpec("./logprob")),
-        ("vllm:http://gpu:8001", EndpointSpec("http://gpu:8001", "classify", None)),
-        ("vllm:http://gpu:8001/", EndpointSpec("http://gpu:8001", "classify", None)),
-        ("vllm:http://gpu:8001/v1/score", EndpointSpec("http://gpu:8001", "score", None)),
-        ("vllm:https://gpu/a/pooling#org/rm", EndpointSpec("https://gpu/a", "pooling", "org/rm")),
-        ("judge:self", JudgeSpec("self", pairwise=False)),
-        ("judge:org/large:fp8", JudgeSpec("org/large:fp8", pairwise=False)),
-        ("pairwise:judge:large", JudgeSpec("large", pairwise=True)),
-        ("python:checks/unit.py:passes", FunctionSpec("checks/unit.py", "passes")),
-        ("python:checks.unit:passes", FunctionSpec("checks.unit", "passes")),
-        ("logprob", LogprobSpec("logprob")),
-        ("self_certainty", LogprobSpec("self_certainty")),
-        ("ensemble:min:a,b", EnsembleSpec("min", ("a", "b"))),
-        ("ensemble:mean-std:0.5:a,b,c", EnsembleSpec("mean-std", ("a", "b", "c"), 0.5)),
-        ("cascade:4:a,b", CascadeSpec(4.0, ("a", "b"))),
-        ("cascade:0.25:a,b", CascadeSpec(0.25, ("a", "b"))),
+        ("movie-sentiment", spec.RewardModelSpec("movie-sentiment")),
+        ("org/reward", spec.RewardModelSpec("org/reward")),
+        ("./logprob", spec.RewardModelSpec("./logprob")),
+        ("vllm:http://gpu:8001", spec.EndpointSpec("http://gpu:8001", "classify", None)),
+        ("vllm:http://gpu:8001/", spec.EndpointSpec("http://gpu:8001", "classify", None)),
+        ("vllm:http://gpu:8001/v1/score", spec.EndpointSpec("http://gpu:8001", "score", None)),
+        ("vllm:https://gpu/a/pooling#org/rm", spec.EndpointSpec("https://gpu/a", "pooling", "org/rm")),
+        ("judge:self", spec.JudgeSpec("self", pairwise=False)),
+        ("judge:org/large:fp8", spec.JudgeSpec("org/large:fp8", pairwise=False)),
+        ("pairwise:judge:large", spec.JudgeSpec("large", pairwise=True)),
+        ("python:checks/unit.py:passes", spec.FunctionSpec("checks/unit.py", "passes")),
+        ("python:checks.unit:passes", spec.FunctionSpec("checks.unit", "passes")),
+        ("logprob", spec.LogprobSpec("logprob")),
+        ("self_certainty", spec.LogprobSpec("self_certainty")),
+        ("ensemble:min:a,b", spec.EnsembleSpec("min", ("a", "b"))),
+        ("ensemble:mean-std:0.5:a,b,c", spec.EnsembleSpec("mean-std", ("a", "b", "c"), 0.5)),
+        ("cascade:4:a,b", spec.CascadeSpec(4.0, ("a", "b"))),
+        ("cascade:0.25:a,b", spec.CascadeSpec(0.25, ("a", "b"))),
     ],
 )
-def test_what_a_spec_names(text: str, spec: object) -> None:
-    assert parse(text) == spec
+def test_a_spec_is_parsed(text: str, expected: object) -> None:
+    assert spec.parse(text) == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("vllm:gpu:8001", "needs an address, such as vllm:http://localhost:8001/classify"),
         ("judge:", "needs a model"),
@@ -88,13 +76,13 @@ def test_what_a_spec_names(text: str, spec: object) -> None:
         ("ensemble:mean-std:-1:a,b", "K is '-1' and must be a number of at least 0"),
     ],
 )
-def test_a_spec_that_begins_like_a_form_must_go_on_like_it(text: str, told: str) -> None:
-    with pytest.raises(ScorerSpecError, match=told):
-        parse(text)
+def test_a_malformed_spec_is_refused_with_the_right_form(text: str, message: str) -> None:
+    with pytest.raises(spec.ScorerSpecError, match=message):
+        spec.parse(text)
 
 
 @pytest.mark.parametrize(
-    ("specs", "told"),
+    ("specs", "message"),
     [
         ({"a": "logprob", "both": "ensemble:min:a,b"}, "no scorer 'b' is served; add it with --reward-model b=SPEC"),
         (
@@ -104,12 +92,12 @@ def test_a_spec_that_begins_like_a_form_must_go_on_like_it(text: str, told: str)
         ({"a": "logprob", "x": "judge:"}, "x=judge: needs a model"),
     ],
 )
-def test_names_must_fit_together(specs: dict[str, str], told: str) -> None:
-    with pytest.raises(ScorerSpecError, match=told):
-        parse_all(specs)
+def test_members_must_be_served_and_composite_ones_come_first(specs: dict[str, str], message: str) -> None:
+    with pytest.raises(spec.ScorerSpecError, match=message):
+        spec.parse_all(specs)
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", sorted(spec.FORMS))
 def test_every_form_is_documented(form: str) -> None:
     assert f"`{form}" in (ROOT / "docs" / "scorers.md").read_text()
 
@@ -127,7 +115,7 @@ async def made(specs: Mapping[str, str], answer: str = '{"grade": 5}') -> AsyncI
 
 @pytest.fixture
 def specs(tmp_path: Path) -> dict[str, str]:
-    """One of each kind that needs no server; the reward model's tokenizer is not the policy's."""
+    """A SPEC of each form that needs no server; the reward model's tokenizer differs from the policy's."""
     (tmp_path / "checks.py").write_text("def short(prompt, completions):\n    return [-len(c) for c in completions]\n")
     tokenizer = tiny_tokenizer(corpus=["a corpus of other words gives other tokens"])
     return {
@@ -143,7 +131,7 @@ def specs(tmp_path: Path) -> dict[str, str]:
     }
 
 
-async def test_several_are_served_at_once_and_a_request_names_one(specs: dict[str, str]) -> None:
+async def test_several_scorers_are_served_and_a_request_selects_one(specs: dict[str, str]) -> None:
     texts = ["dull", "a delight from start to finish", "so so"]
     async with made(specs) as scorers:
         assert list(scorers) == list(specs)
@@ -157,48 +145,51 @@ async def test_several_are_served_at_once_and_a_request_names_one(specs: dict[st
             )
         )
     by_name = {result.reward_model: result.selection for result in results}
-    assert results[-1].reward_model == "both"  # the first is the default
-    rewards = {name: {one.candidate.text: one.reward for one in by_name[name].ranking} for name in by_name}
+    assert results[-1].reward_model == "both"  # the default is the first
+    rewards = {
+        name: {scored.candidate.text: scored.reward for scored in selection.ranking}
+        for name, selection in by_name.items()
+    }
     assert rewards["short"] == {text: -len(text) for text in texts}
-    assert set(rewards["likely"].values()) == {-1.0}  # the double draws every word at −1 nat
+    assert set(rewards["likely"].values()) == {-1.0}  # each word of the double has a log-probability of −1 nat
     assert set(rewards["judge"].values()) == {5.0}
     assert [by_name[name].winner.candidate.text for name in ("short", "both", "all")] == ["dull"] * 3
-    here = RewardModel.load(specs["reward"], device="cpu", dtype="float32")
-    expected = here.score([here.render(PROMPT, text) for text in texts])
+    model = RewardModel.load(specs["reward"], device="cpu", dtype="float32")
+    expected = model.score([model.render(PROMPT, text) for text in texts])
     assert [rewards["reward"][text] for text in texts] == pytest.approx(expected, abs=1e-4)
 
 
-async def test_a_tournament_is_served_beside_them() -> None:
+async def test_a_tournament_can_be_served() -> None:
     async with made({"duel": "pairwise:judge:large"}, answer='{"better": "A"}') as scorers:
         scores = await scorers["duel"].score(PROMPT, [Candidate(i, t, num_tokens=1) for i, t in enumerate("ab")])
     assert scores.rewards_N == (1.0, 0.5)
 
 
-async def test_over_http_a_score_request_names_one_and_the_models_are_listed(specs: dict[str, str]) -> None:
+async def test_http_requests_select_a_scorer_and_the_models_endpoint_lists_them(specs: dict[str, str]) -> None:
     async with (
         made(specs) as scorers,
         client_of(app_over(BestOfN(ScriptedGenerator(["a b", "a"]), scorers))) as client,
     ):
         (model,) = (await client.get("/v1/models")).json()["data"]
         assert model["reward_models"] == list(specs)
-        asked = {"prompt": "How was it?", "candidates": ["aa", "a"], "reward_model": "short"}
-        reply = (await client.post("/v1/score", json=asked)).json()
-        assert [one["score"] for one in reply["data"]] == [-2.0, -1.0]
+        request = {"prompt": "How was it?", "candidates": ["aa", "a"], "reward_model": "short"}
+        reply = (await client.post("/v1/score", json=request)).json()
+        assert [item["score"] for item in reply["data"]] == [-2.0, -1.0]
         body = HELLO | {"best_of": 2, "nbest": {"reward_model": "short", "return_candidates": True}}
         reply = (await client.post("/v1/chat/completions", json=body)).json()
         assert reply["choices"][0]["message"]["content"] == "a"
         assert reply["choices"][0]["logprobs"] is None
-        unknown = await client.post("/v1/score", json=asked | {"candidates": ["a"], "reward_model": "likely"})
+        unknown = await client.post("/v1/score", json=request | {"candidates": ["a"], "reward_model": "likely"})
         assert unknown.status_code == 503
         assert "log-probabilities are known" in unknown.json()["error"]["message"]
 
 
-async def test_what_was_made_is_closed_when_a_later_one_cannot_be(tmp_path: Path) -> None:
+async def test_scorers_are_closed_if_a_later_one_cannot_be_made(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     (tmp_path / "checks.py").write_text(
         f"import os, pathlib\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nf = len"
     )
-    with pytest.raises(ScorerSpecError, match="nothing of nowhere cannot be used"):
+    with pytest.raises(spec.ScorerSpecError, match="nothing of nowhere cannot be used"):
         async with made({"a": f"python:{tmp_path}/checks.py:f", "b": "python:nowhere:nothing"}):
             pass
     assert not psutil.pid_exists(int(pid_file.read_text()))

@@ -21,19 +21,19 @@ def model(tmp_path: Path) -> RewardModel:
 
 
 def scorer(model: RewardModel, batches: list[int] | None = None) -> RewardModelScorer:
-    heard = batches if batches is not None else []
+    sizes = batches if batches is not None else []
     return RewardModelScorer(
-        "tiny", model, max_batch_tokens=1000, max_wait_ms=1, on_batch=lambda sequences, _: heard.append(sequences)
+        "tiny", model, max_batch_tokens=1000, max_wait_ms=1, on_batch=lambda sequences, _: sizes.append(sequences)
     )
 
 
 def tokens(model: RewardModel, *texts: str) -> tuple[int, list[int]]:
-    """(of the prompt, of each candidate)."""
+    """(tokens of the prompt, tokens of each candidate)."""
     rendered = [model.render(QUESTION, text) for text in texts]
-    return rendered[0].prompt_length, [len(one.token_ids) - one.prompt_length for one in rendered]
+    return rendered[0].prompt_length, [len(sequence.token_ids) - sequence.prompt_length for sequence in rendered]
 
 
-async def test_a_shared_prompt_counts_once_and_a_candidate_drawn_twice_too(model: RewardModel) -> None:
+async def test_a_shared_prompt_and_a_repeated_candidate_count_once(model: RewardModel) -> None:
     batches: list[int] = []
     scoring = scorer(model, batches)
     scores = await scoring.score(QUESTION, candidates("Paris.", "Rome, I think.", "Paris."))
@@ -44,7 +44,7 @@ async def test_a_shared_prompt_counts_once_and_a_candidate_drawn_twice_too(model
     assert batches == [2]
 
 
-async def test_candidates_that_finish_later_find_their_prompt_computed(model: RewardModel) -> None:
+async def test_the_prompt_is_not_computed_again_for_later_candidates(model: RewardModel) -> None:
     scoring = scorer(model)
     first = await scoring.score(QUESTION, candidates("Paris."))
     later = await scoring.score(QUESTION, candidates("Rome, I think."))
@@ -53,7 +53,7 @@ async def test_candidates_that_finish_later_find_their_prompt_computed(model: Re
     assert (first.scored_tokens, later.scored_tokens) == (prompt + paris, rome)
 
 
-async def test_what_goes_on_from_a_beginning_costs_the_rest(model: RewardModel) -> None:
+async def test_a_continuation_of_a_beginning_costs_only_the_rest(model: RewardModel) -> None:
     scoring, whole = scorer(model), "Paris is the capital of France, and has been for long."
     beginning = replace(candidates(whole[:38])[0], is_beginning=True)
     _, (begun, all_of_it) = tokens(model, beginning.text, whole)
@@ -61,24 +61,26 @@ async def test_what_goes_on_from_a_beginning_costs_the_rest(model: RewardModel) 
     rest = await scoring.score(QUESTION, candidates(whole))
     fresh = scorer(RewardModel.load(model.name, device="cpu", dtype="float32"))
     assert rest.rewards_N == pytest.approx((await fresh.score(QUESTION, candidates(whole))).rewards_N, abs=1e-4)
-    assert all_of_it - begun <= rest.scored_tokens <= all_of_it - begun + 4  # but how the beginning was closed
+    assert (
+        all_of_it - begun <= rest.scored_tokens <= all_of_it - begun + 4
+    )  # 4 for the tokens that closed the beginning
     await scoring.close()
     await fresh.close()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
-async def test_a_prompt_that_does_not_fit_is_cut_and_the_scores_say_by_how_much(
+async def test_a_prompt_that_does_not_fit_is_cut_and_the_cut_is_reported(
     architecture: Architecture, tmp_path: Path
 ) -> None:
     model = RewardModel.load(str(save_tiny_reward_model(tmp_path, architecture)), device="cpu", dtype="float32")
     prompt = Prompt(text="The film was dull. " * 60)
     texts = [" great", " a delight from start to finish"]
     rendered = [model.render(prompt, text) for text in texts]
-    assert [len(one.token_ids) for one in rendered] == [CONTEXT_LENGTH] * 2
+    assert [len(sequence.token_ids) for sequence in rendered] == [CONTEXT_LENGTH] * 2
     scoring = scorer(model)
     scores = await scoring.score(prompt, candidates(*texts))
     short = await scoring.score(Prompt(text="The film was"), candidates(*texts))
     await scoring.close()
     assert scores.prompt_tokens_cut == rendered[1].cut_tokens > rendered[0].cut_tokens > 0
-    assert scores.rewards_N == pytest.approx([model.score([one])[0] for one in rendered], abs=1e-4)
+    assert scores.rewards_N == pytest.approx([model.score([sequence])[0] for sequence in rendered], abs=1e-4)
     assert short.prompt_tokens_cut == 0

@@ -1,4 +1,4 @@
-"""Verifier functions in their own process: what they return counts, and nothing they do stops the server."""
+"""Verifier functions in their own process: their rewards, and faults that must not stop the server."""
 
 import asyncio
 import math
@@ -82,7 +82,7 @@ async def rewards(scorer: VerifierScorer, *texts: str, prompt: Prompt = QUESTION
     return (await scorer.score(prompt, candidates)).rewards_N
 
 
-async def test_the_function_gets_the_question_and_the_texts(start: Start) -> None:
+async def test_the_function_gets_the_prompt_and_the_texts(start: Start) -> None:
     assert await rewards(await start("length"), "a", "abc") == (1.0, 3.0)
     scorer = await start("echoes")
     assert await rewards(scorer, "2 + 2?", "4") == (1.0, 0.0)
@@ -91,25 +91,25 @@ async def test_the_function_gets_the_question_and_the_texts(start: Start) -> Non
     assert await rewards(scorer, "It was", prompt=Prompt(text="It was")) == (1.0,)
 
 
-async def test_it_runs_in_one_other_process(start: Start) -> None:
+async def test_all_calls_run_in_one_other_process(start: Start) -> None:
     scorer = await start()
     first, second = await rewards(scorer, "pid"), await rewards(scorer, "pid")
     assert first == second
     assert first != (float(os.getpid()),)
 
 
-async def test_what_it_prints_is_no_answer(start: Start) -> None:
+async def test_printed_text_is_not_taken_for_an_answer(start: Start) -> None:
     assert await rewards(await start(), "print", "ok", "print") == (1.0, 1.0, 1.0)
 
 
 async def test_nan_is_a_missing_reward(start: Start) -> None:
-    one, missing = await rewards(await start(), "ok", "nan")
-    assert one == 1.0
+    reward, missing = await rewards(await start(), "ok", "nan")
+    assert reward == 1.0
     assert math.isnan(missing)
 
 
 @pytest.mark.parametrize("fault", ["raise", "crash", "exit", "drop", "text"])
-async def test_only_the_candidate_at_fault_has_no_reward(start: Start, fault: str) -> None:
+async def test_only_the_candidate_at_which_the_function_fails_has_no_reward(start: Start, fault: str) -> None:
     scorer = await start()
     good, missing, also_good = await rewards(scorer, "ok", fault, "ok")
     assert (good, also_good) == (1.0, 1.0)
@@ -118,7 +118,7 @@ async def test_only_the_candidate_at_fault_has_no_reward(start: Start, fault: st
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         ("raise", "check: ValueError: no such luck"),
         ("crash", "its process exited with code -6"),
@@ -126,31 +126,33 @@ async def test_only_the_candidate_at_fault_has_no_reward(start: Start, fault: st
         ("drop", "0 numbers were returned for 1 completions"),
     ],
 )
-async def test_no_reward_at_all_is_told_with_the_reason(start: Start, fault: str, told: str) -> None:
+async def test_if_the_function_fails_at_every_candidate_the_error_has_the_reason(
+    start: Start, fault: str, message: str
+) -> None:
     scorer = await start()
-    with pytest.raises(ScoringError, match=told):
+    with pytest.raises(ScoringError, match=message):
         await rewards(scorer, fault)
     assert await rewards(scorer, "ok") == (1.0,)
 
 
-async def test_a_function_that_returns_nothing_is_told(start: Start) -> None:
+async def test_a_function_that_returns_none_is_an_error(start: Start) -> None:
     with pytest.raises(ScoringError, match="'NoneType' object is not iterable"):
         await rewards(await start("none"), "a", "b")
 
 
-async def test_a_hang_is_killed_at_the_limit_and_the_next_call_works(start: Start) -> None:
+async def test_a_hanging_call_is_killed_at_the_limit_and_the_next_works(start: Start) -> None:
     scorer = await start(timeout_s=0.5)
     (pid,) = await rewards(scorer, "pid")
-    begun_s = asyncio.get_running_loop().time()
+    started_s = asyncio.get_running_loop().time()
     with pytest.raises(ScoringError, match=r"took more than 0\.5 s"):
-        await rewards(scorer, "ok", "hang", "hang")  # the limit is that of the call, however many hang
-    assert asyncio.get_running_loop().time() - begun_s < 5
+        await rewards(scorer, "ok", "hang", "hang")  # the limit is for the whole call, however many candidates hang
+    assert asyncio.get_running_loop().time() - started_s < 5
     assert not psutil.pid_exists(int(pid))
     (new_pid,) = await rewards(scorer, "pid")
     assert new_pid != pid
 
 
-async def test_a_cancelled_call_does_not_answer_the_next(start: Start) -> None:
+async def test_the_answer_of_a_cancelled_call_is_not_returned_to_the_next(start: Start) -> None:
     scorer = await start()
     call = asyncio.create_task(rewards(scorer, "hang"))
     await asyncio.sleep(0.1)
@@ -160,23 +162,23 @@ async def test_a_cancelled_call_does_not_answer_the_next(start: Start) -> None:
     assert await rewards(scorer, "ok", "ok") == (1.0, 1.0)
 
 
-async def test_a_process_that_ends_between_calls_is_not_missed(start: Start) -> None:
+async def test_a_process_that_exits_between_calls_is_started_again(start: Start) -> None:
     scorer = await start()
     (pid,) = await rewards(scorer, "pid")
     psutil.Process(int(pid)).kill()
     for _ in range(1000):
         await asyncio.sleep(0.01)
-        if not psutil.pid_exists(int(pid)):  # the event loop has heard of it
+        if not psutil.pid_exists(int(pid)):  # the event loop has reaped it
             break
     assert await rewards(scorer, "ok") == (1.0,)
 
 
-async def test_calls_at_the_same_time_get_their_own_answers(start: Start) -> None:
+async def test_concurrent_calls_get_their_own_answers(start: Start) -> None:
     scorer = await start("length")
     assert await asyncio.gather(*(rewards(scorer, "x" * size) for size in range(8))) == [(float(s),) for s in range(8)]
 
 
-async def test_closing_ends_the_process(start: Start) -> None:
+async def test_closing_the_scorer_kills_the_process(start: Start) -> None:
     scorer = await start()
     (pid,) = await rewards(scorer, "pid")
     await scorer.close()
@@ -184,20 +186,20 @@ async def test_closing_ends_the_process(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("missing", "has no attribute 'missing'"), ("number", "TypeError: number is not a function")]
+    ("name", "message"), [("missing", "has no attribute 'missing'"), ("number", "TypeError: number is not a function")]
 )
-async def test_a_function_that_is_not_there_is_told_at_the_start(start: Start, name: str, told: str) -> None:
-    with pytest.raises(ScorerSpecError, match=f"{name} of .*functions.py cannot be used: .*{told}"):
+async def test_a_missing_function_is_an_error_at_the_start(start: Start, name: str, message: str) -> None:
+    with pytest.raises(ScorerSpecError, match=f"{name} of .*functions.py cannot be used: .*{message}"):
         await start(name)
 
 
-async def test_a_module_that_cannot_be_imported_is_told_at_the_start(tmp_path: Path) -> None:
+async def test_a_module_that_cannot_be_imported_is_an_error_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
     with pytest.raises(ScorerSpecError, match="No module named 'nothing_of_that_name'"):
         await VerifierScorer.create("check", FunctionSpec(str(tmp_path / "broken.py"), "f"), timeout_s=1)
 
 
-async def test_a_module_of_the_working_folder_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_module_of_the_working_folder_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "checks"
     package.mkdir()
     (package / "arithmetic.py").write_text(
@@ -213,14 +215,14 @@ async def test_a_module_of_the_working_folder_will_do(tmp_path: Path, monkeypatc
         await scorer.close()
 
 
-def test_what_is_not_there_is_known_without_importing(functions: str) -> None:
+def test_a_missing_source_is_recognised_without_importing(functions: str) -> None:
     assert source_exists(FunctionSpec(functions, "whatever"))
     assert not source_exists(FunctionSpec(f"{functions}.py", "f"))
     assert source_exists(FunctionSpec("json.decoder", "f"))
     assert not source_exists(FunctionSpec("nothing_of_that_name", "f"))
 
 
-async def test_the_example_of_the_documentation_works(tmp_path: Path) -> None:
+async def test_the_documented_example_works(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scorers.md").read_text(), re.DOTALL)
     (tmp_path / "checks.py").write_text(code)
     scorer = await VerifierScorer.create("check", FunctionSpec(f"{tmp_path}/checks.py", "check"), timeout_s=20)
