@@ -1,4 +1,4 @@
-"""Makes the scorer of each SPEC; a scorer that needs torch or vLLM's client is imported only when it is made."""
+"""Makes the scorer of each SPEC; a scorer that needs torch or transformers is imported only when it is made."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
