@@ -1,4 +1,4 @@
-"""Files: atomic writes, the SHA-256 of a file, and a text's fixed share between 0 and 1 that decides its split."""
+"""File helpers: atomic files and directories, the SHA-256 of a file, and the stable text hash of train and test splits."""
 
 import hashlib
 import os
