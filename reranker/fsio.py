@@ -1,4 +1,4 @@
-"""File helpers: atomic files and directories, the SHA-256 of a file, and the stable text hash of train and test splits."""
+"""File helpers: atomic files and directories, the SHA-256 of a file, and the stable hash that splits texts."""
 
 import hashlib
 import os
