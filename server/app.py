@@ -95,17 +95,17 @@ def create_app(
     app.state.drain = lifecycle.drain
     app.add_middleware(AccessMiddleware, settings=settings, keys=keys, refuse=replies.refusal)
     body, admission = BodyReader(settings), Admission(Limits.of(settings), metrics)
-    _add_work(app, lifecycle, settings, metrics, body, admission)
-    _add_status(app, StatusEndpoints(lifecycle, metrics, exposition))
+    _add_model_routes(app, lifecycle, settings, metrics, body, admission)
+    _add_status_routes(app, StatusEndpoints(lifecycle, metrics, exposition))
     if settings.adapter_root is not None:
         app.add_api_route(
             "/admin/adapter",
             AdminEndpoints(lifecycle, settings.adapter_root, body).load_adapter,
             methods=["POST"],
             responses=openapi.replies(AdapterReply, 400, 403, 408, 413, 429, 500, 503),
-            openapi_extra=openapi.takes_flat(AdapterRequest),
+            openapi_extra=openapi.inline_json_body(AdapterRequest),
         )
-    # Outside of what add_middleware adds, so that the reply to an unexpected error is recorded too.
+    # These wrap the whole middleware stack, so that the reply to an unexpected error is recorded too.
     stack: ASGIApp = app.build_middleware_stack()
     if tracing is not None:
         from server.http.tracing import RequestSpans
@@ -115,7 +115,7 @@ def create_app(
     return app
 
 
-def _add_work(
+def _add_model_routes(
     app: FastAPI, lifecycle: Lifecycle, settings: Settings, metrics: Metrics, body: BodyReader, admission: Admission
 ) -> None:
     """The routes that use the models."""
@@ -126,32 +126,32 @@ def _add_work(
         completions.chat_completions,
         methods=["POST"],
         responses=openapi.replies(ChatCompletion, 400, 404, 408, 413, 429, 500, 503, 504, chunk=ChatCompletionChunk),
-        openapi_extra=openapi.takes(ChatCompletionRequest),
+        openapi_extra=openapi.json_body(ChatCompletionRequest),
     )
     app.add_api_route(
         "/v1/completions",
         completions.completions,
         methods=["POST"],
         responses=openapi.replies(TextCompletion, 400, 404, 408, 413, 429, 500, 503, 504, chunk=TextCompletionChunk),
-        openapi_extra=openapi.takes(CompletionRequest),
+        openapi_extra=openapi.json_body(CompletionRequest),
     )
     app.add_api_route(
         "/v1/score",
         score.score,
         methods=["POST"],
         responses=openapi.replies(ScoreReply, 400, 408, 413, 429, 500, 503),
-        openapi_extra=openapi.takes(ScoreRequest),
+        openapi_extra=openapi.json_body(ScoreRequest),
     )
 
 
-def _add_status(app: FastAPI, status: StatusEndpoints) -> None:
-    """The routes that say what is served and how it is doing, and the playground."""
+def _add_status_routes(app: FastAPI, status: StatusEndpoints) -> None:
+    """The playground, and the routes for models, health, readiness and metrics."""
     for path, file in playground.FILES.items():
         app.add_api_route(
             path,
             playground.endpoint_of(file),
             response_class=Response,
-            responses={200: openapi.PAGE},
+            responses={200: openapi.PLAYGROUND_PAGE},
             openapi_extra={"security": []},
             include_in_schema=path == playground.ROOT,
         )
@@ -164,5 +164,5 @@ def _add_status(app: FastAPI, status: StatusEndpoints) -> None:
         "/metrics",
         status.prometheus,
         response_class=Response,
-        responses={**openapi.errors(401), 200: openapi.PROMETHEUS_TEXT},
+        responses={**openapi.error_replies(401), 200: openapi.PROMETHEUS_TEXT},
     )

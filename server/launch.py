@@ -33,7 +33,7 @@ from server import factory
 from server.app import create_app
 from server.config import ConfigError, Settings
 from server.http.graceful_shutdown import DrainingServer
-from server.http.limits import bounded_by
+from server.http.limits import bounded_protocol
 from server.observability import logs
 from server.observability.metrics import Metrics
 from server.pipeline.best_of_n import BestOfN
@@ -85,7 +85,7 @@ def serve(settings: Settings, console: Console) -> None:
     def start() -> AbstractAsyncContextManager[BestOfN]:
         started = factory.start(settings, metrics.observe_batch, metrics.observe_restart, metrics.observe_lookup)
         if tracing is not None:
-            started = tracing.over(started)
+            started = tracing.instrument(started)
         return announced(started, settings, f"http://{address_of(listener)}", console)
 
     app = create_app(
@@ -99,7 +99,7 @@ def serve(settings: Settings, console: Console) -> None:
         uvicorn.Config(
             app,
             loop="uvloop",
-            http=bounded_by(settings),
+            http=bounded_protocol(settings),
             ws="none",
             lifespan="on",
             log_config=None,

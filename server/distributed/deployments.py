@@ -35,7 +35,7 @@ from server.http.api_keys import read_keys
 from server.http.request_log import without_request_id
 from server.launch import StartError, tracing_of
 from server.observability import logs
-from server.observability.metrics import Metrics, merged
+from server.observability.metrics import Metrics, merge_expositions
 from server.pipeline.best_of_n import BestOfN
 
 APP_NAME = "nbest"
@@ -222,7 +222,7 @@ class RouterReplica:
         return _replica_id(), self._metrics.render()
 
     def _pipeline(self) -> AbstractAsyncContextManager[BestOfN]:
-        return self._connected() if self._tracing is None else self._tracing.over(self._connected())
+        return self._connected() if self._tracing is None else self._tracing.instrument(self._connected())
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[BestOfN]:
@@ -240,7 +240,7 @@ class RouterReplica:
         )
         answers = [answer for response in responses if isinstance(response, list) for answer in response]
         metrics = [answer for answer in answers if not isinstance(answer, BaseException)]
-        return merged(dict([await self.metrics(), *metrics]))
+        return merge_expositions(dict([await self.metrics(), *metrics]))
 
 
 async def connected(generator: DeploymentHandle, scorer: DeploymentHandle) -> BestOfN:

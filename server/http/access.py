@@ -1,13 +1,17 @@
-"""What is decided about a request before its body is read: may it come in here, by this door, now.
+"""Access control before the body is read: listener, API key, rate and concurrency.
 
-    1. the door: with a port for metrics of its own, that one serves them and the probes, and the main one no metrics
-    2. the key, on every path but /health and the files of the playground, which hold no data; below /admin one with
-       `admin`, and without keys nobody may go there
-    3. the room: so many requests of /v1 at once, each of which may hold a body of the largest size
-    4. the key's requests a minute
+The checks, in this order:
 
-Plain ASGI outside of every route, so that nothing is served by forgetting to ask. The port of metrics asks for no key:
-whoever listens there chose the address for it.
+    1. listener      with a port of its own, `/metrics` is served there only, and that port serves nothing but
+                     `/metrics`, `/ready` and `/health`
+    2. API key       required on every path except `/health` and the files of the playground, which hold no data; paths
+                     below `/admin` require a key with `admin`, and are not served at all without a keys file
+    3. concurrency   at most `max_concurrent_requests` requests of `/v1` at once, since each may hold a body of the
+                     largest size
+    4. rate          the key's requests per minute
+
+This is plain ASGI middleware outside of all routes, so no new route can be served unchecked. The metrics port requires
+no key: the operator controls who reaches it by the address that it listens on.
 """
 
 from collections.abc import Callable
@@ -17,23 +21,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.config import Settings
 from server.errors import ForbiddenError, NbestError, OverloadedError
 from server.http import playground
-from server.http.api_keys import ANYONE, Account, Keys
+from server.http.api_keys import ANONYMOUS, Account, Keys
 from server.http.errors import not_served
 
 HEALTH = "/health"
-ALWAYS_OPEN = frozenset({HEALTH, *playground.FILES})
+PATHS_WITHOUT_KEY = frozenset({HEALTH, *playground.FILES})
 METRICS = "/metrics"
-ON_THE_METRICS_PORT = (METRICS, "/ready", HEALTH)
-WORK = "/v1/"
-ADMIN = "/admin/"
-CROWDED_RETRY_AFTER_S = 1.0
+METRICS_PORT_PATHS = (METRICS, "/ready", HEALTH)
+API_PREFIX = "/v1/"
+ADMIN_PREFIX = "/admin/"
+CONCURRENCY_RETRY_AFTER_S = 1.0
 
 ACCOUNT = "nbest.account"
-"""The key of the scope under which later stages find who asks."""
+"""The key of the ASGI scope under which endpoints find the client's `Account`."""
 
 
 class AccessMiddleware:
-    """Middleware that lets requests in or answers them by `refuse`."""
+    """Passes a request on to the app, or answers it with the reply that `refuse` makes of the error."""
 
     def __init__(
         self, app: ASGIApp, *, settings: Settings, keys: Keys | None, refuse: Callable[[NbestError], ASGIApp]
@@ -42,52 +46,58 @@ class AccessMiddleware:
         self._settings = settings
         self._keys = keys
         self._refuse = refuse
-        self._num_working = 0
+        self._num_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_work = scope["path"].startswith(WORK)
-        self._num_working += is_work
+        is_api = scope["path"].startswith(API_PREFIX)
+        self._num_in_flight += is_api
         try:
-            scope[ACCOUNT] = self._admit(scope, is_work=is_work)
+            scope[ACCOUNT] = self._check(scope, is_api=is_api)
         except NbestError as error:
             await self._refuse(error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
         finally:
-            self._num_working -= is_work
+            self._num_in_flight -= is_api
 
-    def _admit(self, scope: Scope, *, is_work: bool) -> Account:
+    def _check(self, scope: Scope, *, is_api: bool) -> Account:
+        """The account of the client.
+
+        Raises:
+            server.errors.NbestError: the request is refused.
+        """
         path, metrics_port = scope["path"], self._settings.metrics_port
         if metrics_port is not None:
-            _, port = scope.get("server") or (None, None)  # where the connection came in, not what the client says
-            by_the_metrics_port = port == metrics_port
-            is_served = path in ON_THE_METRICS_PORT if by_the_metrics_port else path != METRICS
+            _, port = scope.get("server") or (None, None)  # of the listening socket, not of the Host header
+            on_metrics_port = port == metrics_port
+            is_served = path in METRICS_PORT_PATHS if on_metrics_port else path != METRICS
             if not is_served:
                 raise not_served(scope["method"], path)
-            if by_the_metrics_port:
-                return ANYONE
-        account = ANYONE
-        if self._keys is not None and path not in ALWAYS_OPEN:
+            if on_metrics_port:
+                return ANONYMOUS
+        account = ANONYMOUS
+        if self._keys is not None and path not in PATHS_WITHOUT_KEY:
             account = self._keys.account(scope["headers"])
-        if path.startswith(ADMIN) and not account.entry.admin:
+        if path.startswith(ADMIN_PREFIX) and not account.entry.admin:
             if self._keys is None:
                 raise not_served(scope["method"], path)
             raise ForbiddenError(
-                f"The key {account.name} is no admin's; use one made with `nbest keys new NAME --admin`."
+                f"The key {account.name} is not an admin key; use one made with `nbest keys new NAME --admin`."
             )
-        if is_work:
-            self._check_room()
+        if is_api:
+            self._check_concurrency()
             account.count_request()
         return account
 
-    def _check_room(self) -> None:
-        most = self._settings.max_concurrent_requests
-        if self._num_working > most:
+    def _check_concurrency(self) -> None:
+        limit = self._settings.max_concurrent_requests
+        if self._num_in_flight > limit:
             raise OverloadedError(
-                f"{most} requests are under way, and no more are taken; try again after the seconds of Retry-After.",
-                retry_after_s=CROWDED_RETRY_AFTER_S,
+                f"{limit} requests are in flight, the most that this server accepts at once; try again after the "
+                "seconds of Retry-After.",
+                retry_after_s=CONCURRENCY_RETRY_AFTER_S,
                 reason="connections",
             )

@@ -1,4 +1,4 @@
-"""`POST /admin/adapter`: changes what is served while the server runs."""
+"""`POST /admin/adapter`: loads a LoRA adapter into the running server."""
 
 import logging
 from pathlib import Path
@@ -24,19 +24,19 @@ class AdminEndpoints:
         self._body = body
 
     async def load_adapter(self, request: Request) -> Response:
-        """Serves a LoRA adapter from now on; running requests keep the weights they began with."""
+        """Loads a LoRA adapter for all later requests; requests in flight keep the weights they began with."""
         body = await self._body.read(request, AdapterRequest)
         path = below(self._adapter_root, body.path)
         version = await self._lifecycle.pipeline.generator.load_adapter(str(path))
-        log.warning("The adapter %s is served now, version %s.", path, version)
+        log.warning("The server now uses the adapter %s, version %s.", path, version)
         return json_response(AdapterReply(path=str(path), version=version))
 
 
 def below(root: Path, path: str) -> Path:
-    """The path, relative to `root` unless it is absolute.
+    """The path of an adapter below `root`; a relative path is relative to `root`.
 
     Raises:
-        BadRequestError: it leads out of `root`, whether by `..` or by a link.
+        BadRequestError: the path leads out of `root`, by `..` or by a link.
     """
     if "\0" not in path and (root / path).resolve().is_relative_to(root.resolve()):
         return root / path

@@ -1,16 +1,17 @@
-"""Load shedding, counted in candidates.
+"""Admission control: how many candidates run, how many wait, and when a request is refused with 429.
 
-As many candidates run at once as the engine can advance; more would only share the same tokens a second. A few more may
-wait their turn, first come, first served, and the rest is refused at once with the time to come back. The line is what
-keeps the promise under overload: with at most half as many candidates waiting as running, an admitted request waits
-about half the time that running takes, however many knock. Both sides are bounded, so memory is too.
+At most as many candidates run as the engine can advance at once: more candidates would not raise the tokens per second.
+Some more candidates may wait, first come, first served. All other requests are refused at once with 429 and a
+Retry-After. The limit on waiting bounds the latency under overload: with at most half as many candidates waiting as
+running, an admitted request waits about half of the time that its candidates then run, however many clients there are.
+Both numbers are limited, so memory is limited too.
 
-Waiting is counted in tokens as well, since a queue of long answers drains more slowly than one of short answers. The
-tokens of a request are an upper estimate from what it says: a token for every `CHARS_A_TOKEN` characters of the prompt,
-once, and `max_tokens`, or `ASSUMED_MAX_TOKENS` where it is left out, for each candidate.
+The queue is also limited in tokens, since long answers take longer to drain than short ones. The tokens of a request
+are an upper estimate from its fields: one token for every `CHARS_PER_TOKEN` characters of the prompt, counted once, and
+for each candidate `max_tokens`, or `ASSUMED_MAX_TOKENS` if it is not given.
 
-Two exceptions keep a request that is larger than a limit from waiting forever: one that finds nothing running starts,
-and one that finds nobody waiting may wait.
+Two exceptions keep a request that is larger than a limit from being refused forever: a request always starts if nothing
+is running, and a request may always wait if the queue is empty.
 """
 
 import asyncio
@@ -28,36 +29,36 @@ from server.errors import DeadlineError, OverloadedError
 from server.observability.metrics import Metrics
 from server.pipeline.types import BestOfNRequest
 
-CHARS_A_TOKEN = 4
-"""The usual rule of thumb for English; admission needs an order of magnitude before anything is tokenized."""
+CHARS_PER_TOKEN = 4
+"""The usual estimate for English text; admission needs an order of magnitude before anything is tokenized."""
 ASSUMED_MAX_TOKENS = 1024
-QUEUED_TOKENS_A_CANDIDATE = 2 * ASSUMED_MAX_TOKENS
-"""So that by default tokens bind only where answers or prompts are longer than usual."""
-NEWEST_WEIGHT = 0.1
-"""Of the newest request in the running mean of how long requests take."""
-LEAST_RETRY_AFTER_S = 1.0
-MOST_RETRY_AFTER_S = 60.0
-"""The official client honours no longer wait than a minute in its older versions."""
+QUEUED_TOKENS_PER_CANDIDATE = 2 * ASSUMED_MAX_TOKENS
+"""Default limit in tokens; it is reached before the limit in candidates only if prompts or answers are long."""
+SERVICE_TIME_SMOOTHING = 0.1
+"""Weight of the newest request in the running mean of the service time."""
+MIN_RETRY_AFTER_S = 1.0
+MAX_RETRY_AFTER_S = 60.0
+"""Older versions of OpenAI's client ignore a Retry-After of more than a minute."""
 
 
 def text_tokens(num_chars: int) -> int:
-    """About as many tokens as a text of this length has, rounded up."""
-    return -(-num_chars // CHARS_A_TOKEN)
+    """The estimated number of tokens of a text of this length, rounded up."""
+    return -(-num_chars // CHARS_PER_TOKEN)
 
 
 def prompt_tokens(prompt: Prompt) -> int:
-    """About as many tokens as the prompt has."""
+    """The estimated number of tokens of the prompt."""
     return text_tokens(len(prompt.text or "") + sum(len(message.content) for message in prompt.messages))
 
 
-def requested_tokens(plan: BestOfNRequest) -> int:
-    """The most tokens that the request may cost, by what it says."""
-    return prompt_tokens(plan.prompt) + plan.best_of * (plan.sampling.max_tokens or ASSUMED_MAX_TOKENS)
+def requested_tokens(request: BestOfNRequest) -> int:
+    """The upper estimate of the tokens that the request costs: its prompt once, and all candidates."""
+    return prompt_tokens(request.prompt) + request.best_of * (request.sampling.max_tokens or ASSUMED_MAX_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Candidates that may run, candidates that may wait, and the tokens that those who wait may ask for."""
+    """The maximum of running candidates, of waiting candidates, and of the tokens that waiting requests ask for."""
 
     running_candidates: int
     queued_candidates: int
@@ -65,25 +66,25 @@ class Limits:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        running = settings.max_running_candidates or _room_of(settings)
+        running = settings.max_running_candidates or _engine_capacity(settings)
         queued = running // 2 if settings.max_queued_candidates is None else settings.max_queued_candidates
-        return cls(running, queued, settings.max_queued_tokens or queued * QUEUED_TOKENS_A_CANDIDATE)
+        return cls(running, queued, settings.max_queued_tokens or queued * QUEUED_TOKENS_PER_CANDIDATE)
 
 
-def _room_of(settings: Settings) -> int:
-    """Candidates that the engines advance at once; of several routers on Ray each has its share.
+def _engine_capacity(settings: Settings) -> int:
+    """Candidates that the engines advance at once; with several routers on Ray, the share of this router.
 
-    Counted with as many engines as may be and the fewest routers: an engine more is only started under the load for it.
+    It assumes the most engines and the fewest routers: Ray starts more engines only under the load that fills them.
     """
     if not settings.ray:
         return settings.max_num_seqs
-    most_engines = replica_range(settings.generator_replicas)[1]
-    return math.ceil(settings.max_num_seqs * most_engines / replica_range(settings.router_replicas)[0])
+    max_engines = replica_range(settings.generator_replicas)[1]
+    return math.ceil(settings.max_num_seqs * max_engines / replica_range(settings.router_replicas)[0])
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request in the line; `started_s` is None while it waits."""
+    """One request in the admission queue; `started_s` is None while it waits."""
 
     candidates: int
     tokens: int
@@ -91,7 +92,7 @@ class Ticket:
 
 
 class AdmissionQueue:
-    """The policy: who starts, who waits, who is sent away. Pure; the caller says what time it is."""
+    """Decides which requests start, wait or are refused. It has no clock: the caller passes the time."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -102,18 +103,18 @@ class AdmissionQueue:
         self.queued_tokens = 0
 
     def enter(self, ticket: Ticket, now_s: float) -> None:
-        """Starts the ticket if there is room, or else lets it wait.
+        """Starts the ticket if there is capacity, and queues it otherwise.
 
         Raises:
-            OverloadedError: as many wait already as may.
+            OverloadedError: the queue is full.
         """
-        if not self._waiting and self._has_room(ticket):
+        if not self._waiting and self._can_start(ticket):
             self._start(ticket, now_s)
             return
-        if not self._may_wait(ticket):
+        if not self._can_wait(ticket):
             raise OverloadedError(
                 f"{self.running_candidates} candidates are running and {self.queued_candidates} are waiting, and no "
-                "more are taken; try again after the seconds of Retry-After, or ask for a smaller best_of.",
+                "more are accepted; try again after the seconds of Retry-After, or ask for a smaller best_of.",
                 retry_after_s=self._retry_after_s(ticket),
                 reason="queue",
             )
@@ -122,25 +123,25 @@ class AdmissionQueue:
         self.queued_tokens += ticket.tokens
 
     def leave(self, ticket: Ticket, now_s: float) -> list[Ticket]:
-        """Takes the ticket out, wherever it is; those that start in its stead."""
+        """Removes a running or waiting ticket, and returns the tickets that start because of it."""
         if ticket.started_s is None:
             self._waiting.remove(ticket)
-            self._no_longer_waits(ticket)
+            self._dequeue(ticket)
         else:
             self.running_candidates -= ticket.candidates
-            self._learn(now_s - ticket.started_s)
+            self._update_mean_service(now_s - ticket.started_s)
         started = []
-        while self._waiting and self._has_room(self._waiting[0]):
+        while self._waiting and self._can_start(self._waiting[0]):
             started.append(self._waiting.popleft())
-            self._no_longer_waits(started[-1])
+            self._dequeue(started[-1])
             self._start(started[-1], now_s)
         return started
 
-    def _has_room(self, ticket: Ticket) -> bool:
-        enough = self.running_candidates + ticket.candidates <= self._limits.running_candidates
-        return enough or not self.running_candidates
+    def _can_start(self, ticket: Ticket) -> bool:
+        fits = self.running_candidates + ticket.candidates <= self._limits.running_candidates
+        return fits or not self.running_candidates
 
-    def _may_wait(self, ticket: Ticket) -> bool:
+    def _can_wait(self, ticket: Ticket) -> bool:
         if not self._waiting:
             return self._limits.queued_candidates > 0
         return (
@@ -152,71 +153,71 @@ class AdmissionQueue:
         ticket.started_s = now_s
         self.running_candidates += ticket.candidates
 
-    def _no_longer_waits(self, ticket: Ticket) -> None:
+    def _dequeue(self, ticket: Ticket) -> None:
         self.queued_candidates -= ticket.candidates
         self.queued_tokens -= ticket.tokens
 
-    def _learn(self, service_s: float) -> None:
+    def _update_mean_service(self, service_s: float) -> None:
         mean_s = service_s if self._mean_service_s is None else self._mean_service_s
-        self._mean_service_s = mean_s + NEWEST_WEIGHT * (service_s - mean_s)
+        self._mean_service_s = mean_s + SERVICE_TIME_SMOOTHING * (service_s - mean_s)
 
     def _retry_after_s(self, ticket: Ticket) -> float:
-        """The time in which those waiting and as many candidates as the ticket's will have drained.
+        """The time in which the waiting candidates and as many more as the ticket has will have finished.
 
-        By Little's law candidates drain at running / mean time of a request, a rate that no lull before the rush
-        distorts.
+        By Little's law candidates finish at a rate of running candidates / mean service time. This rate does not depend
+        on how idle the server was before the overload.
         """
         if not self._mean_service_s:
-            return LEAST_RETRY_AFTER_S
+            return MIN_RETRY_AFTER_S
         drain_rate_per_s = self.running_candidates / self._mean_service_s
         drained_s = (self.queued_candidates + ticket.candidates) / drain_rate_per_s
-        return min(max(drained_s, LEAST_RETRY_AFTER_S), MOST_RETRY_AFTER_S)
+        return min(max(drained_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
 
 
 class Admission:
-    """The line for the requests of one server."""
+    """The admission queue of one server; requests wait in it as asyncio tasks."""
 
     def __init__(self, limits: Limits, metrics: Metrics) -> None:
-        self._line = AdmissionQueue(limits)
-        self._turns: dict[Ticket, asyncio.Event] = {}
+        self._queue = AdmissionQueue(limits)
+        self._starts: dict[Ticket, asyncio.Event] = {}
         self._metrics = metrics
 
     @asynccontextmanager
-    async def turn(self, candidates: int, tokens: int, deadline_s: float | None = None) -> AsyncIterator[float]:
-        """Waits until it is this request's turn, and yields the seconds of it.
+    async def admitted(self, candidates: int, tokens: int, deadline_s: float | None = None) -> AsyncIterator[float]:
+        """Waits until the request may start, and yields the seconds it waited.
 
         The candidates count as running until the block is left.
 
         Raises:
-            OverloadedError: at once, where there is no room to wait.
-            DeadlineError: `deadline_s` passed in waiting.
+            OverloadedError: the queue is full; raised at once.
+            DeadlineError: the request waited longer than `deadline_s`.
         """
         ticket = Ticket(candidates, tokens)
         arrived_s = time.perf_counter()
-        self._line.enter(ticket, arrived_s)
-        self._turns[ticket] = asyncio.Event()
-        self._moved()
+        self._queue.enter(ticket, arrived_s)
+        self._starts[ticket] = asyncio.Event()
+        self._update_gauges()
         try:
             if ticket.started_s is None:
                 await self._wait(ticket, deadline_s)
             yield time.perf_counter() - arrived_s
         finally:
-            del self._turns[ticket]
-            for started in self._line.leave(ticket, time.perf_counter()):
-                self._turns[started].set()
-            self._moved()
+            del self._starts[ticket]
+            for started in self._queue.leave(ticket, time.perf_counter()):
+                self._starts[started].set()
+            self._update_gauges()
 
     async def _wait(self, ticket: Ticket, deadline_s: float | None) -> None:
         deadline = asyncio.timeout(deadline_s)
         try:
             async with deadline:
-                await self._turns[ticket].wait()
+                await self._starts[ticket].wait()
         except TimeoutError:
             raise DeadlineError(
-                f"It was not this request's turn within deadline_s={deadline_s:g}; allow more time, or come back when "
+                f"The request was not admitted within deadline_s={deadline_s:g}; allow more time, or try again when "
                 "the server is less busy."
             ) from None
 
-    def _moved(self) -> None:
-        line = self._line
-        self._metrics.observe_admission(line.running_candidates, line.queued_candidates, line.queued_tokens)
+    def _update_gauges(self) -> None:
+        queue = self._queue
+        self._metrics.observe_admission(queue.running_candidates, queue.queued_candidates, queue.queued_tokens)

@@ -1,4 +1,7 @@
-"""The body of a request: bounded in bytes and time while it arrives, so that a large one never fills the memory."""
+"""Reads the body of a request, with limits on its size and on the time it takes to arrive.
+
+The size is checked chunk by chunk, so a large body never fills the memory.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -13,7 +16,7 @@ from server.schemas.strict import RequestModel, parse
 
 
 class BodyReader:
-    """Reads bodies within the limits of the settings."""
+    """Reads and validates bodies within the limits of the settings."""
 
     def __init__(self, settings: Settings) -> None:
         self._max_bytes = settings.max_body_bytes
@@ -23,10 +26,10 @@ class BodyReader:
         """The validated body.
 
         Raises:
-            ClientTimeoutError: it did not arrive in time.
-            TooLargeError: it is over the limit.
-            BadRequestError: it is not JSON, or not a request of this model.
-            ClientGoneError: the client hung up.
+            ClientTimeoutError: the body did not arrive in time.
+            TooLargeError: the body is over the limit.
+            BadRequestError: the body is not JSON, or not a request of this model.
+            ClientGoneError: the client disconnected.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -41,11 +44,11 @@ class BodyReader:
 
 
 async def read_body(chunks: AsyncIterator[bytes], headers: Mapping[str, str], max_bytes: int) -> bytes:
-    """The whole body.
+    """The whole body, unparsed.
 
     Raises:
-        TooLargeError: it is over `max_bytes`, by its Content-Length or as it arrives.
-        BadRequestError: its declared type is not JSON.
+        TooLargeError: the Content-Length or the received bytes exceed `max_bytes`.
+        BadRequestError: the Content-Type is not JSON.
     """
     media_type = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json":

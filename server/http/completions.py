@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions` and `POST /v1/completions`."""
+"""`POST /v1/chat/completions` and `POST /v1/completions`: read, admit, run, reply."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ from server.schemas.requests import ChatCompletionRequest, CompletionRequest, Ge
 
 
 class CompletionEndpoints:
-    """Both dialects of a best-of-N request over the same run."""
+    """Both request formats, chat and text, over the same best-of-N run."""
 
     def __init__(
         self, lifecycle: Lifecycle, settings: Settings, metrics: Metrics, body: BodyReader, admission: Admission
@@ -35,12 +35,12 @@ class CompletionEndpoints:
         self._admission = admission
 
     async def chat_completions(self, request: Request) -> Response:
-        """The best of N answers to a conversation."""
+        """Answers a conversation with the best of N candidates."""
         body = await self._body.read(request, ChatCompletionRequest)
         return await self._complete(request, body, ChatReply(body))
 
     async def completions(self, request: Request) -> Response:
-        """The best of N continuations of a text."""
+        """Continues a text with the best of N candidates."""
         body = await self._body.read(request, CompletionRequest)
         return await self._complete(request, body, TextReply(body))
 
@@ -52,16 +52,16 @@ class CompletionEndpoints:
         if body.stream:
             events = stream(run, reply, best_of_n_request)
             return EventStream(await until_disconnect(request.receive, anext(events)), events)
-        return json_response(reply.whole(await until_disconnect(request.receive, run())))
+        return json_response(reply.completion(await until_disconnect(request.receive, run())))
 
     async def _run(
         self, account: Account, pipeline: BestOfN, request: BestOfNRequest, observer: RunObserver | None = None
     ) -> BestOfNResult:
-        """Runs the request once it is admitted; its tokens are reserved before and settled after."""
+        """Runs the request once it is admitted; its estimated tokens are reserved before, and the used ones settled."""
         observers = [self._metrics.run(), *([observer] if observer else [])]
         tokens = requested_tokens(request)
         with account.spending(tokens) as spending:
-            async with self._admission.turn(request.at_once, tokens, request.deadline_s) as queued_s:
+            async with self._admission.admitted(request.at_once, tokens, request.deadline_s) as queued_s:
                 result = await pipeline.run(request, RunObservers(*observers), queued_s=queued_s)
             spending.tokens = result.prompt_tokens + result.generated_tokens
         note_tokens(TokenCost(result.prompt_tokens, result.generated_tokens, result.scored_tokens))

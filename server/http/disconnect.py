@@ -1,4 +1,4 @@
-"""The work of a client that has hung up is cancelled, down to the candidates in the engine."""
+"""Cancels the work of a client that disconnects, down to its candidates in the engine."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -12,17 +12,17 @@ T = TypeVar("T")
 
 
 class ClientGoneError(Exception):
-    """The client hung up before its answer was complete."""
+    """The client disconnected before its answer was complete."""
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled, and has ended, when the client hangs up first.
+    """The result of `work`; if the client disconnects first, `work` is cancelled, and awaited until it has ended.
 
-    The body must have been read, so that `receive` has nothing else to say.
+    The body must have been read before, so that a disconnect is the only message that `receive` can still return.
 
     Raises:
-        ClientGoneError: there is no one left to answer.
-        NotReadyError: the server ends, and has waited for this request as long as it was going to.
+        ClientGoneError: the client disconnected.
+        NotReadyError: the server is stopping, and the time it allows for requests in flight is over.
     """
     working = asyncio.create_task(work)
     listening = asyncio.create_task(_disconnect(receive))

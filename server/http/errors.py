@@ -1,4 +1,4 @@
-"""Every failure becomes OpenAI's error envelope, with its status from `server.errors` and its headers."""
+"""Turns every error into OpenAI's error envelope, with the status from `server.errors` and its headers."""
 
 import math
 from collections.abc import Mapping
@@ -21,10 +21,11 @@ from server.observability.metrics import Metrics
 from server.schemas.responses import ErrorBody, ErrorReply
 
 NOT_READY_RETRY_AFTER_S = 5
-"""A start takes tens of seconds; a client that asks every five loses little and costs nothing."""
+"""An engine takes tens of seconds to start, so a client that retries every 5 s loses little time and costs little."""
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that hung up: seen by the metrics and the log alone."""
+"""nginx's status for a client that disconnected; it appears in the metrics and the log only."""
 UNEXPECTED = "The server failed while answering; the reason is in its log."
+"""The message of an unexpected error, whose own message may contain internals."""
 
 
 def error_reply(error: NbestError) -> ErrorReply:
@@ -33,16 +34,17 @@ def error_reply(error: NbestError) -> ErrorReply:
 
 
 def not_served(method: str, path: str) -> NotFoundError:
-    """The refusal of a path or method."""
+    """The error for a path, or a method of a path, that is not served."""
     return NotFoundError(f"{method} {path} is not served here; /openapi.json lists what is.")
 
 
 def json_response(reply: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """The reply as JSON, with only the fields that were set."""
     return Response(reply.model_dump_json(exclude_unset=True), status, headers, media_type="application/json")
 
 
 class ErrorReplies:
-    """Turns whatever was raised into a reply in OpenAI's envelope, and counts what was shed."""
+    """The app's exception handler: replies in OpenAI's envelope, and counts requests that were refused with 429."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -50,13 +52,14 @@ class ErrorReplies:
     async def __call__(self, request: Request, error: Exception) -> Response:
         if isinstance(error, NbestError):
             return self.refusal(error)
-        if isinstance(error, HTTPException):  # from the router: an unknown path, or a method that a path does not take
-            told = error_reply(not_served(request.method, request.url.path))
-            return json_response(told, error.status_code, error.headers)
-        # Raised on after the reply, so that the server behind this app logs it.
+        if isinstance(error, HTTPException):  # from the router: an unknown path, or a method the path does not allow
+            reply = error_reply(not_served(request.method, request.url.path))
+            return json_response(reply, error.status_code, error.headers)
+        # Starlette raises the error again after the reply, so uvicorn logs it with its traceback.
         return json_response(error_reply(NbestError(UNEXPECTED)), HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def refusal(self, error: NbestError) -> Response:
+        """The reply to a request that ended with this error."""
         headers = dict[str, str]()
         match error:
             case OverloadedError():
@@ -67,12 +70,12 @@ class ErrorReplies:
             case AuthenticationError():
                 headers["WWW-Authenticate"] = "Bearer"
             case ClientTimeoutError():
-                headers["Connection"] = "close"  # else the rest of the body would be waited for
+                headers["Connection"] = "close"  # otherwise the server would wait for the rest of the body
             case _:
                 pass
         return json_response(error_reply(error), http_status(error), headers)
 
 
 async def on_client_gone(_: Request, __: Exception) -> Response:
-    """The reply to nobody, so that the metrics and the log have a status."""
+    """A reply that nobody receives; it gives the metrics and the log a status."""
     return Response(status_code=CLIENT_CLOSED_REQUEST)

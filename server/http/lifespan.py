@@ -1,8 +1,8 @@
-"""The engine behind an HTTP server that is up before it.
+"""Starts and stops the engine while the HTTP server is already answering.
 
-An engine takes tens of seconds to start. The server answers from the first moment, health probes with 200 and work
-with 503, while the engine starts in a task of its own; the same task closes it, since some of what it opens must be
-closed by the task that opened it. A failed start is kept, so that every later question is answered with it.
+An engine takes tens of seconds to start. Meanwhile the server answers health probes with 200 and all other requests
+with 503. One background task both starts and closes the engine, because some of its resources must be closed by the
+task that opened them. If the start fails, every later request is answered with the reason.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ log = logging.getLogger("nbest")
 
 
 class Lifecycle:
-    """Starts the engine with the server and stops it with the server.
+    """Starts the engine with the server, and stops it with the server.
 
-    A start that fails is told to `on_start_failure`, or logged where there is none.
+    `on_start_failure` is called with the error of a failed start; without it the error is logged.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Lifecycle:
         """The running pipeline.
 
         Raises:
-            NotReadyError: it is starting, stopping or failed to start; the message tells which.
+            NotReadyError: the engine is starting, is stopping, or failed to start; the message says which.
         """
         if self._pipeline is not None and not self._draining:
             return self._pipeline
@@ -52,12 +52,12 @@ class Lifecycle:
         raise NotReadyError(f"The engine failed to start. {reason}")
 
     def drain(self) -> None:
-        """Refuses new work from now on; what is under way has its pipeline already."""
+        """Refuses new requests from now on; requests in flight keep the pipeline they have."""
         self._draining = True
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Starts the engine in the background; on leaving, waits until it is closed."""
+        """Starts the engine in the background; on leaving, closes it and waits for that."""
         engine = asyncio.create_task(self._run())
         try:
             yield

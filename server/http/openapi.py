@@ -1,4 +1,8 @@
-"""The parts of the OpenAPI document that routes cannot declare, since they read bodies and write streams themselves."""
+"""The parts of the OpenAPI document that FastAPI cannot derive from the routes.
+
+The endpoints read bodies and write streams themselves, so FastAPI knows the models of neither; and API keys are checked
+outside of all routes.
+"""
 
 from http import HTTPStatus
 from typing import Any
@@ -14,14 +18,13 @@ from server.schemas.strict import StrictModel
 API_VERSION = "1"
 REFERENCE = "#/components/schemas/{model}"
 
-
 SECURITY_SCHEMES = {"key": {"type": "http", "scheme": "bearer", "description": "A key from `nbest keys new`."}}
-PAGE = {"description": "The playground", "content": {"text/html": {"schema": {"type": "string"}}}}
+PLAYGROUND_PAGE = {"description": "The playground", "content": {"text/html": {"schema": {"type": "string"}}}}
 PROMETHEUS_TEXT = {"description": "Prometheus text exposition", "content": {"text/plain": {}}}
 
 
 class DocumentedApp(FastAPI):
-    """A FastAPI app whose OpenAPI document also has the models that routes read and stream themselves, and the keys."""
+    """A FastAPI app whose OpenAPI document includes the models of bodies and streams, and the API keys."""
 
     def __init__(self, *, needs_key: bool, **options: Any) -> None:
         super().__init__(
@@ -38,14 +41,14 @@ class DocumentedApp(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             document = super().openapi()
-            document["components"]["schemas"].update(hand_read_schemas())
+            document["components"]["schemas"].update(body_and_stream_schemas())
             document["components"]["securitySchemes"] = SECURITY_SCHEMES
             document["security"] = self._security
         return super().openapi()
 
 
-def hand_read_schemas() -> dict[str, Any]:
-    """The JSON schemas that `takes` and `replies` refer to, by name."""
+def body_and_stream_schemas() -> dict[str, Any]:
+    """The JSON schemas that `json_body` and `replies` refer to, by name."""
     _, document = models_json_schema(
         [
             (ChatCompletionRequest, "validation"),
@@ -60,13 +63,13 @@ def hand_read_schemas() -> dict[str, Any]:
     return schemas
 
 
-def takes(model: type[StrictModel]) -> dict[str, Any]:
-    """A JSON body of this model."""
+def json_body(model: type[StrictModel]) -> dict[str, Any]:
+    """The request body of a route: JSON of this model."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _reference(model)}}}}
 
 
-def takes_flat(model: type[StrictModel]) -> dict[str, Any]:
-    """The same for a model that stands in the document only where its route does; it holds no other models."""
+def inline_json_body(model: type[StrictModel]) -> dict[str, Any]:
+    """The same for a route that is not always served: the schema is inlined, so the model must contain no others."""
     schema = model.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -74,27 +77,27 @@ def takes_flat(model: type[StrictModel]) -> dict[str, Any]:
 def replies(
     model: type[BaseModel], *statuses: int, chunk: type[BaseModel] | None = None, needs_key: bool = True
 ) -> dict[int | str, dict[str, Any]]:
-    """A reply of this model, with `stream` events that each hold a chunk, and these errors in OpenAI's envelope."""
+    """The replies of a route: this model, or with `stream` events with a chunk each, and errors of these statuses."""
     answer: dict[str, Any] = {"model": model, "description": "The answer"}
     if chunk is not None:
-        answer["description"] = "The answer; with stream: true, events that each hold a chunk, then [DONE]"
-        answer["content"] = {"text/event-stream": {"schema": _event_of(chunk)}}
-    return {200: answer, **errors(*statuses, *([401] if needs_key else []))}
+        answer["description"] = "The answer; with stream: true, events with a chunk each, then [DONE]"
+        answer["content"] = {"text/event-stream": {"schema": _event_schema(chunk)}}
+    return {200: answer, **error_replies(*statuses, *([401] if needs_key else []))}
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Replies in OpenAI's envelope."""
+def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Replies of these statuses in OpenAI's error envelope."""
     return {status: {"model": ErrorReply, "description": HTTPStatus(status).phrase} for status in sorted(statuses)}
 
 
-def _event_of(chunk: type[BaseModel]) -> dict[str, Any]:
-    """One server-sent event, as OpenAPI describes those whose data is JSON."""
-    written = [
+def _event_schema(chunk: type[BaseModel]) -> dict[str, Any]:
+    """The schema of one server-sent event, in OpenAPI's form for events whose data is JSON."""
+    json_data = [
         {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(model)}
-        for model in (chunk, ErrorReply)  # an error is the last event of a stream that broke off
+        for model in (chunk, ErrorReply)  # an error is the last event of a stream that failed
     ]
     done = {"type": "string", "const": "[DONE]"}
-    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [*written, done]}}}
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [*json_data, done]}}}
 
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""The files of the playground and how they are served: from memory, by their exact names, and open to anyone.
+"""Serves the files of the playground: from memory, at their exact paths, and without an API key.
 
-The page holds no data. It asks for the key where one is needed, and for everything else the public API. Its policy lets
-it load scripts and styles from here and talk to here, and nothing else: no inline code, no other host, no frame round
-it. So a text of a model that should ever be taken for markup could neither run nor tell anyone.
+The page holds no data: it uses the public API only, and asks the user for a key where the server requires one. Its
+Content-Security-Policy allows scripts, styles and connections of this server only: no inline code, no other host, and
+no embedding in a frame. So even if the text of a model were ever parsed as markup, it could run no script and send
+nothing to another host.
 """
 
 from collections.abc import Awaitable, Callable
@@ -32,7 +33,7 @@ HEADERS = {
 
 
 class File(NamedTuple):
-    """A file as it is sent."""
+    """The content of a file and its media type."""
 
     content: bytes
     media_type: str
@@ -47,14 +48,14 @@ FILES = {
     for file in sorted((Path(__file__).parents[1] / "playground").iterdir())
     if file.suffix in MEDIA_TYPES
 }
-"""Path -> file."""
+"""The files by URL path."""
 
 
 def endpoint_of(file: File) -> Callable[[], Awaitable[Response]]:
     """The route handler of this file."""
 
     async def page() -> Response:
-        """The playground, a page that shows best-of-N at work."""
+        """The playground: a page that sends a request and shows its candidates, rewards and winner."""
         return Response(file.content, media_type=file.media_type, headers=HEADERS)
 
     return page

@@ -1,6 +1,6 @@
-"""The outermost middleware: every request gets its record, its id and a line in the access log, and is counted.
+"""The outermost middleware: gives each request its record and id, counts it, and writes its line of the access log.
 
-Plain ASGI, so that streams pass through untouched.
+It is plain ASGI, so that streams pass through unchanged.
 """
 
 import time
@@ -13,7 +13,7 @@ from server.observability.request_context import UNKNOWN_ENDPOINT, open_record
 
 
 class RequestRecorder:
-    """Middleware, the outermost: gives every request its record and its reply the id, counts it, and logs its end."""
+    """Opens the record of each request, sends its id with the reply, and at the end counts and logs the request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -26,14 +26,14 @@ class RequestRecorder:
         started_s = time.perf_counter()
         record = open_record(scope["method"], header(scope, b"x-request-id"))
 
-        async def noted(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_with_id)
         finally:
             record.endpoint = endpoint_of(scope)
             self._metrics.observe_request(record.endpoint, record.status)
@@ -41,25 +41,25 @@ class RequestRecorder:
 
 
 def endpoint_of(scope: Scope) -> str:
-    """The route that took the request, never a raw path: clients can neither add series nor have their words logged."""
+    """The route of the request, never its raw path, so clients can neither add metric series nor write into the log."""
     route = scope.get("route")
     return route.path if route else UNKNOWN_ENDPOINT
 
 
 def header(scope: Scope, name: bytes) -> str | None:
-    """The request's first header of that name, which is in small letters."""
+    """The first header of that name, which must be in lower case."""
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
 
 
 def without_request_id(app: ASGIApp) -> ASGIApp:
-    """The app without an id in its replies: Serve's proxy gives each request one, and tells it in the reply itself."""
+    """The app without the id in its replies, for Ray Serve: its proxy sends an id of its own with each reply."""
 
-    async def replying(scope: Scope, receive: Receive, send: Send) -> None:
-        async def sending(message: Message) -> None:
+    async def app_without_id(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [header for header in message["headers"] if header[0] != b"x-request-id"]
             await send(message)
 
-        await app(scope, receive, sending)
+        await app(scope, receive, send_without_id)
 
-    return replying
+    return app_without_id

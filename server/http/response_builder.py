@@ -1,6 +1,6 @@
-"""How the result of a request becomes its reply, whole or in pieces, in the dialect of chat or of completions.
+"""Builds replies from the result of a request: whole or as chunks, in the format of chat or of text completions.
 
-A `Reply` lives as long as one answer and knows what all its pieces share: id, time, model.
+There is one `Reply` for each request; it holds the fields that all its chunks share: id, time and model.
 """
 
 import time
@@ -41,62 +41,62 @@ from server.schemas.responses import (
 )
 
 LOWEST_LOGPROB = -9999.0
-"""What OpenAI sends for a token of probability zero, whose logarithm JSON cannot write."""
+"""What OpenAI sends for a token of probability zero, since JSON has no minus infinity."""
 
 Logprobs = Sequence[TokenLogprob] | None
 Chunk = ChatCompletionChunk | TextCompletionChunk
 
 
 class Reply(ABC):
-    """One answer in the making."""
+    """Builds the reply to one request."""
 
     id_prefix: str
 
-    def __init__(self, asked: GenerationRequest) -> None:
-        self.num_choices = asked.num_choices
-        self.include_usage = asked.include_usage
-        self.stream_candidates = asked.stream_candidates
-        self._return_candidates = asked.return_candidates
+    def __init__(self, request: GenerationRequest) -> None:
+        self.num_choices = request.num_choices
+        self.include_usage = request.include_usage
+        self.stream_candidates = request.stream_candidates
+        self._return_candidates = request.return_candidates
         self._shared: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": asked.model,
+            "model": request.model,
             "system_fingerprint": None,
         }
 
     @abstractmethod
-    def whole(self, result: BestOfNResult) -> ChatCompletion | TextCompletion:
-        """The answer as one object."""
+    def completion(self, result: BestOfNResult) -> ChatCompletion | TextCompletion:
+        """The whole reply as one object."""
 
     @abstractmethod
-    def piece(self, index: int, text: str, logprobs: Logprobs, *, offset: int) -> Chunk:
-        """More text of a choice, from its character `offset` on; 0 opens the choice."""
+    def text_chunk(self, index: int, text: str, logprobs: Logprobs, *, offset: int) -> Chunk:
+        """More text of a choice, which begins at its character `offset`; 0 is the first chunk of the choice."""
 
     @abstractmethod
-    def ending(self, index: int, chosen: ScoredCandidate) -> Chunk:
-        """The last chunk of a choice: why it ended and what it is worth."""
+    def final_chunk(self, index: int, chosen: ScoredCandidate) -> Chunk:
+        """The last chunk of a choice, with its finish_reason and reward."""
 
     @abstractmethod
-    def bare(self) -> Chunk:
+    def empty_chunk(self) -> Chunk:
         """A chunk without choices."""
 
-    def event_chunk(self, news: Outcome | ScoredCandidate) -> Chunk:
-        """The chunk that tells what has become of a candidate."""
-        chunk = self.bare()
-        chunk.nbest = _event(news)
+    def event_chunk(self, event: Outcome | ScoredCandidate) -> Chunk:
+        """The chunk that reports that a candidate finished, failed or was scored."""
+        chunk = self.empty_chunk()
+        chunk.nbest = _event(event)
         return chunk
 
     def usage_chunk(self, result: BestOfNResult) -> Chunk:
-        """The chunk that `stream_options.include_usage` asks for."""
-        chunk = self.bare()
+        """The chunk that `stream_options.include_usage` adds."""
+        chunk = self.empty_chunk()
         chunk.usage = usage(result)
         return chunk
 
     def account(self, result: BestOfNResult) -> NBestReply:
-        """The `nbest` object.
+        """The `nbest` object of the reply.
 
-        The bound on the KL divergence counts every candidate that did not fail. One that a deadline or a stopping
-        policy cut off, or never drew, could have been the answer; one that the engine lost was never there.
+        The bound on the KL divergence counts every candidate that did not fail. A candidate that a deadline or a
+        stopping policy cancelled or never drew could have become the answer; a failed candidate could not.
         """
         reply = NBestReply(
             best_of=result.best_of,
@@ -104,7 +104,7 @@ class Reply(ABC):
             failed=result.failed,
             cancelled=result.cancelled,
             not_drawn=result.not_drawn,
-            ranking=[one.candidate.index for one in result.selection.ranking],
+            ranking=[scored.candidate.index for scored in result.selection.ranking],
             strategy=result.strategy,
             reward_model=result.reward_model,
             ranked_by=result.ranked_by,
@@ -118,8 +118,8 @@ class Reply(ABC):
             timings_s=TimingsReply.model_validate(result.timings, from_attributes=True),
         )
         if self._return_candidates:
-            drawn = sorted(result.selection.ranking, key=lambda one: one.candidate.index)
-            reply.candidates = [candidate_reply(one) for one in drawn]
+            drawn = sorted(result.selection.ranking, key=lambda scored: scored.candidate.index)
+            reply.candidates = [candidate_reply(scored) for scored in drawn]
         return reply
 
     def _chosen(self, result: BestOfNResult) -> enumerate[ScoredCandidate]:
@@ -127,11 +127,11 @@ class Reply(ABC):
 
 
 class ChatReply(Reply):
-    """Chat completions."""
+    """Builds the reply of `/v1/chat/completions`."""
 
     id_prefix = "chatcmpl"
 
-    def whole(self, result: BestOfNResult) -> ChatCompletion:
+    def completion(self, result: BestOfNResult) -> ChatCompletion:
         choices = [
             ChatChoice(
                 index=index,
@@ -150,19 +150,19 @@ class ChatReply(Reply):
             nbest=self.account(result),
         )
 
-    def piece(self, index: int, text: str, logprobs: Logprobs, *, offset: int) -> Chunk:
+    def text_chunk(self, index: int, text: str, logprobs: Logprobs, *, offset: int) -> Chunk:
         delta = Delta(role="assistant", content=text) if offset == 0 else Delta(content=text)
         return self._chunk(
             ChatChunkChoice(index=index, delta=delta, logprobs=_chat_logprobs(logprobs), finish_reason=None)
         )
 
-    def ending(self, index: int, chosen: ScoredCandidate) -> Chunk:
+    def final_chunk(self, index: int, chosen: ScoredCandidate) -> Chunk:
         reason = chosen.candidate.finish_reason
         return self._chunk(
             ChatChunkChoice(index=index, delta=Delta(), logprobs=None, finish_reason=reason, reward=chosen.reward)
         )
 
-    def bare(self) -> Chunk:
+    def empty_chunk(self) -> Chunk:
         return self._chunk()
 
     def _chunk(self, *choices: ChatChunkChoice) -> ChatCompletionChunk:
@@ -170,11 +170,11 @@ class ChatReply(Reply):
 
 
 class TextReply(Reply):
-    """Completions."""
+    """Builds the reply of `/v1/completions`."""
 
     id_prefix = "cmpl"
 
-    def whole(self, result: BestOfNResult) -> TextCompletion:
+    def completion(self, result: BestOfNResult) -> TextCompletion:
         choices = [
             TextChoice(
                 index=index,
@@ -193,18 +193,18 @@ class TextReply(Reply):
             nbest=self.account(result),
         )
 
-    def piece(self, index: int, text: str, logprobs: Logprobs, *, offset: int) -> Chunk:
+    def text_chunk(self, index: int, text: str, logprobs: Logprobs, *, offset: int) -> Chunk:
         return self._chunk(
             TextChunkChoice(index=index, text=text, logprobs=_text_logprobs(logprobs, offset), finish_reason=None)
         )
 
-    def ending(self, index: int, chosen: ScoredCandidate) -> Chunk:
+    def final_chunk(self, index: int, chosen: ScoredCandidate) -> Chunk:
         reason = chosen.candidate.finish_reason
         return self._chunk(
             TextChunkChoice(index=index, text="", logprobs=None, finish_reason=reason, reward=chosen.reward)
         )
 
-    def bare(self) -> Chunk:
+    def empty_chunk(self) -> Chunk:
         return self._chunk()
 
     def _chunk(self, *choices: TextChunkChoice) -> TextCompletionChunk:
@@ -212,7 +212,7 @@ class TextReply(Reply):
 
 
 def usage(result: BestOfNResult) -> Usage:
-    """Prompt tokens once, completion tokens of all candidates, given up ones as far as they are known."""
+    """Prompt tokens once, and the completion tokens of all candidates, of cancelled ones as far as they are known."""
     return Usage(
         prompt_tokens=result.prompt_tokens,
         completion_tokens=result.generated_tokens,
@@ -221,21 +221,21 @@ def usage(result: BestOfNResult) -> Usage:
 
 
 def candidate_reply(scored: ScoredCandidate) -> CandidateReply:
-    """A candidate with its reward, as it is told."""
-    return CandidateReply(**_drawn(scored.candidate), reward=scored.reward)
+    """A candidate with its reward, in the format of the reply."""
+    return CandidateReply(**_candidate_fields(scored.candidate), reward=scored.reward)
 
 
-def _event(news: Outcome | ScoredCandidate) -> CandidateEvent:
-    match news:
+def _event(event: Outcome | ScoredCandidate) -> CandidateEvent:
+    match event:
         case Candidate():
-            return CandidateFinished(event="finished", **_drawn(news))
+            return CandidateFinished(event="finished", **_candidate_fields(event))
         case ScoredCandidate():
-            return CandidateScored(event="scored", index=news.candidate.index, reward=news.reward)
+            return CandidateScored(event="scored", index=event.candidate.index, reward=event.reward)
         case FailedCandidate():
-            return CandidateFailed(event="failed", index=news.index, reason=news.reason)
+            return CandidateFailed(event="failed", index=event.index, reason=event.reason)
 
 
-def _drawn(candidate: Candidate) -> dict[str, Any]:
+def _candidate_fields(candidate: Candidate) -> dict[str, Any]:
     return {
         "index": candidate.index,
         "text": candidate.text,
@@ -250,28 +250,32 @@ def _chat_logprobs(logprobs: Logprobs) -> ChatLogprobs | None:
         return None
     content = [
         ChatTokenLogprob(
-            token=one.token,
-            logprob=_finite(one.logprob),
-            bytes=_utf8(one.token),
-            top_logprobs=[TopLogprob(token=t, logprob=_finite(p), bytes=_utf8(t)) for t, p in one.top],
+            token=generated.token,
+            logprob=_finite(generated.logprob),
+            bytes=_utf8(generated.token),
+            top_logprobs=[
+                TopLogprob(token=token, logprob=_finite(logprob), bytes=_utf8(token))
+                for token, logprob in generated.top
+            ],
         )
-        for one in logprobs
+        for generated in logprobs
     ]
     return ChatLogprobs(content=content, refusal=None)
 
 
 def _text_logprobs(logprobs: Logprobs, offset: int) -> TextLogprobs | None:
-    """`offset` is where the first of these tokens begins in the text of the choice."""
+    """`offset` is the character of the choice's text at which the first of these tokens begins."""
     if logprobs is None:
         return None
-    ends = list(accumulate((len(one.token) for one in logprobs), initial=offset))
+    offsets = list(accumulate((len(generated.token) for generated in logprobs), initial=offset))
     return TextLogprobs(
-        tokens=[one.token for one in logprobs],
-        token_logprobs=[_finite(one.logprob) for one in logprobs],
+        tokens=[generated.token for generated in logprobs],
+        token_logprobs=[_finite(generated.logprob) for generated in logprobs],
         top_logprobs=[
-            {token: _finite(logprob) for token, logprob in (*one.top, (one.token, one.logprob))} for one in logprobs
+            {token: _finite(logprob) for token, logprob in (*generated.top, (generated.token, generated.logprob))}
+            for generated in logprobs
         ],
-        text_offset=ends[:-1],
+        text_offset=offsets[:-1],
     )
 
 
@@ -280,5 +284,5 @@ def _finite(logprob: float) -> float:
 
 
 def _utf8(token: str) -> list[int] | None:
-    """The bytes of a token, unknown where it is only a part of a character."""
+    """The bytes of a token; None for a token that is only a part of a character, whose bytes are unknown."""
     return None if "\ufffd" in token else list(token.encode())

@@ -22,7 +22,7 @@ from server.schemas.responses import Score, ScoreReply, ScoreUsage
 
 
 class ScoreEndpoint:
-    """Scores candidates without sampling any."""
+    """Scores candidates that the client sends, without sampling any."""
 
     def __init__(
         self, lifecycle: Lifecycle, settings: Settings, metrics: Metrics, body: BodyReader, admission: Admission
@@ -34,7 +34,7 @@ class ScoreEndpoint:
         self._admission = admission
 
     async def score(self, request: Request) -> Response:
-        """The rewards of given candidates."""
+        """Scores the candidates in the request."""
         body = await self._body.read(request, ScoreRequest)
         scorer = self._lifecycle.pipeline.scorer(body.reward_model)
         prompt, candidates = body.to_prompt_and_candidates(self._settings)
@@ -58,7 +58,7 @@ class ScoreEndpoint:
         """Scores the candidates once they are admitted."""
         tokens = prompt_tokens(prompt) + sum(text_tokens(len(candidate.text)) for candidate in candidates)
         with account.spending(tokens) as spending:
-            async with self._admission.turn(len(candidates), tokens):
+            async with self._admission.admitted(len(candidates), tokens):
                 try:
                     scores = await scorer.score(prompt, candidates)
                 except ScoringError as error:

@@ -1,13 +1,14 @@
-"""An answer as server-sent events.
+"""Streams an answer as server-sent events.
 
-With `best_of` 1 the candidate is streamed as it grows; `blockwise` streams each block once it is chosen. Otherwise only
-the winners are sent, once they are selected: until then comments report the progress and, in silence, keep the
-connection open; clients skip comments, as the format demands. With `stream_candidates` every candidate's end and reward
-is sent too, in chunks without choices. Each choice ends with a chunk that has its finish_reason and reward; the last of
-these also has `nbest`. Then the usage, if requested, and `[DONE]`.
+With `best_of` 1 the candidate is streamed as it grows, and `blockwise` streams each block once it is chosen. All other
+requests get only the winners, once they are selected. Until then comments report the progress, or keep the connection
+open while there is none; clients skip comments, as the format requires. With `stream_candidates` the stream also has an
+event when a candidate has finished, failed or been scored, in chunks without choices. The last chunk of each choice has
+its finish_reason and reward, and the last chunk of the last choice also has `nbest`. Then come the usage, if requested,
+and `[DONE]`.
 
-Errors are raised: before the first event they still become an HTTP status, after it the caller sends `error_event` as
-the last event, and no `[DONE]`. Closing the generator cancels the run.
+Errors are raised. Before the first event an error becomes an HTTP status; after it the caller sends `error_event` as
+the last event, without `[DONE]`. Closing the generator cancels the run.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from typing import Any, TypeGuard
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from reranker.candidate import Candidate, FailedCandidate, ScoredCandidate
+from reranker.candidate import Candidate, ScoredCandidate
 from server.errors import NbestError, NotReadyError
 from server.generation.base import Outcome
 from server.http.disconnect import ClientGoneError, until_disconnect
@@ -38,7 +39,7 @@ Run = Callable[[RunObserver], Coroutine[Any, Any, BestOfNResult]]
 
 
 class EventQueue(RunObserver):
-    """The events of a run, in order. `grows`: what a choice is known to hold so far is among them."""
+    """Queues the events of a run, in order. With `grows` they include the growing text of the only choice."""
 
     streams_partial = True
 
@@ -48,7 +49,7 @@ class EventQueue(RunObserver):
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
 
     def outcome(self, outcome: Outcome) -> None:
-        if not self._in_blocks:  # what a block may hold is not sent before it is chosen
+        if not self._in_blocks:  # blockwise sends no candidate of a block before the block is chosen
             self._queue.put_nowait(outcome)
 
     def reward(self, scored: ScoredCandidate) -> None:
@@ -79,9 +80,9 @@ class EventQueue(RunObserver):
 
 
 class ChoiceWriter:
-    """Turns a choice, as it grows or at once, into chunks that each bring what the last one did not.
+    """Turns the text of a choice into chunks, each with the text that was not sent before.
 
-    A token may end within a character, which then shows as U+FFFD: that waits for the rest of the character.
+    A token may end within a character, which then appears as U+FFFD; it is sent once the character is complete.
     """
 
     def __init__(self, reply: Reply, index: int) -> None:
@@ -91,18 +92,18 @@ class ChoiceWriter:
         self._sent_tokens = 0
 
     def grow(self, candidate: Candidate) -> list[Chunk]:
-        """What is new and certain in a candidate that is still being written."""
+        """The new text of a candidate that is still being generated, up to its last complete character."""
         text = candidate.text.rstrip("\ufffd")
-        return [self._piece(candidate, text)] if len(text) > self._sent_chars else []
+        return [self._text_chunk(candidate, text)] if len(text) > self._sent_chars else []
 
     def finish(self, candidate: Candidate) -> list[Chunk]:
-        """Whatever is left; a choice without any text is opened all the same."""
-        left = len(candidate.text) > self._sent_chars or self._sent_chars == 0
-        return [self._piece(candidate, candidate.text)] if left else []
+        """The rest of the text; a choice without any text gets one empty chunk, which sends the role."""
+        is_unsent = len(candidate.text) > self._sent_chars or self._sent_chars == 0
+        return [self._text_chunk(candidate, candidate.text)] if is_unsent else []
 
-    def _piece(self, candidate: Candidate, text: str) -> Chunk:
+    def _text_chunk(self, candidate: Candidate, text: str) -> Chunk:
         logprobs = None if candidate.logprobs is None else candidate.logprobs[self._sent_tokens :]
-        chunk = self._reply.piece(self._index, text[self._sent_chars :], logprobs, offset=self._sent_chars)
+        chunk = self._reply.text_chunk(self._index, text[self._sent_chars :], logprobs, offset=self._sent_chars)
         self._sent_chars = len(text)
         self._sent_tokens += len(logprobs or ())
         return chunk
@@ -111,7 +112,7 @@ class ChoiceWriter:
 async def stream(
     run: Run, reply: Reply, request: BestOfNRequest, *, keep_alive_s: float = KEEP_ALIVE_S
 ) -> AsyncGenerator[str, None]:
-    """The events of one answer; closing the generator cancels the run.
+    """Yields the events of one answer; closing the generator cancels the run.
 
     Raises:
         server.errors.NbestError: whatever the run raises, at any point of the stream.
@@ -128,7 +129,7 @@ async def stream(
             if not events:
                 yield ": keep-alive\n\n"
             elif queue.grows:
-                for chunk in _grown(writers[0], outcomes):
+                for chunk in _new_text(writers[0], outcomes):
                     yield _data(chunk, reply)
             elif outcomes:
                 num_ended += len(outcomes)
@@ -137,7 +138,7 @@ async def stream(
                 for event in events:
                     if _is_reported(event):
                         yield _data(reply.event_chunk(event), reply)
-        for chunk in _winners(await running, reply, writers):
+        for chunk in _winner_chunks(await running, reply, writers):
             yield _data(chunk, reply)
     finally:
         running.cancel()
@@ -146,54 +147,54 @@ async def stream(
 
 
 def error_event(error: NbestError) -> str:
-    """The last event of a stream that broke off."""
+    """The last event of a stream that failed."""
     return f"data: {error_reply(error).model_dump_json()}\n\n"
 
 
 def _is_reported(event: Event | None) -> TypeGuard[Event]:
-    """Whether `stream_candidates` reports this event: an end or a reward, not growing text."""
+    """Whether `stream_candidates` sends this event: a finish, a failure or a reward, but not growing text."""
     if isinstance(event, Candidate):
         return event.finish_reason is not None
     return event is not None
 
 
-def _grown(writer: ChoiceWriter, outcomes: list[Outcome]) -> list[Chunk]:
-    """The new text; each candidate holds everything so far, so a slow reader needs only the last."""
+def _new_text(writer: ChoiceWriter, outcomes: list[Outcome]) -> list[Chunk]:
+    """The new text of a growing candidate; every outcome holds all its text so far, so only the last is needed."""
     candidates = [outcome for outcome in outcomes if isinstance(outcome, Candidate)]
     return writer.grow(candidates[-1]) if candidates else []
 
 
-def _winners(result: BestOfNResult, reply: Reply, writers: list[ChoiceWriter]) -> Iterator[Chunk]:
-    chosen = list(zip(writers, result.selection.ranking, strict=False))  # fewer where candidates failed
-    for index, (writer, scored) in enumerate(chosen):
+def _winner_chunks(result: BestOfNResult, reply: Reply, writers: list[ChoiceWriter]) -> Iterator[Chunk]:
+    choices = list(zip(writers, result.selection.ranking, strict=False))  # fewer than n where candidates failed
+    for index, (writer, scored) in enumerate(choices):
         yield from writer.finish(scored.candidate)
-        ending = reply.ending(index, scored)
-        if index == len(chosen) - 1:
-            ending.nbest = reply.account(result)
-        yield ending
+        final = reply.final_chunk(index, scored)
+        if index == len(choices) - 1:
+            final.nbest = reply.account(result)
+        yield final
     if reply.include_usage:
         yield reply.usage_chunk(result)
 
 
 def _data(chunk: Chunk, reply: Reply) -> str:
     if reply.include_usage and chunk.usage is None:
-        chunk.usage = None  # OpenAI sends it as null with every chunk but the last
+        chunk.usage = None  # OpenAI sends null in every chunk but the last
     return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
 class EventStream(StreamingResponse):
-    """A response whose first event is known before the status line, so that an earlier error still becomes a status."""
+    """A streaming response made after the first event, so that an error before it still becomes an HTTP status."""
 
     def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
         super().__init__(
             self._body(first),
             media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},  # the latter for nginx
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},  # the latter stops nginx from buffering
         )
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGoneError, NotReadyError):  # nobody reads the rest of the stream
+        with suppress(ClientGoneError, NotReadyError):  # the client no longer reads the stream
             async with aclosing(self._rest):
                 await until_disconnect(receive, self.stream_response(send))
 
@@ -205,5 +206,5 @@ class EventStream(StreamingResponse):
         except NbestError as error:
             yield error_event(error)
         except Exception:
-            log.exception("A stream broke off.")
+            log.exception("A stream failed.")
             yield error_event(NbestError(UNEXPECTED))

@@ -1,4 +1,4 @@
-"""What is served and how it is doing: `/v1/models`, `/health`, `/ready` and `/metrics`."""
+"""The endpoints for models, health, readiness and metrics: `/v1/models`, `/health`, `/ready` and `/metrics`."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -13,7 +13,10 @@ from server.schemas.responses import Model, ModelList, Status
 
 
 class StatusEndpoints:
-    """Answers without using a model; `exposition` replaces the text of `metrics` where other processes count too."""
+    """Endpoints that run no model.
+
+    `exposition` returns the text of `/metrics` where other processes count too; by default it is that of `metrics`.
+    """
 
     def __init__(
         self, lifecycle: Lifecycle, metrics: Metrics, exposition: Callable[[], Awaitable[bytes]] | None = None
@@ -24,7 +27,7 @@ class StatusEndpoints:
         self._created = int(time.time())
 
     async def models(self) -> Response:
-        """The served policy and its reward models."""
+        """Lists the served policy and its reward models."""
         pipeline = self._lifecycle.pipeline
         served = Model(
             id=pipeline.generator.model,
@@ -36,11 +39,11 @@ class StatusEndpoints:
         return json_response(ModelList(object="list", data=[served]))
 
     async def health(self) -> Response:
-        """Whether the process is alive. An engine that is still starting is no reason to restart it."""
+        """Liveness probe: the process answers. It is ok while the engine starts, so nothing restarts the process."""
         return json_response(Status(status="ok"))
 
     async def ready(self) -> Response:
-        """Whether a request sent now would be answered."""
+        """Readiness probe: whether a request sent now would be answered."""
         await self._lifecycle.pipeline.check_ready()
         return json_response(Status(status="ready"))
 

@@ -1,4 +1,4 @@
-"""A span for every HTTP request but probes. The spans of the pipeline are in `server.observability.tracing`."""
+"""The trace span of an HTTP request. The spans of the pipeline are in `server.observability.tracing`."""
 
 from opentelemetry.trace import SpanKind, Tracer, format_trace_id
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -6,11 +6,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.http.request_log import endpoint_of, header
 from server.observability.request_context import PROBES, current
-from server.observability.tracing import fail
+from server.observability.tracing import mark_failed
 
 
 class RequestSpans:
-    """Middleware for a span a request; it stands within that which opens the request's record."""
+    """Middleware that opens a span for every request except probes.
+
+    It must run inside of `RequestRecorder`, which opens the record of the request.
+    """
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
         self._app = app
@@ -41,4 +44,4 @@ class RequestSpans:
                     }
                 )
                 if record.status >= 500:
-                    fail(span, str(record.status))
+                    mark_failed(span, str(record.status))

@@ -1,8 +1,8 @@
-"""Log lines as text for people or as JSON for machines, each with the id of the request it is about.
+"""Configures logging: lines of text for people or of JSON for machines, each with the id of its request.
 
-The id comes from `request_record`, by a filter on the handler, so that lines of libraries have it too. The logger
-`nbest.access` writes one line a request, at info, and at debug where a probe asked. The processes of the engine write
-lines of their own.
+The id comes from `server.observability.request_context`, by a filter on the handler, so the lines of libraries have it
+too. The logger `nbest.access` writes one line for each request, at level info, or debug for a probe. The processes of
+the engine write their own lines.
 """
 
 import logging
@@ -17,30 +17,30 @@ from server.observability.request_context import PROBES, RequestRecord, current
 
 LogFormat = Literal["text", "json"]
 
-TELL_TEXTS = ("openai",)
-"""Libraries that write whole requests, prompts included, at debug; they are kept above it."""
+LOG_WHOLE_REQUESTS = ("openai",)
+"""Libraries that log whole requests, including prompts, at level debug; their level is never set below info."""
 
-OF_LIBRARIES = ("color_message", "vllm_process_name")
-"""What uvicorn and vLLM add to lines: the message once more, and what this process is to the engine."""
+FIELDS_OF_LIBRARIES = ("color_message", "vllm_process_name")
+"""Fields that uvicorn and vLLM add to lines and that JSON lines omit: a copy of the message, and the process name."""
 
 access = logging.getLogger("nbest.access")
 
 
 def configure(level: str, log_format: LogFormat, stream: TextIO | None = None) -> None:
-    """Sends the log lines of this process to `stream`, by default stderr."""
+    """Writes the log lines of this process to `stream`, by default stderr."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.addFilter(_with_request)
     handler.setFormatter(_formatter(log_format))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for library in TELL_TEXTS:
+    for library in LOG_WHOLE_REQUESTS:
         logging.getLogger(library).setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]))
     if log_format == "json":
         logging.captureWarnings(True)
-        os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # else vLLM gives its lines a handler of their own
+        os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # otherwise vLLM adds a handler that writes text
 
 
 def log_access(record: RequestRecord, duration_s: float) -> None:
-    """The line of a request that has ended; never a text, an address or a raw path."""
+    """Writes the line of a request that has ended; it never contains a text, an address or a raw path."""
     level = logging.DEBUG if record.endpoint in PROBES else logging.INFO
     if not access.isEnabledFor(level):
         return
@@ -64,7 +64,7 @@ def _formatter(log_format: LogFormat) -> logging.Formatter:
         return JsonFormatter(
             ["levelname", "name", "message"],
             rename_fields={"levelname": "level", "name": "logger", "exc_info": "traceback"},
-            reserved_attrs=[*RESERVED_ATTRS, *OF_LIBRARIES],
+            reserved_attrs=[*RESERVED_ATTRS, *FIELDS_OF_LIBRARIES],
             timestamp="time",
         )
     return logging.Formatter("%(levelname)s %(name)s [%(request_id)s]: %(message)s", defaults={"request_id": "-"})

@@ -1,8 +1,8 @@
-"""What is noted about one HTTP request on its way: its id, what becomes of it, and what it costs.
+"""The record of the current HTTP request: its id, route, status and cost in tokens.
 
-The outermost middleware opens the record. Whatever works for the request finds it by `current`, a context variable,
-which asyncio hands on to tasks and `asyncio.to_thread` to threads. Log lines take the id from it, and the line that
-ends the request takes the rest. No text of a request or an answer is ever in it.
+The outermost middleware opens the record. All code that works for the request gets it by `current`, from a context
+variable, which asyncio passes on to tasks and `asyncio.to_thread` to threads. Log lines take the id from it, and the
+access log all the rest. It never contains text of a request or an answer.
 """
 
 import re
@@ -11,18 +11,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-"""What is taken over from a client: no spaces, quotes or line ends, so that no client can write lines of its own."""
+"""Ids that are accepted from a client: no spaces, quotes or line ends, so no client can forge log lines."""
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
-"""Asked every few seconds by machines; they are counted, but neither traced nor logged beside the requests of users."""
+"""Paths that machines request every few seconds; they are counted, but not traced, and logged at level debug only."""
 
 UNKNOWN_ENDPOINT = "unknown"
-"""Where a request goes that no route takes."""
+"""The endpoint of a request that matches no route."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCost:
-    """Tokens of an answered request: of its prompt, of all its candidates, and those the scorer read."""
+    """Tokens of an answered request: of its prompt, of all its candidates, and the tokens that the scorer read."""
 
     prompt: int = 0
     generated: int = 0
@@ -31,7 +31,7 @@ class TokenCost:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request; `endpoint` is its route, never the raw path, and known when it has been routed."""
+    """One request; `endpoint` is its route, never the raw path, and is set after routing."""
 
     request_id: str
     method: str
@@ -44,23 +44,23 @@ class RequestRecord:
 _current: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
 
 
-def open_record(method: str, asked_id: str | None) -> RequestRecord:
-    """The record of the request that begins in this task; an id that cannot be used is replaced by a new one.
+def open_record(method: str, client_id: str | None) -> RequestRecord:
+    """Opens the record of the request that begins in this task; a missing or unusable `client_id` is replaced.
 
-    It stays in the task's context, as what is logged after the reply, such as the traceback of a fault, belongs to it.
+    It is never closed, so that lines logged after the reply, such as the traceback of a bug, have the id too.
     """
-    usable = asked_id is not None and REQUEST_ID.fullmatch(asked_id)
-    record = RequestRecord(asked_id if asked_id and usable else f"req_{uuid.uuid4().hex}", method)
+    is_usable = client_id is not None and REQUEST_ID.fullmatch(client_id)
+    record = RequestRecord(client_id if client_id and is_usable else f"req_{uuid.uuid4().hex}", method)
     _current.set(record)
     return record
 
 
 def current() -> RequestRecord | None:
-    """The record of the request that this is done for; None outside of requests."""
+    """The record of the request that the running code works for; None outside of requests."""
     return _current.get()
 
 
 def note_tokens(cost: TokenCost) -> None:
-    """The request has been answered at this cost."""
+    """Stores the cost of the current request, which has been answered."""
     if (record := current()) is not None:
         record.tokens = cost

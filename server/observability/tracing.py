@@ -1,19 +1,20 @@
-"""OpenTelemetry traces of what happens to a request. The only module that imports opentelemetry, and only if asked to.
+"""OpenTelemetry traces of the pipeline. The module is imported only if a collector is configured.
 
     POST /v1/chat/completions            the request, a child of the client's span if it sent a traceparent
-    ├── admission                        the wait for its turn, in a line of requests
-    └── chat smollm2-135m-instruct       the run of the pipeline: what was asked, what it came to, the tokens
-        ├── queue                        until the first candidate is under way
-        ├── generate  (one a candidate)  ends when the candidate has: completed, failed or cancelled
-        ├── score     (one a candidate)  from its way to the scorer to its reward, the wait for a batch included
+    ├── admission                        the wait in the admission queue
+    └── chat smollm2-135m-instruct       the run of the pipeline: parameters, result, tokens
+        ├── queue                        until the engine has started the first candidate
+        ├── generate  (per candidate)    until the candidate completes, fails or is cancelled
+        ├── score     (per candidate)    from the call of the scorer to its reward, including the wait for a batch
         └── select
 
-The pipeline knows nothing of this. `Tracing.over` wraps its generator, its scorers and the run itself, which look the
-same from outside; each span finds its parent in the context that asyncio hands on. What is not traced is not wrapped.
+The pipeline does not import this module. `Tracing.instrument` wraps its generator and scorers, and observes its runs;
+each span finds its parent in the context that asyncio passes on to tasks. Without tracing nothing is wrapped.
 
-Attributes have the names of the semantic conventions where there are any (http.*, gen_ai.*), and begin with nbest.
-otherwise. The gen_ai.usage.* stand on the run alone: on candidates too they would be added up twice. No prompt, no
-completion and no error message is recorded, as a message may quote what it is about; `error.type` is the error's code.
+Attributes have the names of the semantic conventions where there are any (http.*, gen_ai.*); all others begin with
+`nbest.`. The gen_ai.usage.* attributes are on the run only: on candidates too, tools would count the tokens twice. No
+prompt, no completion and no error message is recorded, since a message may quote them; `error.type` is the error's
+code.
 """
 
 import asyncio
@@ -42,14 +43,14 @@ from server.pipeline.best_of_n import BestOfN
 from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
 
 EXPORT_TIMEOUT_S = 5
-"""A collector that is not there must not keep the server from stopping for longer."""
+"""At most this long, an unreachable collector delays the shutdown of the server."""
 NANOSECONDS = 1_000_000_000
 
 Attributes = dict[str, AttributeValue]
 
 
 class Tracing:
-    """Traces of one server, with a provider of its own."""
+    """Traces of one server, which has its own tracer provider."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
@@ -57,9 +58,9 @@ class Tracing:
 
     @classmethod
     def to_collector(cls, endpoint: str, sample_ratio: float) -> Self:
-        """Sends traces to the collector at `endpoint`, in the background; OTEL_* variables say the rest.
+        """Sends traces to the collector at `endpoint`, in the background; OTEL_* variables configure the rest.
 
-        The ratio is of the traces that begin here; those that a client has begun are kept or left as it decided.
+        `sample_ratio` applies to traces that begin here; for a trace that a client began, the client's decision does.
         """
         service = Resource({"service.name": "nbest", "service.version": metadata.version("nbest")})
         provider = TracerProvider(
@@ -71,8 +72,8 @@ class Tracing:
         return cls(provider)
 
     @asynccontextmanager
-    async def over(self, started: AbstractAsyncContextManager[BestOfN]) -> AsyncIterator[BestOfN]:
-        """The pipeline that `started` opens, traced; on leaving, after the last request, sends what is left."""
+    async def instrument(self, started: AbstractAsyncContextManager[BestOfN]) -> AsyncIterator[BestOfN]:
+        """The pipeline that `started` opens, with tracing; on leaving, sends the spans that are not sent yet."""
         async with started as best_of_n:
             try:
                 yield best_of_n.instrumented(
@@ -80,7 +81,7 @@ class Tracing:
                     {name: _TracedScorer(scorer, self.tracer) for name, scorer in best_of_n.scorers.items()},
                     partial(_RunSpan, self.tracer, best_of_n.generator.model),
                 )
-            finally:  # here and not at the end of the process, which a signal may bring about
+            finally:  # here, because no exit handler runs if a signal ends the process
                 await asyncio.to_thread(self._provider.shutdown)
 
 
@@ -91,17 +92,17 @@ class _RunSpan(RunObserver):
         self._tracer = tracer
         self._queued_s = queued_s
         operation = "chat" if request.prompt.messages else "text_completion"
-        attributes = {"gen_ai.operation.name": operation, "gen_ai.request.model": model, **_requested(request)}
+        attributes = {"gen_ai.operation.name": operation, "gen_ai.request.model": model, **_request_attributes(request)}
         self._opened = _span(tracer, f"{operation} {model}", attributes)
 
     def __enter__(self) -> Self:
-        _ended_now(self._tracer, "admission", self._queued_s)
+        _add_ended_span(self._tracer, "admission", self._queued_s)
         self._span = self._opened.__enter__()
         return self
 
     def finished(self, result: BestOfNResult) -> None:
-        _ended_now(self._tracer, "select", result.timings.select, {"nbest.strategy": result.strategy})
-        self._span.set_attributes(_account(result))
+        _add_ended_span(self._tracer, "select", result.timings.select, {"nbest.strategy": result.strategy})
+        self._span.set_attributes(_result_attributes(result))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -109,15 +110,15 @@ class _RunSpan(RunObserver):
         self._opened.__exit__(kind, error, trace)
 
 
-def _ended_now(tracer: Tracer, name: str, duration_s: float, attributes: Attributes | None = None) -> None:
-    """A span of something that has just ended and was timed already."""
+def _add_ended_span(tracer: Tracer, name: str, duration_s: float, attributes: Attributes | None = None) -> None:
+    """Adds a span that ends now and began `duration_s` ago."""
     ended_ns = time.time_ns()
     start_ns = ended_ns - int(duration_s * NANOSECONDS)
     tracer.start_span(name, attributes=attributes, start_time=start_ns).end(ended_ns)
 
 
 class _TracedGenerator:
-    """A generator whose candidates have spans."""
+    """A generator with a span for each candidate."""
 
     def __init__(self, traced: Generator, tracer: Tracer) -> None:
         self._traced = traced
@@ -146,7 +147,7 @@ class _TracedGenerator:
 
 
 class _TracedGeneration:
-    """N candidates under way, each with a span until it ends."""
+    """N running candidates, each with a span until it ends."""
 
     def __init__(self, traced: Generation, n: int, tracer: Tracer) -> None:
         self._traced = traced
@@ -176,15 +177,18 @@ class _TracedGeneration:
 
     async def __aiter__(self) -> AsyncIterator[list[Outcome]]:
         async for outcomes in self._traced:
-            for one in outcomes:
-                if isinstance(one, FailedCandidate):
-                    fail(self._open[one.index], "candidate_failed")
-                    self._end(one.index, "failed")
-                elif one.finish_reason is not None:
-                    self._open[one.index].set_attributes(
-                        {"nbest.candidate.tokens": one.num_tokens, "nbest.candidate.finish_reason": one.finish_reason}
+            for outcome in outcomes:
+                if isinstance(outcome, FailedCandidate):
+                    mark_failed(self._open[outcome.index], "candidate_failed")
+                    self._end(outcome.index, "failed")
+                elif outcome.finish_reason is not None:
+                    self._open[outcome.index].set_attributes(
+                        {
+                            "nbest.candidate.tokens": outcome.num_tokens,
+                            "nbest.candidate.finish_reason": outcome.finish_reason,
+                        }
                     )
-                    self._end(one.index, "completed")
+                    self._end(outcome.index, "completed")
             yield outcomes
 
     async def cancel(self, index: int) -> None:
@@ -199,7 +203,7 @@ class _TracedGeneration:
 
 
 class _TracedScorer:
-    """A scorer with a span for each candidate of a call; those of one call go side by side."""
+    """A scorer with a span for each candidate of a call; the spans of one call run in parallel."""
 
     def __init__(self, traced: Scorer, tracer: Tracer) -> None:
         self._traced = traced
@@ -214,13 +218,13 @@ class _TracedScorer:
         return self._traced.needs
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        asked: Attributes = {"nbest.reward_model": self.name, "nbest.score.group_size": len(candidates)}
+        call: Attributes = {"nbest.reward_model": self.name, "nbest.score.group_size": len(candidates)}
         spans = [
-            self._tracer.start_span("score", attributes={"nbest.candidate.index": one.index, **asked})
-            for one in candidates
+            self._tracer.start_span("score", attributes={"nbest.candidate.index": candidate.index, **call})
+            for candidate in candidates
         ]
         try:
-            with _told(*spans):
+            with _errors_recorded(*spans):
                 scores = await self._traced.score(prompt, candidates)
             for span, reward in zip(spans, scores.rewards_N, strict=True):
                 if not math.isnan(reward):
@@ -236,19 +240,19 @@ class _TracedScorer:
 
 @contextmanager
 def _span(tracer: Tracer, name: str, attributes: Attributes | None = None) -> Iterator[Span]:
-    """A span round what is inside, which becomes the parent of the spans in there."""
+    """A span of the code inside of the block, and the parent of all spans opened there."""
     with (
         tracer.start_as_current_span(
             name, attributes=attributes, record_exception=False, set_status_on_exception=False
         ) as span,
-        _told(span),
+        _errors_recorded(span),
     ):
         yield span
 
 
 @contextmanager
-def _told(*spans: Span) -> Iterator[None]:
-    """Marks the spans with the error that leaves, or as cancelled."""
+def _errors_recorded(*spans: Span) -> Iterator[None]:
+    """Marks the spans as failed by an error that leaves the block, or as cancelled."""
     try:
         yield
     except asyncio.CancelledError:
@@ -258,16 +262,16 @@ def _told(*spans: Span) -> Iterator[None]:
     except Exception as error:
         code = error.code if isinstance(error, NbestError) else None
         for span in spans:
-            fail(span, code or type(error).__name__)
+            mark_failed(span, code or type(error).__name__)
         raise
 
 
-def fail(span: Span, kind: str) -> None:
+def mark_failed(span: Span, error_type: str) -> None:
     span.set_status(StatusCode.ERROR)
-    span.set_attribute("error.type", kind)
+    span.set_attribute("error.type", error_type)
 
 
-def _requested(request: BestOfNRequest) -> Attributes:
+def _request_attributes(request: BestOfNRequest) -> Attributes:
     sampling = request.sampling
     optional = {
         "gen_ai.request.max_tokens": sampling.max_tokens,
@@ -285,7 +289,7 @@ def _requested(request: BestOfNRequest) -> Attributes:
     }
 
 
-def _account(result: BestOfNResult) -> Attributes:
+def _result_attributes(result: BestOfNResult) -> Attributes:
     winner = result.selection.winner
     attributes: Attributes = {
         "gen_ai.usage.input_tokens": result.prompt_tokens,

@@ -1,4 +1,4 @@
-"""The objects inside a request; `schemas` explains the marks."""
+"""The objects inside a request; `server.schemas.requests` explains `FieldHint` and `IgnoredField`."""
 
 from typing import Annotated, Any, Literal
 
@@ -14,11 +14,11 @@ from server.pipeline.types import RewardFailurePolicy
 from server.schemas.strict import EmptyList, FieldHint, IgnoredField, OnlyFalse, StrictModel
 
 MAX_DEADLINE_S = 86_400.0
-"""A day. Timers overflow on far larger numbers, and nobody waits that long."""
+"""A day; timers overflow on far larger numbers."""
 MAX_PATTERN_CHARS = 1000
 MAX_CHECKPOINTS = 16
 MAX_PRIOR = 1_000_000
-"""Far past any reward, and its square still a number."""
+"""Far above any reward, and its square is still finite."""
 
 
 def _text_parts(value: Any) -> Any:
@@ -26,33 +26,33 @@ def _text_parts(value: Any) -> Any:
 
 
 class TextPart(StrictModel):
-    """A piece of a message."""
+    """A part of a message."""
 
     type: Annotated[
         Literal["text"],
-        FieldHint("only text parts are read here, not image_url, input_audio, file or refusal parts; send text."),
+        FieldHint("only text parts are supported, not image_url, input_audio, file or refusal parts; send text."),
     ]
     text: str
-    prompt_cache_breakpoint: Annotated[None, IgnoredField("prefixes are shared without breakpoints; leave it out.")] = (
+    prompt_cache_breakpoint: Annotated[None, IgnoredField("the prefix cache needs no breakpoints; leave it out.")] = (
         None
     )
 
 
 class ChatMessage(StrictModel):
-    """One turn. `developer` is OpenAI's newer name for `system` and is rendered as such."""
+    """One message of a conversation. `developer` is OpenAI's newer name for `system` and is rendered as `system`."""
 
     role: Annotated[
         Literal["system", "developer", "user", "assistant"],
-        FieldHint("roles here are system, developer, user and assistant; tool and function need a tool parser."),
+        FieldHint("the roles are system, developer, user and assistant; tool and function would need a tool parser."),
     ]
     content: Annotated[list[TextPart], BeforeValidator(_text_parts, json_schema_input_type=str | list[TextPart])]
-    name: Annotated[None, IgnoredField("chat templates have no place for names; write it into the content.")] = None
+    name: Annotated[None, IgnoredField("chat templates do not render names; write it into the content.")] = None
     refusal: Annotated[None, IgnoredField("refusals are not rendered; send the text as content.")] = None
-    audio: Annotated[None, IgnoredField("audio is not read here; send text.")] = None
+    audio: Annotated[None, IgnoredField("audio is not supported; send text.")] = None
     annotations: Annotated[EmptyList | None, IgnoredField("annotations are not rendered; leave them out.")] = None
-    tool_calls: Annotated[EmptyList | None, IgnoredField("tool calls are not rendered here; send text only.")] = None
-    function_call: Annotated[None, IgnoredField("function calls are not rendered here; send text only.")] = None
-    tool_call_id: Annotated[None, IgnoredField("there is no tool parser here; send text only.")] = None
+    tool_calls: Annotated[EmptyList | None, IgnoredField("tool calls are not rendered; send text only.")] = None
+    function_call: Annotated[None, IgnoredField("function calls are not rendered; send text only.")] = None
+    tool_call_id: Annotated[None, IgnoredField("there is no tool parser; send text only.")] = None
 
     def to_message(self) -> Message:
         role = "system" if self.role == "developer" else self.role
@@ -60,18 +60,18 @@ class ChatMessage(StrictModel):
 
 
 class JsonSchemaFormat(StrictModel):
-    """A schema that every candidate is held to while it is generated."""
+    """A JSON schema that every candidate is forced to follow while it is generated."""
 
     name: str
     schema_: Annotated[
         dict[str, JsonValue], Field(alias="schema"), FieldHint("give the JSON schema as an object of finite values.")
     ]
     strict: bool | None = Field(default=None, description="The schema is enforced either way.")
-    description: Annotated[None, IgnoredField("the model does not see it; describe the output in a message.")] = None
+    description: Annotated[None, IgnoredField("the model does not read it; describe the output in a message.")] = None
 
 
 class ResponseFormat(StrictModel):
-    """What the text of a candidate must be."""
+    """The format that the text of every candidate must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
@@ -80,7 +80,7 @@ class ResponseFormat(StrictModel):
         """The JSON schema of `SamplingParams`: None for free text, {} for any JSON object."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise BadRequestError(
-                "response_format.json_schema goes with type json_schema and with no other; send both or neither.",
+                "response_format.json_schema is used by type json_schema only; send both or neither.",
                 param="response_format.json_schema",
             )
         if self.json_schema is not None:
@@ -93,17 +93,21 @@ class StreamOptions(StrictModel):
 
     include_usage: bool | None = Field(default=None, description="Send a last chunk with the usage.")
     include_obfuscation: Annotated[
-        OnlyFalse | None, IgnoredField("chunks are not padded against traffic analysis; leave it out.")
+        OnlyFalse | None, IgnoredField("chunks are not padded to hide their length; leave it out.")
     ] = None
 
 
 class PriorFields(StrictModel):
-    """What is known of a prompt's rewards before the first is drawn; `nbest batch` tells it as reward_prior."""
+    """The distribution of a prompt's rewards, as expected before sampling; `nbest batch` reports it as reward_prior."""
 
-    mean: float = Field(ge=-MAX_PRIOR, le=MAX_PRIOR)
-    mean_weight: float = Field(ge=0, le=MAX_PRIOR, description="So many rewards tell a prompt's mean as well.")
-    sd: float = Field(gt=0, le=MAX_PRIOR, description="Standard deviation of one prompt's rewards.")
-    sd_weight: int = Field(ge=0, le=MAX_PRIOR, description="So many rewards tell a prompt's deviation as well.")
+    mean: float = Field(ge=-MAX_PRIOR, le=MAX_PRIOR, description="Expected mean of a prompt's rewards.")
+    mean_weight: float = Field(
+        ge=0, le=MAX_PRIOR, description="Prior strength of the mean, in equivalent observed rewards."
+    )
+    sd: float = Field(gt=0, le=MAX_PRIOR, description="Expected standard deviation of a prompt's rewards.")
+    sd_weight: int = Field(
+        ge=0, le=MAX_PRIOR, description="Prior strength of the standard deviation, in equivalent observed rewards."
+    )
 
     def to_prior(self) -> Prior:
         return Prior(**self.model_dump())
@@ -117,62 +121,64 @@ STOPPING_OPTIONS_OF: dict[PolicyName, set[str]] = {
     "adaptive_rejection": {"price", "quantile", "prior", "target_reward", "wave", "checkpoints", "reject_share"},
     "straggler_cut": {"wait_share", "target_reward"},
 }
-"""What each policy reads of `StoppingFields`."""
+"""The fields of `StoppingFields` that each policy uses."""
 DEFAULT_QUANTILE = 0.9
 
 
 class StoppingFields(StrictModel):
-    """When to stop before all candidates are complete; each option goes with some policies (docs/stopping.md)."""
+    """When to stop before all candidates are complete; each option is used by some policies (docs/stopping.md)."""
 
     policy: Annotated[
         PolicyName,
-        FieldHint("stop by none, adaptive, speculative_rejection, adaptive_rejection or straggler_cut."),
+        FieldHint("choose none, adaptive, speculative_rejection, adaptive_rejection or straggler_cut."),
     ]
     price: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="adaptive: what one more candidate costs, in units of the reward; drawing stops when the expected "
-        "rise of the best is less.",
+        description="adaptive: cost of one more candidate, in units of the reward; sampling stops when the expected "
+        "increase of the best reward is less than this.",
     )
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        description="adaptive, in place of a price: stop when the best is estimated to beat this share of what the "
-        f"policy would write. Default: {DEFAULT_QUANTILE:g}.",
+        description="adaptive, instead of a price: stop when the best reward is estimated to exceed this share of the "
+        f"rewards of all answers that the model would sample. Default: {DEFAULT_QUANTILE:g}.",
     )
     prior: PriorFields | None = Field(
         default=None,
-        description="adaptive: how rewards are distributed. Without it little is saved (docs/stopping.md).",
+        description="adaptive: expected distribution of the rewards. Without it few candidates are saved "
+        "(docs/stopping.md).",
     )
     target_reward: float | None = Field(
-        default=None, description="adaptive, straggler_cut: a candidate with this reward or more is enough."
+        default=None, description="adaptive, straggler_cut: stop when a candidate has this reward or more."
     )
     wave: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description=f"adaptive: candidates drawn at a time. Default: {WAVE}."
+        default=None, description=f"adaptive: candidates sampled at a time. Default: {WAVE}."
     )
     checkpoints: (
         Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=MAX_CHECKPOINTS)] | None
     ) = Field(
         default=None,
-        description="speculative_rejection: tokens, ascending, at which the candidates are scored as they stand and "
-        "the worst given up.",
+        description="speculative_rejection: lengths in tokens, ascending, at which unfinished candidates are scored "
+        "and the worst cancelled.",
     )
     reject_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="speculative_rejection: the share given up at each checkpoint. Default: 0.5."
+        default=None,
+        description="speculative_rejection: share of candidates to cancel at each checkpoint. Default: 0.5.",
     )
     wait_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="straggler_cut: the share of candidates to wait for. Default: 1."
+        default=None, description="straggler_cut: share of candidates to wait for. Default: 1."
     )
 
     def to_stopping(self, best_of: int, n: int) -> Stopping:
-        """The policy for `best_of` candidates of which `n` are asked for.
+        """The policy for a request of `best_of` candidates and `n` choices.
 
         Raises:
-            BadRequestError: an option that the policy would not look at, or none where it needs one.
+            BadRequestError: an option that the policy does not use, or a missing option that it needs.
         """
         given = self.model_dump(exclude_none=True, exclude={"policy"})
         for name in sorted(given.keys() - STOPPING_OPTIONS_OF[self.policy]):
-            policies = " and ".join(one for one, options in STOPPING_OPTIONS_OF.items() if name in options)
+            policies = " and ".join(policy for policy, options in STOPPING_OPTIONS_OF.items() if name in options)
             param = f"nbest.stopping.{name}"
-            raise BadRequestError(f"{param} goes with {policies}, and the policy is {self.policy}.", param=param)
+            raise BadRequestError(f"{param} is used by {policies}, and the policy is {self.policy}.", param=param)
         if self.policy == "none":
             return Stopping()
         options = STOPPING_OPTIONS_OF[self.policy]
@@ -194,39 +200,43 @@ class StoppingFields(StrictModel):
         param = "nbest.stopping.checkpoints"
         if self.checkpoints is None:
             raise BadRequestError(
-                f"{self.policy} needs {param}: the lengths in tokens at which to compare, such as [16, 32].",
+                f"{self.policy} needs {param}: the lengths in tokens at which to compare candidates, such as [16, 32].",
                 param=param,
             )
         if sorted(set(self.checkpoints)) != self.checkpoints:
-            raise BadRequestError(f"{param} are not ascending; sort them, each once.", param=param)
+            raise BadRequestError(f"{param} is not ascending; sort it and remove duplicates.", param=param)
         return SpeculativeRejection(tuple(self.checkpoints), self.reject_share or 0.5, n)
 
     def _stragglers(self, n: int) -> StragglerCut:
         if self.wait_share is None and self.target_reward is None:
             raise BadRequestError(
-                "straggler_cut needs nbest.stopping.wait_share or target_reward, else there is nothing to cut.",
+                "straggler_cut needs nbest.stopping.wait_share or target_reward; otherwise it would wait for all "
+                "candidates.",
                 param="nbest.stopping",
             )
         return StragglerCut(self.wait_share or 1.0, self.target_reward, n)
 
 
 class SelectionFields(StrictModel):
-    """Options of the strategies; each goes with some of them and is refused beside the others."""
+    """Options of the strategies; an option that the chosen strategy does not use is refused."""
 
     answer_regex: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARS)] | None = Field(
         default=None,
-        description="majority, weighted_majority: the answer is what the one group of this RE2 pattern holds where it "
-        "first matches; default: the whole text.",
+        description="majority, weighted_majority: the answer is the only group of this RE2 pattern, at its first match "
+        "in the text; default: the whole text.",
     )
     answer_json_pointer: Annotated[str, Field(max_length=MAX_PATTERN_CHARS)] | None = Field(
         default=None,
-        description="majority, weighted_majority: the answer is what this JSON pointer (RFC 6901) leads to.",
+        description="majority, weighted_majority: the answer is the value at this JSON pointer (RFC 6901) in the text.",
     )
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
-        default=None, description="soft, weighted_majority: in units of the reward; small is argmax. Default: 1."
+        default=None,
+        description="soft, weighted_majority: temperature of the weights exp(reward / temperature), in units of the "
+        "reward; a small value approaches argmax. Default: 1.",
     )
     beta: Annotated[float, Field(ge=0, le=1e3)] | None = Field(
-        default=None, description="mbr: weight of the mean similarity to the other candidates; 0 is argmax. Default: 1."
+        default=None,
+        description="mbr: weight of a candidate's mean similarity to the other candidates; 0 is argmax. Default: 1.",
     )
 
 
@@ -238,13 +248,13 @@ OPTIONS_OF: dict[Strategy, set[str]] = {
     "mbr": {"beta"},
     "blockwise": set(),
 }
-"""What each strategy reads of `SelectionFields`."""
+"""The fields of `SelectionFields` that each strategy uses."""
 
 
 class NBestOptions(StrictModel):
-    """Our extension of OpenAI's requests."""
+    """nbest's extension of OpenAI's requests."""
 
-    reward_model: str | None = Field(default=None, description="One of the served scorers; default: the first.")
+    reward_model: str | None = Field(default=None, description="Name of one of the served scorers; default: the first.")
     strategy: Annotated[
         Strategy | None,
         FieldHint("how the winner is chosen: argmax (default), majority, weighted_majority, soft, mbr or blockwise."),
@@ -252,20 +262,22 @@ class NBestOptions(StrictModel):
     selection: SelectionFields | None = None
     block_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description=f"blockwise: tokens drawn before the best is gone on from. Default: {DEFAULT_BLOCK_TOKENS}.",
+        description="blockwise: tokens of each block, after which all candidates continue from the best one. "
+        f"Default: {DEFAULT_BLOCK_TOKENS}.",
     )
     deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = Field(
-        default=None, description="Answer after this many seconds with the best finished so far; the reply says so."
+        default=None,
+        description="Seconds after which the best finished candidate is the answer; stopped_by is then deadline.",
     )
     stopping: StoppingFields | None = None
     on_reward_failure: RewardFailurePolicy | None = Field(
         default=None,
-        description="What orders the candidates if the reward model fails; default: error, which answers 503.",
+        description="How candidates are ranked if the reward model fails; default: error, a reply with status 503.",
     )
     return_candidates: bool | None = Field(default=None, description="Also return every candidate with its reward.")
     stream_candidates: bool | None = Field(
         default=None,
-        description="With stream: tell at once, in a chunk without choices, when a candidate has finished, failed, or "
+        description="With stream: send an event, in a chunk without choices, when a candidate has finished, failed or "
         "been scored.",
     )
 
@@ -273,65 +285,65 @@ class NBestOptions(StrictModel):
         """The stopping policy.
 
         Raises:
-            BadRequestError: it cannot be followed under this strategy, or its options contradict it.
+            BadRequestError: the policy cannot be combined with the strategy, or its options are invalid.
         """
         if self.stopping is None:
             return Stopping()
         policy = self.stopping.to_stopping(best_of, n)
         if policy.reads_rewards and (self.strategy or "argmax") != "argmax":
             raise BadRequestError(
-                f"{policy.policy} looks for the highest reward, and the strategy {self.strategy} for something else; "
-                "leave one of them out.",
+                f"{policy.policy} stops by the highest reward, and the strategy {self.strategy} does not choose by the "
+                "highest reward; leave one of them out.",
                 param="nbest.stopping",
             )
         return policy
 
     def tokens_of_block(self, n: int) -> int | None:
-        """Tokens between two choices; None where there is one choice, at the end.
+        """The tokens of a block; None where the strategy selects among whole candidates.
 
         Raises:
-            BadRequestError: the strategy has no blocks, or something else that was asked for goes by whole candidates.
+            BadRequestError: block_tokens without blockwise, or a field that blockwise cannot be combined with.
         """
         if self.strategy != "blockwise":
             if self.block_tokens is not None:
                 raise BadRequestError(
-                    "nbest.block_tokens goes with the strategy blockwise; name that, or leave it out.",
+                    "nbest.block_tokens is used by the strategy blockwise only; choose that, or leave it out.",
                     param="nbest.block_tokens",
                 )
             return None
         if self.stopping is not None and self.stopping.policy != "none":
             raise BadRequestError(
-                "blockwise draws all candidates of every block; leave nbest.stopping out.", param="nbest.stopping"
+                "blockwise samples all candidates of every block; leave nbest.stopping out.", param="nbest.stopping"
             )
         if self.stream_candidates:
             raise BadRequestError(
-                "blockwise streams what it has chosen and no other candidate; leave nbest.stream_candidates out.",
+                "blockwise streams the chosen blocks only; leave nbest.stream_candidates out.",
                 param="nbest.stream_candidates",
             )
         if n > 1:
-            raise BadRequestError(f"blockwise ends with one answer, not with n={n}; leave n out.", param="n")
+            raise BadRequestError(f"blockwise returns one choice, not n={n}; leave n out.", param="n")
         return self.block_tokens or DEFAULT_BLOCK_TOKENS
 
     def to_selection(self) -> SelectionOptions:
         """The options of the strategy.
 
         Raises:
-            BadRequestError: a field that the strategy would not look at, or an answer that cannot be extracted so.
+            BadRequestError: a field that the strategy does not use, or an invalid pattern or pointer for the answer.
         """
         strategy = self.strategy or "argmax"
         if strategy in WITHOUT_REWARDS and self.reward_model is not None:
             raise BadRequestError(
-                f"The strategy {strategy} asks no reward model; leave reward_model out, or choose weighted_majority.",
+                f"The strategy {strategy} uses no reward model; leave reward_model out, or choose weighted_majority.",
                 param="nbest.reward_model",
             )
         given = self.selection.model_dump(exclude_none=True) if self.selection else {}
         for name in sorted(given.keys() - OPTIONS_OF[strategy]):
-            strategies = " and ".join(one for one, options in OPTIONS_OF.items() if name in options)
+            strategies = " and ".join(other for other, options in OPTIONS_OF.items() if name in options)
             param = f"nbest.selection.{name}"
-            raise BadRequestError(f"{param} goes with {strategies}, and the strategy is {strategy}.", param=param)
+            raise BadRequestError(f"{param} is used by {strategies}, and the strategy is {strategy}.", param=param)
         if given.keys() >= {"answer_regex", "answer_json_pointer"}:
             raise BadRequestError(
-                "Give one of nbest.selection.answer_regex and answer_json_pointer.",
+                "Give either nbest.selection.answer_regex or answer_json_pointer, not both.",
                 param="nbest.selection.answer_json_pointer",
             )
         options = SelectionOptions(**given)

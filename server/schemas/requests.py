@@ -1,13 +1,13 @@
-"""What clients send, and how it becomes a `BestOfNRequest`.
+"""The requests of the API, and their conversion to a `BestOfNRequest`.
 
-The class bodies, here and in `schema_parts`, are the one table of OpenAI's fields; each is in one of three classes:
+The classes here and in `server.schemas.options` list every field of OpenAI's API. There are three kinds of fields:
 
-    honoured    an ordinary field
-    no-op       marked `IgnoredField`; its type holds the only values allowed, those that ask for what happens anyway
-    refused     marked `IgnoredField` and typed None: there is no value that could be sent
+    supported    an ordinary field
+    no effect    marked `IgnoredField`; its type accepts only the values that ask for what happens anyway
+    refused      marked `IgnoredField`, of type None; no value is accepted
 
-The mark carries the sentence for whoever sends anything else. Fields in none of the classes are refused as unknown, so
-nothing is silently ignored. null always means the default.
+The sentence in the mark is the error for any other value. A field in none of the classes is refused as unknown, so no
+field is silently ignored. null always means the default.
 """
 
 from abc import ABC, abstractmethod
@@ -36,12 +36,11 @@ from server.schemas.strict import (
 )
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""What OpenAI's /v1/completions does without max_tokens; chat goes on to the end of the context."""
+"""The max_tokens of OpenAI's /v1/completions if it is not given; chat continues to the end of the context."""
 MAX_INT32 = 2**31 - 1
-"""Far past any context, and still a number to every engine."""
+"""Far more than any context, and still an integer that every engine accepts."""
 MAX_SEED = 2**62
-"""Candidate i takes seed + i, which has to stay within 64 bits."""
-
+"""Candidate i uses seed + i, which must stay within 64 bits."""
 
 StopString = Annotated[str, Field(min_length=1)]
 StopStrings = Annotated[list[StopString], Field(max_length=4)]
@@ -53,17 +52,17 @@ def _listed(value: Any) -> Any:
 
 
 class GenerationRequest(StrictModel, ABC):
-    """What both completion endpoints understand."""
+    """The fields of both completion endpoints."""
 
     model: str
     best_of: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Candidates to generate; the default and the maximum are settings of the server."
+        default=None, description="Candidates to sample; the default and the maximum are settings of the server."
     )
     n: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Choices to return, best first; at most best_of."
     )
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = Field(
-        default=None, description="Most tokens of one candidate."
+        default=None, description="Maximum tokens of each candidate."
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -72,17 +71,20 @@ class GenerationRequest(StrictModel, ABC):
     )
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
         default=None,
-        description="Candidate i is drawn with seed + i, so that the same request gives the same candidates.",
+        description="Candidate i is sampled with seed + i, so the same request gives the same candidates.",
     )
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
-    ) = Field(default=None, description="Token id of the served model, as a string, to what is added to its logit.")
+    ) = Field(
+        default=None,
+        description="What to add to the logits of tokens: token id of the served model, as a string, to a number.",
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     nbest: NBestOptions | None = None
-    user: Annotated[str | None, IgnoredField("users are not told apart; send any string or leave it out.")] = None
+    user: Annotated[str | None, IgnoredField("users are not distinguished; send any string or leave it out.")] = None
 
     @property
     def num_choices(self) -> int:
@@ -104,7 +106,7 @@ class GenerationRequest(StrictModel, ABC):
         """The request for the pipeline.
 
         Raises:
-            BadRequestError: fields that are each valid contradict each other or the server's limits.
+            BadRequestError: valid fields contradict each other or exceed the server's limits.
         """
         if self.stream_options is not None and not self.stream:
             raise BadRequestError("stream_options needs stream: true; send both or neither.", param="stream_options")
@@ -120,8 +122,8 @@ class GenerationRequest(StrictModel, ABC):
             stopping = default_stopping(settings, best_of, self.num_choices)
         if stopping.rejection is not None and settings.generator == "openai":
             raise BadRequestError(
-                f"{stopping.policy} needs a generator that can stop one of several candidates, and an upstream server "
-                "cannot; leave stopping out, or use adaptive or straggler_cut.",
+                f"{stopping.policy} cancels single candidates, which an upstream server cannot do; leave stopping out, "
+                "or use adaptive or straggler_cut.",
                 param="nbest.stopping.policy",
             )
         sampling = replace(self.to_sampling(), block_tokens=options.tokens_of_block(self.num_choices))
@@ -141,10 +143,10 @@ class GenerationRequest(StrictModel, ABC):
 
     @abstractmethod
     def to_prompt(self) -> Prompt:
-        """What is to be answered."""
+        """The prompt of the request."""
 
     def to_sampling(self) -> SamplingParams:
-        """How one candidate is drawn; the endpoints add what only they know."""
+        """The sampling parameters of each candidate; the subclasses add those of their own fields."""
         return SamplingParams(
             max_tokens=self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -163,19 +165,19 @@ class GenerationRequest(StrictModel, ABC):
         if best_of > settings.max_best_of:
             param = "best_of" if self.best_of else "n"
             raise BadRequestError(
-                f"{param} is over the {settings.max_best_of} candidates that a request may draw here; lower it.",
+                f"{param} is over the {settings.max_best_of} candidates that a request may sample here; lower it.",
                 param=param,
             )
         if n > best_of:
-            raise BadRequestError(f"n={n} choices cannot come out of best_of={best_of}; raise best_of.", param="n")
+            raise BadRequestError(f"n={n} is more than best_of={best_of}; raise best_of or lower n.", param="n")
         return best_of
 
 
 def default_stopping(settings: Settings, best_of: int, n: int) -> Stopping:
-    """The policy for requests that leave it to the server.
+    """The stopping policy of the setting `default_stopping`.
 
     Raises:
-        ConfigError: the setting holds none.
+        ConfigError: the setting is not a valid nbest.stopping.
     """
     if settings.default_stopping is None:
         return Stopping()
@@ -191,21 +193,21 @@ def _stopping_fields(text: str) -> StoppingFields:
 
 
 def _check_blocks(sampling: SamplingParams, settings: Settings) -> None:
-    """Refuses what a block cannot honour, as it knows the answer before it as a part of the prompt."""
+    """Refuses fields that blockwise cannot apply: in each block the answer so far is part of the prompt."""
     if settings.generator == "openai":
         raise BadRequestError(
-            "blockwise goes on from tokens, and an upstream server takes texts alone; choose another strategy.",
+            "blockwise continues from token ids, and an upstream server accepts text only; choose another strategy.",
             param="nbest.strategy",
         )
     if sampling.json_schema is not None:
         raise BadRequestError(
-            "blockwise would begin the JSON anew in every block; leave response_format out, or choose argmax.",
+            "blockwise would start the JSON again in every block; leave response_format out, or choose argmax.",
             param="response_format",
         )
     for param in ("presence_penalty", "frequency_penalty"):
         if getattr(sampling, param):
             raise BadRequestError(
-                f"{param} would count the tokens of a block alone under blockwise; leave it out, or choose argmax.",
+                f"With blockwise, {param} would count only the tokens of each block; leave it out, or choose argmax.",
                 param=param,
             )
 
@@ -215,7 +217,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = Field(
-        default=None, description="Newer name of max_tokens."
+        default=None, description="OpenAI's newer name of max_tokens."
     )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -223,13 +225,13 @@ class ChatCompletionRequest(GenerationRequest):
 
     tools: Annotated[
         EmptyList | None,
-        IgnoredField("there is no tool parser here; leave it out, or shape the text by response_format."),
+        IgnoredField("there is no tool parser; leave it out, or use response_format to get structured text."),
     ] = None
     tool_choice: Annotated[
         Literal["none", "auto"] | None, IgnoredField("there are no tools to choose; leave it out.")
     ] = None
     parallel_tool_calls: Annotated[bool | None, IgnoredField("there are no tools to call; leave it out.")] = None
-    functions: Annotated[EmptyList | None, IgnoredField("there is no function parser here; leave it out.")] = None
+    functions: Annotated[EmptyList | None, IgnoredField("there is no function parser; leave it out.")] = None
     function_call: Annotated[
         Literal["none", "auto"] | None, IgnoredField("there are no functions to call; leave it out.")
     ] = None
@@ -240,9 +242,9 @@ class ChatCompletionRequest(GenerationRequest):
     store: Annotated[OnlyFalse | None, IgnoredField("answers are not stored; send false or leave it out.")] = None
     metadata: Annotated[
         dict[str, str] | None,
-        IgnoredField("it labels stored answers, of which there are none; send strings or nothing."),
+        IgnoredField("it labels stored answers, and answers are not stored; send strings, or leave it out."),
     ] = None
-    moderation: Annotated[None, IgnoredField("nothing is moderated here; leave it out.")] = None
+    moderation: Annotated[None, IgnoredField("there is no moderation; leave it out.")] = None
     prediction: Annotated[None, IgnoredField("predicted outputs are not used; leave it out.")] = None
     prompt_cache_key: Annotated[
         str | None, IgnoredField("prefixes are shared among all requests; send any string or leave it out.")
@@ -254,18 +256,21 @@ class ChatCompletionRequest(GenerationRequest):
         Literal["in_memory"] | None, IgnoredField("the prefix cache is in memory; send in_memory or leave it out.")
     ] = None
     reasoning_effort: Annotated[
-        Literal["none"] | None, IgnoredField("reasoning is not told apart from the answer; send none or leave it out.")
+        Literal["none"] | None,
+        IgnoredField("reasoning is not separated from the answer; send none or leave it out."),
     ] = None
     safety_identifier: Annotated[
-        str | None, IgnoredField("users are not told apart; send any string or leave it out.")
+        str | None, IgnoredField("users are not distinguished; send any string or leave it out.")
     ] = None
     service_tier: Annotated[
-        Literal["auto", "default"] | None, IgnoredField("there is one tier; send auto or default, or leave it out.")
+        Literal["auto", "default"] | None,
+        IgnoredField("there is only one tier; send auto or default, or leave it out."),
     ] = None
     verbosity: Annotated[
-        Literal["medium"] | None, IgnoredField("ask for length in a message and bound it by max_tokens; leave it out.")
+        Literal["medium"] | None,
+        IgnoredField("leave it out; ask for a length in a message, and limit it with max_tokens."),
     ] = None
-    web_search_options: Annotated[None, IgnoredField("there is no web search here; leave it out.")] = None
+    web_search_options: Annotated[None, IgnoredField("there is no web search; leave it out.")] = None
 
     def to_prompt(self) -> Prompt:
         return Prompt(messages=tuple(message.to_message() for message in self.messages))
@@ -291,7 +296,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         OneText,
         BeforeValidator(_listed, json_schema_input_type=str | OneText),
-        FieldHint("one text a request: send each of several prompts, and token ids decoded, as a string of its own."),
+        FieldHint("a request takes one text: send several prompts as several requests, and token ids as decoded text."),
     ]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
@@ -308,30 +313,31 @@ class CompletionRequest(GenerationRequest):
 
 
 class AdapterRequest(StrictModel):
-    """POST /admin/adapter: serve this adapter from now on."""
+    """POST /admin/adapter: load this adapter for all later requests."""
 
-    path: str = Field(min_length=1, description="The adapter's directory, absolute or from --adapter-root.")
+    path: str = Field(min_length=1, description="The adapter's directory, absolute or relative to --adapter-root.")
 
 
 class ScoreRequest(StrictModel):
-    """POST /v1/score: how good these candidates are as answers; give `messages` or `prompt`."""
+    """POST /v1/score: score these candidates as answers; give `messages` or `prompt`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     prompt: str | None = None
     candidates: Annotated[list[str], Field(min_length=1)]
-    reward_model: str | None = Field(default=None, description="One of the served scorers; default: the first.")
+    reward_model: str | None = Field(default=None, description="Name of one of the served scorers; default: the first.")
 
     def to_prompt_and_candidates(self, settings: Settings) -> tuple[Prompt, list[Candidate]]:
-        """The prompt and its candidates, which have text and nothing else.
+        """The prompt and its candidates, which have only text: no tokens and no log-probabilities.
 
         Raises:
-            BadRequestError: not exactly one of messages and prompt, or more candidates than the server allows.
+            BadRequestError: both or neither of messages and prompt, or more candidates than the server allows.
         """
         if (self.messages is None) == (self.prompt is None):
-            raise BadRequestError("Give either messages or prompt, and exactly one of them.", param="messages")
+            raise BadRequestError("Give exactly one of messages and prompt.", param="messages")
         if len(self.candidates) > settings.max_best_of:
             raise BadRequestError(
-                f"At most {settings.max_best_of} candidates are scored in a request; send several.", param="candidates"
+                f"At most {settings.max_best_of} candidates are scored in a request; send several requests.",
+                param="candidates",
             )
         prompt = Prompt(messages=tuple(message.to_message() for message in self.messages or ()), text=self.prompt)
         return prompt, [

@@ -1,7 +1,7 @@
-"""What clients get: OpenAI's objects with a reward on each choice and the account of the request in `nbest`.
+"""The replies of the API: OpenAI's objects, with a reward on each choice and the account of the request in `nbest`.
 
-Only what is set is sent, so a field that OpenAI leaves out is left out, and one that OpenAI sends as null is set to
-None. A reward that is missing (NaN inside) is null.
+Only fields that were set are sent: a field that OpenAI omits is not set, and one that OpenAI sends as null is set to
+None. A missing reward, NaN inside of the server, is sent as null.
 """
 
 from typing import Literal
@@ -14,9 +14,9 @@ from server.pipeline.types import StoppedBy
 
 
 class Usage(BaseModel):
-    """Prompt tokens once, completion tokens of all candidates that completed, winners or not.
+    """Prompt tokens once, and the completion tokens of all completed candidates, winners or not.
 
-    With speculative_rejection and straggler_cut also of those given up, until then.
+    With speculative_rejection and straggler_cut also the tokens of cancelled candidates, up to their cancellation.
     """
 
     prompt_tokens: int
@@ -27,45 +27,47 @@ class Usage(BaseModel):
 class TimingsReply(BaseModel):
     """Seconds; generating and scoring overlap, so the parts do not add up to the total."""
 
-    queue: float
-    generate: float
-    score: float
-    select: float
+    queue: float = Field(description="Waiting for admission and for the first candidate to start.")
+    generate: float = Field(description="From the start of the first candidate to the end of the last.")
+    score: float = Field(description="Time in which at least one scorer call was running.")
+    select: float = Field(description="The selection alone.")
     total: float
 
 
 class DrawnCandidate(BaseModel):
-    """What was drawn."""
+    """A candidate."""
 
-    index: int = Field(description="Its place in the order of drawing; its seed is the request's seed + index.")
+    index: int = Field(description="Its position in the order of sampling; its seed is the request's seed + index.")
     text: str
-    cumulative_logprob: float | None = Field(description="Nats, over its tokens; null where an upstream tells none.")
+    cumulative_logprob: float | None = Field(
+        description="Sum of the log-probabilities of its tokens, in nats; null where an upstream server returns none."
+    )
     finish_reason: FinishReason | None
     num_tokens: int
 
 
 class CandidateReply(DrawnCandidate):
-    """A candidate, chosen or not."""
+    """A candidate with its reward, chosen or not."""
 
     reward: float | None
 
 
 class CandidateFinished(DrawnCandidate):
-    """Event of a stream with `stream_candidates`: a candidate has finished, and has not been scored yet."""
+    """Event of a stream with `stream_candidates`: a candidate has finished and has not been scored yet."""
 
     event: Literal["finished"]
 
 
 class CandidateScored(BaseModel):
-    """Event of a stream with `stream_candidates`: a candidate that has finished was scored."""
+    """Event of a stream with `stream_candidates`: a finished candidate has been scored."""
 
     event: Literal["scored"]
     index: int
-    reward: float | None = Field(description="null where the scorer has no number for it.")
+    reward: float | None = Field(description="null where the scorer returned no number for it.")
 
 
 class CandidateFailed(BaseModel):
-    """Event of a stream with `stream_candidates`: a candidate will never finish."""
+    """Event of a stream with `stream_candidates`: a candidate has failed and will not finish."""
 
     event: Literal["failed"]
     index: int
@@ -82,43 +84,43 @@ class NBestReply(BaseModel):
     completed: int
     failed: int
     cancelled: int
-    not_drawn: int = Field(description="Candidates that an adaptive policy found not worth drawing.")
+    not_drawn: int = Field(description="Candidates that an adaptive policy decided not to sample.")
     ranking: list[int] = Field(
-        description="Candidates that completed, best first: choices[i] is the one whose index stands at i."
+        description="Indexes of the completed candidates, best first: choices[i] is the candidate ranking[i]."
     )
     strategy: Strategy
-    reward_model: str | None = Field(description="null where the strategy asks none; the rewards are null then too.")
+    reward_model: str | None = Field(description="null where the strategy uses none; all rewards are null then.")
     ranked_by: RankedBy = Field(
-        description="What ordered the candidates. answer: votes for answers (majority, weighted_majority). reward: all "
-        "other strategies, and weighted_majority where no candidate has an answer. logprob, first: the fallback that "
-        "nbest.on_reward_failure asked for; first also where majority found no answer, or a deadline left no reward."
+        description="What ranked the candidates. answer: votes for answers (majority, weighted_majority). reward: all "
+        "other strategies, and weighted_majority where no candidate has an answer. logprob, first: the fallback chosen "
+        "by nbest.on_reward_failure; first also where majority found no answer, or where a deadline left no reward."
     )
     stopped_by: StoppedBy = Field(
-        description="all: nothing was cut short. deadline: nbest.deadline_s. Else the stopping policy."
+        description="all: no candidate was cancelled. deadline: nbest.deadline_s. Otherwise the stopping policy."
     )
     generated_tokens: int
     scored_tokens: int
     prompt_tokens_cut: int = Field(
-        description="Tokens of the prompt, the oldest, that the reward model left out to fit the longest candidate."
+        description="Oldest tokens of the prompt that the reward model did not read, to fit the longest candidate."
     )
     candidate_s: float = Field(
-        description="What the request cost the engine: seconds that each candidate was under way, added up, whether it "
-        "completed, failed or was cancelled. Divided by timings_s.generate: how many ran side by side."
+        description="Cost of the request for the engine: the sum of the seconds that each candidate ran, whether it "
+        "completed, failed or was cancelled. Divided by timings_s.generate, the mean number of concurrent candidates."
     )
     kl_upper_bound: float = Field(
-        description="log N - (N-1)/N nats with N = best_of - failed: the furthest the choice moves from the policy. "
-        "Candidates that a deadline or a policy cut off or never drew count, since they could have been chosen. "
-        "Under blockwise that is the bound of a block, and counts once for each."
+        description="log N - (N-1)/N nats with N = best_of - failed: upper bound of the KL divergence of the chosen "
+        "answer's distribution from the policy's. N includes candidates that a deadline or a policy cancelled or never "
+        "sampled, since they could have been chosen. With blockwise, the bound of one block times the number of blocks."
     )
-    blocks: int = Field(description="blockwise: how many were chosen, one after another. Else 1.")
+    blocks: int = Field(description="blockwise: number of blocks, chosen one after another. Otherwise 1.")
     timings_s: TimingsReply
     candidates: list[CandidateReply] = Field(
-        default=[], description="All that completed, in the order of drawing; only where return_candidates asks."
+        default=[], description="All completed candidates, in the order of sampling; only with return_candidates."
     )
 
 
 class TopLogprob(BaseModel):
-    """One of the likeliest tokens at a place."""
+    """One of the most likely tokens at a position."""
 
     token: str
     logprob: float
@@ -132,23 +134,25 @@ class ChatTokenLogprob(TopLogprob):
 
 
 class ChatLogprobs(BaseModel):
-    """Log-probabilities in the shape of chat completions."""
+    """Log-probabilities in the format of chat completions."""
 
     content: list[ChatTokenLogprob]
     refusal: None
 
 
 class TextLogprobs(BaseModel):
-    """Log-probabilities in the shape of completions; the four lists run side by side."""
+    """Log-probabilities in the format of text completions: four lists with one item for each token."""
 
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] = Field(description="The likeliest tokens and the generated one.")
-    text_offset: list[int] = Field(description="Where each token begins in the choice's text, in characters.")
+    top_logprobs: list[dict[str, float]] = Field(
+        description="The most likely tokens and the generated token, each with its log-probability."
+    )
+    text_offset: list[int] = Field(description="The character of the choice's text at which each token begins.")
 
 
 class AssistantMessage(BaseModel):
-    """The text of a choice."""
+    """The message of a choice."""
 
     role: Literal["assistant"]
     content: str
@@ -171,7 +175,7 @@ class ChatChoice(Choice):
 
 
 class TextChoice(Choice):
-    """One answer of a completion."""
+    """One answer of a text completion."""
 
     text: str
     logprobs: TextLogprobs | None
@@ -180,12 +184,12 @@ class TextChoice(Choice):
 class Delta(BaseModel):
     """What a chunk adds to the message."""
 
-    role: Literal["assistant"] = Field(default="assistant", description="In the first piece of a choice.")
-    content: str = Field(default="", description="Absent from the last piece.")
+    role: Literal["assistant"] = Field(default="assistant", description="In the first chunk of a choice only.")
+    content: str = Field(default="", description="Absent from the last chunk of a choice.")
 
 
 class ChunkChoice(BaseModel):
-    """A piece of a choice; the last one brings `finish_reason` and `reward`."""
+    """A part of a choice; the last part has `finish_reason` and `reward`."""
 
     index: int
     finish_reason: FinishReason | None
@@ -193,21 +197,21 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunkChoice(ChunkChoice):
-    """A piece of a chat choice."""
+    """A part of a choice of a chat completion."""
 
     delta: Delta
     logprobs: ChatLogprobs | None
 
 
 class TextChunkChoice(ChunkChoice):
-    """A piece of a completion's choice."""
+    """A part of a choice of a text completion."""
 
     text: str
     logprobs: TextLogprobs | None
 
 
 class Envelope(BaseModel):
-    """What every completion object begins with."""
+    """The fields that all completion objects share."""
 
     id: str
     created: int
@@ -216,7 +220,7 @@ class Envelope(BaseModel):
 
 
 class ChatCompletion(Envelope):
-    """The answer to a chat completion request."""
+    """The reply of POST /v1/chat/completions."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
@@ -225,7 +229,7 @@ class ChatCompletion(Envelope):
 
 
 class TextCompletion(Envelope):
-    """The answer to a completion request."""
+    """The reply of POST /v1/completions."""
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
@@ -236,8 +240,8 @@ class TextCompletion(Envelope):
 class Chunk(Envelope):
     """An event of a stream.
 
-    The last one that has a choice brings the account in `nbest`. With `stream_candidates` there are others before it,
-    without choices, that each bring an event there.
+    The last chunk with a choice has the account of the request in `nbest`. With `stream_candidates` there are also
+    chunks without choices, whose `nbest` is the event of a candidate.
     """
 
     usage: Usage | None = None
@@ -259,24 +263,24 @@ class TextCompletionChunk(Chunk):
 
 
 class ScoreUsage(BaseModel):
-    """Tokens that the reward model read."""
+    """The tokens that the reward model read."""
 
     prompt_tokens: int
     total_tokens: int
     prompt_tokens_cut: int = Field(
-        description="Tokens of the prompt, the oldest, that the reward model left out to fit the longest candidate."
+        description="Oldest tokens of the prompt that the reward model did not read, to fit the longest candidate."
     )
 
 
 class Score(BaseModel):
-    """The score of one candidate."""
+    """The score of a candidate."""
 
     index: int
     score: float | None = Field(description="Higher is better; null where this candidate could not be scored.")
 
 
 class ScoreReply(BaseModel):
-    """The answer to a score request, in the order of its candidates."""
+    """The reply of POST /v1/score, with the scores in the order of the candidates."""
 
     model: str
     data: list[Score]
@@ -284,37 +288,37 @@ class ScoreReply(BaseModel):
 
 
 class Model(BaseModel):
-    """A policy that can be asked, and the scorers served beside it."""
+    """The served policy, and the scorers served with it."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
-    reward_models: list[str] = Field(description="What nbest.reward_model may name; the first is the default.")
+    reward_models: list[str] = Field(description="The values of nbest.reward_model; the first is the default.")
 
 
 class ModelList(BaseModel):
-    """The answer to GET /v1/models."""
+    """The reply of GET /v1/models."""
 
     object: Literal["list"]
     data: list[Model]
 
 
 class Status(BaseModel):
-    """The answer of the two probes."""
+    """The reply of GET /health and GET /ready."""
 
     status: Literal["ok", "ready"]
 
 
 class AdapterReply(BaseModel):
-    """The adapter that requests are answered with from now on."""
+    """The reply of POST /admin/adapter: the adapter of all later requests."""
 
     path: str
     version: str
 
 
 class ErrorBody(BaseModel):
-    """What went wrong, and the way out."""
+    """What went wrong, and what to do about it."""
 
     message: str
     type: str

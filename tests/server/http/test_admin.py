@@ -1,4 +1,4 @@
-"""POST /admin/adapter: who may load what."""
+"""POST /admin/adapter: which keys may load an adapter, and from which paths."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ async def test_an_admin_loads_an_adapter_below_the_root(keys_file: Path) -> None
     assert generator.adapters == [loaded]
 
 
-async def test_a_key_that_is_no_admins_is_403(keys_file: Path) -> None:
+async def test_a_key_without_admin_rights_is_403(keys_file: Path) -> None:
     generator = ScriptedGenerator(["word"])
     reply = await post(generator, keys_file, "v2", admin=False)
     assert (reply.status_code, reply.json()["error"]["code"]) == (403, "forbidden")
@@ -55,25 +55,26 @@ async def test_a_path_that_leads_out_of_the_root_is_400(keys_file: Path, path: s
     assert generator.adapters == []
 
 
-async def test_a_refusal_of_the_engine_is_the_reply(keys_file: Path) -> None:
+async def test_an_error_of_the_engine_is_the_reply(keys_file: Path) -> None:
     generator = ScriptedGenerator(["word"], refusal=BadRequestError("It has rank 99."))
     reply = await post(generator, keys_file, "v2")
     assert (reply.status_code, reply.json()["error"]["message"]) == (400, "It has rank 99.")
 
 
 @pytest.mark.parametrize("port", [None, 9])
-async def test_without_keys_or_by_the_metrics_port_it_is_not_there(port: int | None) -> None:
+async def test_it_is_not_served_without_keys_or_on_the_metrics_port(port: int | None) -> None:
     app = app_over(pipeline(ScriptedGenerator(["word"])), metrics_port=port)
     async with client_of(app) as client:
-        at = httpx.AsyncClient(transport=client._transport, base_url=f"http://nbest:{port}" if port else "http://nbest")
-        assert (await at.post(ADAPTER, json={"path": "v2"})).status_code == 404
+        base_url = f"http://nbest:{port}" if port else "http://nbest"
+        port_client = httpx.AsyncClient(transport=client._transport, base_url=base_url)
+        assert (await port_client.post(ADAPTER, json={"path": "v2"})).status_code == 404
 
 
-def test_a_root_without_keys_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_an_adapter_root_without_a_keys_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nbest keys new NAME --admin"):
         load_settings({"adapter_root": tmp_path})
 
 
-def test_adapters_are_for_the_embedded_engine(tmp_path: Path) -> None:
+def test_adapters_are_refused_with_an_upstream_generator(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="embedded engine only"):
         load_settings({"adapter": tmp_path, "generator": "openai", "base_url": "http://x"})

@@ -1,4 +1,4 @@
-"""Keys: made once, kept as hashes, asked for on every path but the open ones; budgets with numbers worked by hand."""
+"""API keys: the file, the paths that require a key, and budgets with numbers computed by hand."""
 
 import asyncio
 import hashlib
@@ -52,19 +52,19 @@ def bearer(key: str) -> list[tuple[bytes, bytes]]:
 
 
 class TestFile:
-    def test_only_a_key_that_was_made_so_is_an_admins(self, file: Path) -> None:
+    def test_only_a_key_made_as_admin_has_admin_rights(self, file: Path) -> None:
         api_keys.new_key(file, "alice")
         api_keys.new_key(file, "root", admin=True, tokens_per_day=7)
         assert {name: entry.admin for name, entry in api_keys.read_keys(file).items()} == {"alice": False, "root": True}
 
-    def test_a_new_key_is_in_the_file_as_a_hash_only(self, file: Path) -> None:
+    def test_the_file_holds_only_the_hash_of_a_new_key(self, file: Path) -> None:
         key = api_keys.new_key(file, "alice", requests_per_minute=60)
         assert key not in file.read_text()
         assert tomllib.loads(file.read_text()) == {
             "keys": {"alice": {"sha256": hashlib.sha256(key.encode()).hexdigest(), "requests_per_minute": 60}}
         }
 
-    def test_only_its_owner_may_read_the_file(self, file: Path) -> None:
+    def test_only_the_owner_may_read_the_file(self, file: Path) -> None:
         api_keys.new_key(file, "alice")
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -73,15 +73,17 @@ class TestFile:
         assert first != second
         assert len(first.removeprefix("nbest-")) == 43  # 256 / 6 bits a character, rounded up
 
-    def test_what_was_there_stays(self, file: Path) -> None:
-        file.write_text("# ours")
+    def test_new_keys_are_appended_to_the_file(self, file: Path) -> None:
+        file.write_text("# a comment")
         api_keys.new_key(file, "alice")
         api_keys.new_key(file, "bob", tokens_per_day=7)
-        assert file.read_text().startswith("# ours\n[keys.alice]\n")
+        assert file.read_text().startswith("# a comment\n[keys.alice]\n")
         assert api_keys.read_keys(file)["bob"].tokens_per_day == 7
 
     @pytest.mark.parametrize("name", ["alice", "", "a b", "a.b", "x" * 65, 'a"'])
-    def test_a_name_that_is_taken_or_none_is_refused_and_nothing_changes(self, file: Path, name: str) -> None:
+    def test_a_name_that_is_used_or_invalid_is_refused_and_the_file_stays_as_it_was(
+        self, file: Path, name: str
+    ) -> None:
         api_keys.new_key(file, "alice")
         before = file.read_text()
         with pytest.raises(ConfigError, match=r"choose another name|cannot name a key"):
@@ -89,7 +91,7 @@ class TestFile:
         assert file.read_text() == before
 
     @pytest.mark.parametrize(
-        ("text", "told"),
+        ("text", "message"),
         [
             ("keys = [", "cannot be read as TOML"),
             ('[keys.a]\nsha256 = "abc"', r"keys\.a\.sha256 in the keys file"),
@@ -97,23 +99,23 @@ class TestFile:
             (f'[keys.a]\nsha256 = "{HASH}"\ntokens_per_day = 0', "tokens_per_day"),
         ],
     )
-    def test_a_file_of_something_else_is_refused_with_the_place(self, file: Path, text: str, told: str) -> None:
+    def test_the_error_for_an_invalid_file_names_the_field(self, file: Path, text: str, message: str) -> None:
         file.write_text(text)
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             Keys(file)
 
-    def test_a_missing_file_tells_how_to_make_one(self, file: Path) -> None:
+    def test_the_error_for_a_missing_file_says_how_to_make_it(self, file: Path) -> None:
         with pytest.raises(ConfigError, match="nbest keys new"):
             Keys(file)
 
 
 class TestKeys:
-    def test_the_key_finds_its_account(self, file: Path) -> None:
+    def test_each_key_has_its_account(self, file: Path) -> None:
         keys = {name: api_keys.new_key(file, name) for name in ("alice", "bob")}
         known = Keys(file)
         assert [known.account(bearer(key)).name for key in keys.values()] == ["alice", "bob"]
 
-    def test_every_hash_is_compared_in_constant_time_wherever_the_match_is(
+    def test_every_hash_is_compared_in_constant_time_even_after_a_match(
         self, file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         keys = [api_keys.new_key(file, name) for name in ("first", "second", "third")]
@@ -121,11 +123,11 @@ class TestKeys:
         compared: list[str] = []
         constant_time: Callable[[str, str], bool] = hmac.compare_digest
 
-        def noting(ours: str, theirs: str) -> bool:
-            compared.append(ours)
-            return constant_time(ours, theirs)
+        def recorded_comparison(stored: str, presented: str) -> bool:
+            compared.append(stored)
+            return constant_time(stored, presented)
 
-        monkeypatch.setattr(hmac, "compare_digest", noting)
+        monkeypatch.setattr(hmac, "compare_digest", recorded_comparison)
         known.account(bearer(keys[0]))
         assert compared == [api_keys.digest(key) for key in keys]
 
@@ -145,12 +147,12 @@ class TestKeys:
         with pytest.raises(AuthenticationError):
             Keys(file).account(headers)
 
-    def test_the_hash_is_no_key(self, file: Path) -> None:
+    def test_the_hash_of_a_key_is_refused(self, file: Path) -> None:
         key = api_keys.new_key(file, "alice")
         with pytest.raises(AuthenticationError):
             Keys(file).account(bearer(api_keys.digest(key)))
 
-    def test_a_key_added_or_removed_counts_within_a_second_and_budgets_of_others_go_on(
+    def test_an_added_or_removed_key_takes_effect_within_a_second_and_other_accounts_stay(
         self, file: Path, clock: Clock
     ) -> None:
         alice = api_keys.new_key(file, "alice")
@@ -166,7 +168,7 @@ class TestKeys:
             known.account(bearer(alice))
 
     @pytest.mark.parametrize("broken", [b"[keys", None])
-    def test_a_file_that_breaks_later_leaves_the_keys_as_they_were_and_is_logged(
+    def test_a_file_that_becomes_unreadable_leaves_the_keys_as_they_were_and_is_logged(
         self, file: Path, clock: Clock, caplog: pytest.LogCaptureFixture, broken: bytes | None
     ) -> None:
         key = api_keys.new_key(file, "alice")
@@ -178,7 +180,7 @@ class TestKeys:
 
 
 class TestAccount:
-    def test_requests_a_minute(self, clock: Clock) -> None:
+    def test_requests_over_the_budget_of_a_minute_are_refused(self, clock: Clock) -> None:
         account = Account("alice", KeyEntry(sha256=HASH, requests_per_minute=2), clock)
         account.count_request()
         account.count_request()
@@ -188,12 +190,12 @@ class TestAccount:
         clock.now_s = 30
         account.count_request()
 
-    def test_tokens_are_reserved_and_settled_by_what_was_used(self, clock: Clock) -> None:
+    def test_the_estimated_tokens_are_reserved_and_then_replaced_by_the_used_tokens(self, clock: Clock) -> None:
         account = Account("alice", KeyEntry(sha256=HASH, tokens_per_minute=60), clock)
         with account.spending(50) as spending:
             with pytest.raises(RateLimitError, match="60 tokens a minute") as refused, account.spending(20):
                 pass
-            assert refused.value.retry_after_s == 10  # 10 of 60 are left, and one comes each second
+            assert refused.value.retry_after_s == 10  # 10 of 60 are left, and 1 is added each second
             spending.tokens = 5
         with account.spending(55):
             pass
@@ -205,46 +207,46 @@ class TestAccount:
         with account.spending(60):
             pass
 
-    def test_one_that_was_cut_off_costs_its_estimate(self, clock: Clock) -> None:
+    def test_a_cancelled_request_costs_its_estimate(self, clock: Clock) -> None:
         account = Account("alice", KeyEntry(sha256=HASH, tokens_per_minute=60), clock)
         with pytest.raises(asyncio.CancelledError), account.spending(60):
             raise asyncio.CancelledError
         with pytest.raises(RateLimitError), account.spending(1):
             pass
 
-    def test_the_day_is_a_budget_of_its_own(self, clock: Clock) -> None:
+    def test_the_budgets_of_a_minute_and_of_a_day_are_independent(self, clock: Clock) -> None:
         account = Account("alice", KeyEntry(sha256=HASH, tokens_per_minute=60, tokens_per_day=86_400), clock)
-        for minute in range(100):  # 60 * 99 / s, while one a second comes: never empty by the minute
+        for minute in range(100):  # 60 tokens a minute are spent and 60 are added: neither budget runs out
             clock.now_s = 60.0 * minute
             with account.spending(60):
                 pass
         account = Account("alice", KeyEntry(sha256=HASH, tokens_per_minute=100, tokens_per_day=100), clock)
         with account.spending(100):
             pass
-        clock.now_s += 60  # the minute's budget is back, the day's is not
+        clock.now_s += 60  # refills the minute's budget, but not the day's
         with pytest.raises(RateLimitError, match="100 tokens a day") as refused, account.spending(100):
             pass
         assert refused.value.retry_after_s == pytest.approx(86_400 - 60)
 
 
-def guarded(file: Path, key: str) -> AbstractAsyncContextManager[httpx.AsyncClient]:
-    """A client in memory, without a key, of a server that asks for keys."""
+def client_of_server_with_keys(file: Path, key: str) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+    """A client in memory, without a key, of a server that requires keys."""
     app = app_over(pipeline(ScriptedGenerator(["so very good"]), ScriptedScorer()), keys_file=file)
     return client_of(app, key)
 
 
-async def test_every_path_but_health_and_the_playground_asks_for_a_key(file: Path) -> None:
+async def test_every_path_except_health_and_the_playground_requires_a_key(file: Path) -> None:
     key = api_keys.new_key(file, "alice")
     documented = app_over(pipeline(ScriptedGenerator(["word"]))).openapi()["paths"]
-    open_to_all = {"/health", *playground.FILES}
-    assert documented.keys() & open_to_all == {"/health", "/"}
+    without_key = {"/health", *playground.FILES}
+    assert documented.keys() & without_key == {"/health", "/"}
     others = ["/openapi.json", "/no/such/path", "/health/", "/Health", "/%2fhealth", "/playground/"]
-    paths = [*documented, *open_to_all, *others]
-    async with guarded(file, key) as client:
+    paths = [*documented, *without_key, *others]
+    async with client_of_server_with_keys(file, key) as client:
         for path in paths:
             for method in ("GET", "POST", "HEAD", "OPTIONS"):
                 reply = await client.request(method, path)
-                if path in open_to_all:
+                if path in without_key:
                     assert reply.status_code in (200, 405)
                     continue
                 assert reply.status_code == 401, (method, path)
@@ -257,7 +259,7 @@ async def test_every_path_but_health_and_the_playground_asks_for_a_key(file: Pat
         assert (await client.post(CHAT, json=HELLO, headers=authorized)).status_code == 200
 
 
-async def test_a_body_without_a_key_is_not_even_read(file: Path) -> None:
+async def test_the_body_of_a_request_without_a_key_is_not_read(file: Path) -> None:
     key = api_keys.new_key(file, "alice")
     sent = 0
 
@@ -267,53 +269,53 @@ async def test_a_body_without_a_key_is_not_even_read(file: Path) -> None:
             sent += 1
             yield b"x"
 
-    async with guarded(file, key) as client:
+    async with client_of_server_with_keys(file, key) as client:
         assert (await client.post(CHAT, content=chunks())).status_code == 401
     assert sent == 0
 
 
-async def test_budgets_are_kept_by_key(file: Path) -> None:
-    hasty = api_keys.new_key(file, "hasty", requests_per_minute=1)
-    chatty = api_keys.new_key(file, "chatty", tokens_per_minute=100)
-    async with guarded(file, chatty) as client:
+async def test_each_key_has_its_own_budgets(file: Path) -> None:
+    few_requests = api_keys.new_key(file, "few-requests", requests_per_minute=1)
+    few_tokens = api_keys.new_key(file, "few-tokens", tokens_per_minute=100)
+    async with client_of_server_with_keys(file, few_tokens) as client:
 
-        async def ask(key: str, **fields: Any) -> httpx.Response:
+        async def post(key: str, **fields: Any) -> httpx.Response:
             body = HELLO | {"best_of": 1, "max_tokens": 60} | fields
             return await client.post(CHAT, json=body, headers={"Authorization": f"Bearer {key}"})
 
-        assert (await ask(hasty)).status_code == 200
-        reply = await ask(hasty)
+        assert (await post(few_requests)).status_code == 200
+        reply = await post(few_requests)
         error = reply.json()["error"]
         assert (reply.status_code, error["type"], error["code"]) == (429, "requests", "rate_limit_exceeded")
         assert 1 <= int(reply.headers["Retry-After"]) <= 60
 
-        assert (await ask(chatty)).status_code == 200  # 62 reserved, 7 + 3 used: 90 are left
-        reply = await ask(chatty, max_tokens=95)
+        assert (await post(few_tokens)).status_code == 200  # 62 reserved, 7 + 3 used: 90 are left
+        reply = await post(few_tokens, max_tokens=95)
         error = reply.json()["error"]
         assert (reply.status_code, error["type"], error["code"]) == (429, "tokens", "rate_limit_exceeded")
         body = {"prompt": "x" * 400, "candidates": ["y"]}  # 100 + 1 tokens
-        reply = await client.post("/v1/score", json=body, headers={"Authorization": f"Bearer {chatty}"})
+        reply = await client.post("/v1/score", json=body, headers={"Authorization": f"Bearer {few_tokens}"})
         assert reply.status_code == 429
-        metrics = (await client.get("/metrics", headers={"Authorization": f"Bearer {chatty}"})).text
+        metrics = (await client.get("/metrics", headers={"Authorization": f"Bearer {few_tokens}"})).text
     assert 'nbest_shed_total{reason="requests_budget"} 1.0' in metrics
     assert 'nbest_shed_total{reason="tokens_budget"} 2.0' in metrics
 
 
-async def test_the_official_client_sends_the_key_and_knows_the_refusals(file: Path) -> None:
+async def test_the_official_client_sends_the_key_and_raises_its_own_errors_for_refusals(file: Path) -> None:
     key = api_keys.new_key(file, "alice", requests_per_minute=1)
     app = app_over(pipeline(ScriptedGenerator(["word"])), keys_file=file)
     async with address_of(app, key=key) as address:
         for api_key, refusal in [("wrong", openai.AuthenticationError), (key, None), (key, openai.RateLimitError)]:
             async with openai.AsyncOpenAI(api_key=api_key, base_url=f"{address}/v1", max_retries=0) as client:
-                asking = client.completions.create(model="scripted", prompt="x", best_of=1)
+                request = client.completions.create(model="scripted", prompt="x", best_of=1)
                 if refusal is None:
-                    await asking
+                    await request
                 else:
                     with pytest.raises(refusal):
-                        await asking
+                        await request
 
 
-def test_the_command_prints_the_key_alone_on_stdout(file: Path) -> None:
+def test_the_command_prints_only_the_key_on_stdout(file: Path) -> None:
     flags = ["--file", str(file), "--tokens-per-day", "9"]
     result = CliRunner().invoke(command, ["keys", "new", "alice", *flags])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""Whatever JSON, or nearly JSON, is sent: never a 5xx, and every refusal is a sentence in OpenAI's envelope."""
+"""Fuzzed JSON bodies: never a 5xx, and every refusal is a sentence in OpenAI's error envelope."""
 
 import asyncio
 import json
@@ -46,24 +46,24 @@ values = st.recursive(
 )
 
 
-def places(node: Any) -> Iterator[tuple[Any, Any]]:
+def locations(node: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) in a document."""
-    steps = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, child in steps:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in items:
         yield node, key
-        yield from places(child)
+        yield from locations(child)
 
 
 @st.composite
 def mutated(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A good request in which a few values are replaced, removed, renamed or nested."""
+    """A valid request in which a few values are replaced, removed, renamed or nested."""
     path = draw(st.sampled_from(sorted(BASES)))
     document = json.loads(json.dumps(BASES[path]))
     for _ in range(draw(st.integers(1, 3))):
-        found = list(places(document))
-        if not found:
+        targets = list(locations(document))
+        if not targets:
             break
-        container, key = draw(st.sampled_from(found))
+        container, key = draw(st.sampled_from(targets))
         match draw(st.sampled_from(["replace", "remove", "nest", "rename"])):
             case "replace":
                 container[key] = draw(values)
@@ -78,15 +78,15 @@ def mutated(draw: st.DrawFn) -> tuple[str, bytes]:
 
 @st.composite
 def spliced(draw: st.DrawFn) -> tuple[str, bytes]:
-    """The bytes of a good request with some cut out and others put in."""
+    """The bytes of a valid request with some removed and others inserted."""
     path = draw(st.sampled_from(sorted(BASES)))
     body = json.dumps(BASES[path]).encode()
     start = draw(st.integers(0, len(body)))
     end = draw(st.integers(start, min(len(body), start + 8)))
-    put_in = draw(
+    inserted = draw(
         st.binary(max_size=4) | st.sampled_from([b"[" * 300, b'{"a":' * 300, b"1" * 5000, b"\\ud800", b"NaN"])
     )
-    return path, body[:start] + put_in + body[end:]
+    return path, body[:start] + inserted + body[end:]
 
 
 anything = st.tuples(st.sampled_from(sorted(BASES)), values.map(lambda value: json.dumps(value).encode()))
@@ -94,24 +94,24 @@ anything = st.tuples(st.sampled_from(sorted(BASES)), values.map(lambda value: js
 
 @pytest.fixture(scope="module")
 def post() -> Iterator[Any]:
-    """Sends one body; the server is the same for all of them."""
+    """Sends a body; all tests of the module share one server."""
     app = app_over(pipeline(ScriptedGenerator(["so very good", "42"])), max_best_of=4, max_body_bytes=100_000)
     with asyncio.Runner() as runner:
-        opening = client_of(app)
-        client = runner.run(opening.__aenter__())
+        client_context = client_of(app)
+        client = runner.run(client_context.__aenter__())
 
         def send(path: str, body: bytes) -> httpx.Response:
             return runner.run(client.post(path, content=body, headers={"Content-Type": "application/json"}))
 
         yield send
-        runner.run(opening.__aexit__(None, None, None))
+        runner.run(client_context.__aexit__(None, None, None))
 
 
 @given(request=mutated() | spliced() | anything)
 @settings(max_examples=600, deadline=None, derandomize=True)
-def test_it_is_answered_or_refused_in_the_envelope(post: Any, request: tuple[str, bytes]) -> None:
+def test_any_body_is_answered_or_refused_in_the_envelope(post: Any, request: tuple[str, bytes]) -> None:
     reply = post(*request)
-    if reply.status_code == 504:  # what a deadline of a nanosecond deserves
+    if reply.status_code == 504:  # the right reply to a deadline of a nanosecond
         assert reply.json()["error"]["code"] == "deadline_exceeded"
         return
     assert reply.status_code < 500, reply.text
@@ -121,6 +121,6 @@ def test_it_is_answered_or_refused_in_the_envelope(post: Any, request: tuple[str
         assert reply.json()["error"]["message"].endswith(".")
 
 
-def test_every_base_is_a_good_request(post: Any) -> None:
+def test_every_base_request_is_valid(post: Any) -> None:
     for path, body in BASES.items():
         assert post(path, json.dumps(body).encode()).status_code == 200

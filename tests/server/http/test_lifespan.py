@@ -1,4 +1,4 @@
-"""HTTP is up before the engine, and says so; a start that fails is told; the engine is closed with the server."""
+"""The engine starts and stops with the server: HTTP answers before it is ready, and reports a failed start."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,19 +18,22 @@ from tests.support.serving import HELLO, address_of, app_over, pipeline
 CHAT = "/v1/chat/completions"
 
 
-class Engine:
-    """A start that waits for the test's word, then fails or serves; `events` tells what became of it."""
+class ScriptedEngine:
+    """An engine whose start waits for `finish_start` and then fails or succeeds.
+
+    `events` records what happened; `reported_failures` are the errors that `on_start_failure` was called with.
+    """
 
     def __init__(self, failure: Exception | None = None) -> None:
-        self.go = asyncio.Event()
+        self._may_finish = asyncio.Event()
         self.failure = failure
         self.events: list[str] = []
-        self.heard: list[BaseException] = []
+        self.reported_failures: list[BaseException] = []
 
     @asynccontextmanager
     async def start(self) -> AsyncIterator[BestOfN]:
         try:
-            await self.go.wait()
+            await self._may_finish.wait()
             if self.failure is not None:
                 raise self.failure
             self.events.append("started")
@@ -43,7 +46,7 @@ class Engine:
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[httpx.AsyncClient]:
-        app = create_app(self.start, Settings(), Metrics(), on_start_failure=self.heard.append)
+        app = create_app(self.start, Settings(), Metrics(), on_start_failure=self.reported_failures.append)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),
@@ -51,13 +54,13 @@ class Engine:
         ):
             yield client
 
-    async def started(self) -> None:
-        self.go.set()
+    async def finish_start(self) -> None:
+        self._may_finish.set()
         await asyncio.sleep(0.01)
 
 
-async def test_while_the_engine_starts_only_health_is_well() -> None:
-    engine = Engine()
+async def test_while_the_engine_starts_only_health_is_200() -> None:
+    engine = ScriptedEngine()
     async with engine.served() as client:
         assert (await client.get("/health")).status_code == 200
         for reply in [await client.post(CHAT, json=HELLO), await client.get("/ready"), await client.get("/v1/models")]:
@@ -65,58 +68,58 @@ async def test_while_the_engine_starts_only_health_is_well() -> None:
             assert (reply.status_code, error["code"]) == (503, "not_ready")
             assert error["message"] == "The engine is starting; try again in a few seconds."
             assert reply.headers["Retry-After"] == "5"
-        await engine.started()
+        await engine.finish_start()
         assert (await client.get("/ready")).status_code == 200
         assert (await client.post(CHAT, json=HELLO)).status_code == 200
 
 
-async def test_a_bad_request_is_told_even_while_the_engine_starts() -> None:
-    async with Engine().served() as client:
+async def test_an_invalid_request_is_400_even_while_the_engine_starts() -> None:
+    async with ScriptedEngine().served() as client:
         assert (await client.post(CHAT, json=HELLO | {"best_of": 0})).status_code == 400
 
 
 @pytest.mark.parametrize(
-    ("failure", "told"),
+    ("failure", "message"),
     [
         (NotReadyError("No such model; prepare it."), "The engine failed to start. No such model; prepare it."),
         (RuntimeError("hunter2"), "The engine failed to start. The reason is in the server's log."),
     ],
 )
-async def test_a_failed_start_is_told_and_heard(
-    failure: Exception, told: str, caplog: pytest.LogCaptureFixture
+async def test_a_failed_start_is_the_reply_to_requests_and_is_passed_to_on_start_failure(
+    failure: Exception, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = Engine(failure)
+    engine = ScriptedEngine(failure)
     async with engine.served() as client:
-        await engine.started()
+        await engine.finish_start()
         for reply in [await client.get("/ready"), await client.post(CHAT, json=HELLO)]:
-            assert (reply.status_code, reply.json()["error"]["message"]) == (503, told)
+            assert (reply.status_code, reply.json()["error"]["message"]) == (503, message)
         assert (await client.get("/health")).status_code == 200
-    assert engine.heard == [failure]
-    assert not caplog.records, "it is logged by whoever hears of it"
+    assert engine.reported_failures == [failure]
+    assert not caplog.records, "logging it is left to on_start_failure"
 
 
 async def test_shutdown_closes_the_engine() -> None:
-    engine = Engine()
+    engine = ScriptedEngine()
     async with engine.served():
-        await engine.started()
+        await engine.finish_start()
     assert engine.events == ["started", "closed"]
 
 
-async def test_shutdown_gives_up_a_start_under_way() -> None:
-    engine = Engine()
+async def test_shutdown_cancels_a_start_that_has_not_finished() -> None:
+    engine = ScriptedEngine()
     async with engine.served():
         await asyncio.sleep(0.01)
     assert engine.events == ["cancelled", "closed"]
-    assert engine.heard == []
+    assert engine.reported_failures == []
 
 
-async def test_a_request_that_outlasts_the_shutdown_is_told_to_come_back() -> None:
+async def test_a_request_that_outlasts_the_shutdown_is_503_with_a_retry_after() -> None:
     generator = ScriptedGenerator(["never"], delays_s=dict.fromkeys(range(4), 60))
     async with httpx.AsyncClient() as client:
         async with address_of(app_over(pipeline(generator)), shutdown_grace_s=1) as address:
-            asking = asyncio.create_task(client.post(f"{address}/v1/chat/completions", json=HELLO))
-            await asyncio.sleep(0.3)  # under way; had it not begun, it would be refused instead of asked to come back
-        reply = await asking
+            request = asyncio.create_task(client.post(f"{address}/v1/chat/completions", json=HELLO))
+            await asyncio.sleep(0.3)  # until the request is in flight; otherwise the stopping server would refuse it
+        reply = await request
     assert reply.status_code == 503
     assert reply.json()["error"]["code"] == "not_ready"
     assert reply.headers["retry-after"]

@@ -1,4 +1,4 @@
-"""What a connection may cost before and after its request is the app's, over a real socket, byte by byte."""
+"""Limits on headers and slow clients, over a real socket, byte by byte."""
 
 import asyncio
 import json
@@ -12,21 +12,20 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from server.config import Settings
-from server.http.limits import MAX_HEADERS, BoundedProtocol, bounded_by
+from server.http.limits import MAX_HEADERS, BoundedProtocol, bounded_protocol
 from server.observability.metrics import Metrics
 from tests.support.doubles import ScriptedGenerator
 from tests.support.serving import HELLO, address_of, app_over, pipeline
 
-HURRY_S = 0.2
-"""How long clients may take here."""
-PATIENCE_S = 30
-"""How long a test waits for what must come."""
+CLIENT_TIMEOUT_S = 0.2
+TEST_TIMEOUT_S = 30
+"""How long a test waits for an event before it fails."""
 BODY = json.dumps(HELLO).encode()
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: nbest\r\nContent-Length: %d\r\n\r\n" % len(BODY)
 
 
 class Connection:
-    """A client that sends what it likes."""
+    """A client that sends raw bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -37,14 +36,14 @@ class Connection:
         await self.writer.drain()
 
     async def reply(self) -> tuple[int, dict[str, str], bytes]:
-        """One reply: status, headers, body."""
-        async with asyncio.timeout(PATIENCE_S):
+        """The next reply: status, headers, body."""
+        async with asyncio.timeout(TEST_TIMEOUT_S):
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
             headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
             return int(lines[0].split()[1]), headers, await self.reader.readexactly(int(headers["content-length"]))
 
     async def refusal(self) -> tuple[int, str]:
-        """The status and code of a refusal after which the connection is closed."""
+        """The status and error code of a refusal, after which the connection must be closed."""
         status, headers, body = await self.reply()
         assert headers["connection"] == "close"
         error = json.loads(body)["error"]
@@ -53,7 +52,7 @@ class Connection:
         return status, error["code"]
 
     async def closed(self) -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TEST_TIMEOUT_S):
             assert await self.reader.read() == b""
 
 
@@ -77,19 +76,19 @@ async def connected(**settings: Any) -> AsyncIterator[Connection]:
     ],
 )
 async def test_a_head_that_does_not_end_is_408(head: bytes) -> None:
-    async with connected(client_timeout_s=HURRY_S) as client:
+    async with connected(client_timeout_s=CLIENT_TIMEOUT_S) as client:
         await client.send(head)
         assert await client.refusal() == (408, "request_timeout")
 
 
-async def test_the_time_for_the_head_is_the_whole_time_not_that_between_two_bytes() -> None:
-    async with connected(client_timeout_s=HURRY_S) as client:
+async def test_the_timeout_of_the_head_is_for_the_whole_head_not_between_two_bytes() -> None:
+    async with connected(client_timeout_s=CLIENT_TIMEOUT_S) as client:
         await client.send(b"GET /health HTTP/1.1\r\n")
 
         async def trickle() -> None:
             for number in range(10_000):
                 await client.send(b"X-%d: y\r\n" % number)
-                await asyncio.sleep(HURRY_S / 10)
+                await asyncio.sleep(CLIENT_TIMEOUT_S / 10)
 
         trickling = asyncio.create_task(trickle())
         assert (await client.reply())[0] == 408
@@ -97,18 +96,18 @@ async def test_the_time_for_the_head_is_the_whole_time_not_that_between_two_byte
         await asyncio.gather(trickling, return_exceptions=True)
 
 
-async def test_a_connection_that_asks_nothing_is_closed() -> None:
-    async with connected(client_timeout_s=HURRY_S) as client:
+async def test_a_connection_without_a_request_is_closed() -> None:
+    async with connected(client_timeout_s=CLIENT_TIMEOUT_S) as client:
         await client.closed()
 
 
 async def test_a_body_that_does_not_end_is_408_and_the_connection_is_closed() -> None:
-    async with connected(client_timeout_s=HURRY_S) as client:
+    async with connected(client_timeout_s=CLIENT_TIMEOUT_S) as client:
         await client.send(HEAD + BODY[:-1])
         assert await client.refusal() == (408, "request_timeout")
 
 
-async def test_a_client_that_hangs_up_within_its_body_is_counted_and_no_error(
+async def test_a_client_that_disconnects_during_its_body_is_counted_and_logs_no_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     metrics = Metrics()
@@ -118,35 +117,37 @@ async def test_a_client_that_hangs_up_within_its_body_is_counted_and_no_error(
         writer.write(HEAD + BODY[:-1])
         await writer.drain()
         writer.close()
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TEST_TIMEOUT_S):
             while not metrics.registry.get_sample_value("nbest_requests_total", gone):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)  # the counter tells nobody when it moves
+                await asyncio.sleep(0.01)  # the counter has no event for its changes
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-async def test_a_body_that_goes_on_after_the_answer_is_not_read_forever() -> None:
-    async with connected(client_timeout_s=HURRY_S, max_body_bytes=10) as client:
+async def test_a_body_that_continues_after_the_reply_is_not_read_forever() -> None:
+    async with connected(client_timeout_s=CLIENT_TIMEOUT_S, max_body_bytes=10) as client:
         await client.send(HEAD + b"x")
         assert (await client.reply())[0] == 413
         await client.closed()
 
 
-async def test_an_answer_takes_as_long_as_it_takes_whatever_the_time_for_clients() -> None:
+async def test_the_client_timeout_does_not_limit_the_time_of_an_answer() -> None:
     app = app_over(
-        pipeline(ScriptedGenerator(["word"], delays_s={0: 3 * HURRY_S})), default_best_of=1, client_timeout_s=HURRY_S
+        pipeline(ScriptedGenerator(["word"], delays_s={0: 3 * CLIENT_TIMEOUT_S})),
+        default_best_of=1,
+        client_timeout_s=CLIENT_TIMEOUT_S,
     )
-    async with address_of(app, client_timeout_s=HURRY_S) as address:
+    async with address_of(app, client_timeout_s=CLIENT_TIMEOUT_S) as address:
         reader, writer = await asyncio.open_connection(*address.removeprefix("http://").split(":"))
         client = Connection(reader, writer)
         await client.send(HEAD + BODY)
         assert (await client.reply())[0] == 200
-        await client.send(HEAD + BODY)  # and the connection serves on
+        await client.send(HEAD + BODY)  # the connection stays usable
         assert (await client.reply())[0] == 200
         writer.close()
 
 
 class Transport(asyncio.Transport):
-    """A transport that remembers that it was cut."""
+    """A transport that records that it was aborted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,29 +157,29 @@ class Transport(asyncio.Transport):
         return self.aborted.is_set()
 
     def close(self) -> None:
-        """The time for the head runs out as well, and that is not what is looked for."""
+        """Does nothing: the read timer closes the transport too, and these tests are about the write timer."""
 
     def abort(self) -> None:
         self.aborted.set()
 
 
-def accepting(client_timeout_s: float) -> tuple[BoundedProtocol, Transport]:
+def open_connection(client_timeout_s: float) -> tuple[BoundedProtocol, Transport]:
     settings, transport = Settings(client_timeout_s=client_timeout_s), Transport()
     config = uvicorn.Config(app_over(pipeline(ScriptedGenerator(["word"]))), log_config=None)
-    protocol = bounded_by(settings)(config=config, server_state=ServerState(), app_state={})
+    protocol = bounded_protocol(settings)(config=config, server_state=ServerState(), app_state={})
     protocol.connection_made(transport)
     return protocol, transport
 
 
-async def test_a_client_that_takes_nothing_of_its_answer_is_cut_off() -> None:
-    protocol, transport = accepting(client_timeout_s=0.01)
+async def test_a_connection_whose_client_reads_nothing_is_aborted() -> None:
+    protocol, transport = open_connection(client_timeout_s=0.01)
     protocol.pause_writing()
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TEST_TIMEOUT_S):
         await transport.aborted.wait()
 
 
-async def test_a_client_that_takes_its_answer_slowly_is_not_cut_off() -> None:
-    protocol, transport = accepting(client_timeout_s=0.01)
+async def test_a_connection_whose_client_reads_slowly_is_not_aborted() -> None:
+    protocol, transport = open_connection(client_timeout_s=0.01)
     for _ in range(5):
         protocol.pause_writing()
         protocol.resume_writing()
@@ -190,14 +191,14 @@ async def test_a_client_that_takes_its_answer_slowly_is_not_cut_off() -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /health HTTP/1.1\r\nX: " + b"y" * 3000,  # and it goes on
+        b"GET /health HTTP/1.1\r\nX: " + b"y" * 3000,  # the value has not ended
         b"GET /health HTTP/1.1\r\nX: " + b"y" * 3000 + b"\r\n\r\n",
         b"GET /" + b"y" * 3000 + b" HTTP/1.1\r\n\r\n",
         b"GET /" + b"y" * 3000,
         b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * (MAX_HEADERS + 1) + b"\r\n",
         b"\r\n" * 3000,
     ],
-    ids=["an endless value", "a long value", "a long path", "an endless path", "many", "nothing at all"],
+    ids=["endless value", "long value", "long path", "endless path", "many headers", "only line ends"],
 )
 async def test_headers_over_the_limit_are_431(head: bytes) -> None:
     async with connected(max_header_bytes=2000) as client:
@@ -205,7 +206,7 @@ async def test_headers_over_the_limit_are_431(head: bytes) -> None:
         assert await client.refusal() == (431, "headers_too_large")
 
 
-async def test_headers_within_the_limit_and_a_long_body_behind_them_are_read() -> None:
+async def test_headers_within_the_limit_are_accepted_with_a_body_over_it() -> None:
     async with connected(max_header_bytes=2000) as client:
         body = BODY[:-1] + b" " * 100_000 + b"}"
         head = b"POST /v1/chat/completions HTTP/1.1\r\nX: " + b"y" * 1800 + b"\r\nContent-Length: %d\r\n\r\n"
@@ -214,7 +215,7 @@ async def test_headers_within_the_limit_and_a_long_body_behind_them_are_read() -
             assert (await client.reply())[0] == 200
 
 
-async def test_what_is_not_http_is_400_in_the_envelope() -> None:
+async def test_bytes_that_are_not_http_are_400_in_the_envelope() -> None:
     async with connected() as client:
         await client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello over TLS\r\n\r\n")
         status, headers, body = await client.reply()

@@ -1,4 +1,4 @@
-"""The OpenAPI document is complete and true: what it promises is what the server takes and gives."""
+"""The OpenAPI document is complete, and the server accepts and returns what the document says."""
 
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from tests.support.serving import app_over, pipeline
 APP = app_over(pipeline(ScriptedGenerator(["so very good", None])), default_best_of=2, max_best_of=4)
 KEYS_FILE = Path(tempfile.mkdtemp()) / "keys.toml"
 KEY = api_keys.new_key(KEYS_FILE, "schemathesis")
-GUARDED = app_over(pipeline(ScriptedGenerator(["so very good"])), max_best_of=4, keys_file=KEYS_FILE)
+APP_WITH_KEYS = app_over(pipeline(ScriptedGenerator(["so very good"])), max_best_of=4, keys_file=KEYS_FILE)
 
 
 def references(node: Any) -> Iterator[str]:
@@ -37,12 +37,12 @@ def references(node: Any) -> Iterator[str]:
             yield from references(value)
 
 
-def test_every_reference_leads_somewhere() -> None:
+def test_every_reference_is_to_a_schema_of_the_document() -> None:
     document = APP.openapi()
     schemas = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
-    found = set(references(document))
-    assert found <= schemas
-    assert "#/components/schemas/ChatCompletionChunk" in found
+    referenced = set(references(document))
+    assert referenced <= schemas
+    assert "#/components/schemas/ChatCompletionChunk" in referenced
 
 
 def test_every_route_is_documented() -> None:
@@ -66,34 +66,34 @@ def test_every_route_is_documented() -> None:
         ("ChatCompletionRequest", "stop", {"type": "string", "minLength": 1}),
     ],
 )
-def test_what_may_be_sent_is_told(model: str, field: str, schema: dict[str, Any]) -> None:
+def test_the_schemas_of_requests_list_every_accepted_form(model: str, field: str, schema: dict[str, Any]) -> None:
     documented = APP.openapi()["components"]["schemas"][model]["properties"][field]
     assert any(schema.items() <= choice.items() for choice in documented["anyOf"])
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 def check_generated_request(case: schemathesis.Case) -> None:
-    """Valid and invalid requests, with and without a key: every check but two.
+    """Sends valid and invalid requests, and runs every check of schemathesis but one.
 
-    A JSON schema cannot say n <= best_of, so not every body that fits it is accepted. A deadline of a nanosecond is
-    rightly a 504, so deadlines are made long enough.
+    The check left out is that every body valid by the schema is accepted: a JSON schema cannot say n <= best_of. A
+    deadline of a nanosecond is rightly a 504, so deadlines are made long enough.
     """
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-        case.body["model"] = "scripted"  # else nearly all would be 404
+        case.body["model"] = "scripted"  # otherwise nearly all replies would be 404
     options = case.body.get("nbest") if isinstance(case.body, dict) else None
     if isinstance(options, dict) and type(options.get("deadline_s")) in (int, float) and 0 < options["deadline_s"] < 60:
         options["deadline_s"] = 60.0
     case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
 
-test_generated_requests_are_answered_as_documented = schemathesis.openapi.from_asgi("/openapi.json", APP).parametrize()(
+test_generated_requests_get_the_documented_replies = schemathesis.openapi.from_asgi("/openapi.json", APP).parametrize()(
     check_generated_request
 )
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-def check_key_is_needed(case: schemathesis.Case) -> None:
-    """Those who send the key are served, and the same requests without it or with another are refused."""
+def check_key_is_required(case: schemathesis.Case) -> None:
+    """A request with the key is served, and the same request without it or with another key is refused."""
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
         case.body["model"] = "scripted"
     case.call_and_validate(
@@ -102,6 +102,6 @@ def check_key_is_needed(case: schemathesis.Case) -> None:
     )
 
 
-test_whatever_is_asked_needs_the_key = schemathesis.openapi.from_asgi(
-    "/openapi.json", GUARDED, headers={"Authorization": f"Bearer {KEY}"}
-).parametrize()(check_key_is_needed)
+test_every_documented_request_requires_the_key = schemathesis.openapi.from_asgi(
+    "/openapi.json", APP_WITH_KEYS, headers={"Authorization": f"Bearer {KEY}"}
+).parametrize()(check_key_is_required)

@@ -1,4 +1,4 @@
-"""Log lines: each tells its request, one line ends a request, and none of them holds a text."""
+"""Log lines: each has the id of its request, each request has an access line, and no line contains a text."""
 
 import asyncio
 import io
@@ -22,18 +22,18 @@ SECRET = "xyzzy"
 
 @pytest.fixture
 def written() -> Iterator[io.StringIO]:
-    """Where `configure` is to send the lines; logging is as it was afterwards."""
+    """A stream for `configure` to write to; logging is restored after the test."""
     root, uvicorn = logging.getLogger(), logging.getLogger("uvicorn")
     handlers, level = root.handlers[:], root.level
-    names = (*logs.TELL_TEXTS, "uvicorn", "uvicorn.error")
+    names = (*logs.LOG_WHOLE_REQUESTS, "uvicorn", "uvicorn.error")
     levels = {name: logging.getLogger(name).level for name in names}
-    as_uvicorn_set_it = uvicorn.handlers[:], uvicorn.propagate
+    uvicorn_before = uvicorn.handlers[:], uvicorn.propagate
     uvicorn.handlers[:], uvicorn.propagate = [], True  # other tests serve with uvicorn's own logging
     for name in names:
         logging.getLogger(name).setLevel(logging.NOTSET)
     yield io.StringIO()
     logging.captureWarnings(False)
-    uvicorn.handlers[:], uvicorn.propagate = as_uvicorn_set_it
+    uvicorn.handlers[:], uvicorn.propagate = uvicorn_before
     root.handlers[:] = handlers
     root.setLevel(level)
     for name, before in levels.items():
@@ -46,15 +46,15 @@ def lines_of(written: io.StringIO, logger: str) -> list[dict[str, Any]]:
 
 
 class TestRequestId:
-    async def test_a_client_s_own_id_comes_back(self) -> None:
+    async def test_the_id_of_the_client_is_returned(self) -> None:
         async with client_over(ScriptedGenerator(["word"])) as client:
             reply = await client.post(CHAT, json=HELLO, headers={"X-Request-ID": "order-66:retry.1"})
         assert reply.headers["x-request-id"] == "order-66:retry.1"
 
-    @pytest.mark.parametrize("given", ["", "two words", "a" * 129, 'quo"ted', "tab\tbed", "caf\u00e9"])
-    async def test_an_id_that_could_forge_log_lines_is_replaced(self, given: str) -> None:
+    @pytest.mark.parametrize("client_id", ["", "two words", "a" * 129, 'quo"ted', "tab\tbed", "caf\u00e9"])
+    async def test_an_id_that_could_forge_log_lines_is_replaced(self, client_id: str) -> None:
         async with client_over(ScriptedGenerator(["word"])) as client:
-            reply = await client.get("/v1/models", headers={b"X-Request-ID": given.encode("latin-1")})
+            reply = await client.get("/v1/models", headers={b"X-Request-ID": client_id.encode("latin-1")})
         assert reply.headers["x-request-id"].startswith("req_")
 
     async def test_two_requests_have_two_ids(self) -> None:
@@ -62,19 +62,19 @@ class TestRequestId:
             ids = {(await client.get("/v1/models")).headers["x-request-id"] for _ in range(2)}
         assert len(ids) == 2
 
-    async def test_every_reply_has_one_also_a_fault_of_ours(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_every_reply_has_an_id_even_after_a_bug(self, monkeypatch: pytest.MonkeyPatch) -> None:
         generator = ScriptedGenerator(["word"])
         async with client_over(generator) as client:
             refused = await client.post(CHAT, json=HELLO | {"best_of": 0})
             unknown = await client.get("/no/such/path")
             streamed = await client.post(CHAT, json=HELLO | {"stream": True})
             monkeypatch.setattr(generator, "generate", None)
-            fault = await client.post(CHAT, json=HELLO)
-        replies = (refused, unknown, streamed, fault)
+            after_bug = await client.post(CHAT, json=HELLO)
+        replies = (refused, unknown, streamed, after_bug)
         assert [reply.status_code for reply in replies] == [400, 404, 200, 500]
         assert all(reply.headers["x-request-id"].startswith("req_") for reply in replies)
 
-    async def test_the_official_client_tells_it(self) -> None:
+    async def test_the_official_client_exposes_the_id(self) -> None:
         app = app_over(pipeline(ScriptedGenerator(["word"])))
         async with (
             address_of(app) as address,
@@ -89,11 +89,11 @@ class TestRequestId:
 
 
 class TestAccessLine:
-    async def test_it_tells_what_was_asked_what_became_of_it_and_the_tokens(self, written: io.StringIO) -> None:
+    async def test_it_has_the_endpoint_the_status_and_the_tokens(self, written: io.StringIO) -> None:
         logs.configure("info", "json", written)
         async with client_over(ScriptedGenerator(["so good", "bad"])) as client:
             await client.post(CHAT, json=HELLO | {"best_of": 2}, headers={"X-Request-ID": "mine"})
-        [line] = [one for one in lines_of(written, "nbest.access") if one["endpoint"] == CHAT]
+        [line] = [line for line in lines_of(written, "nbest.access") if line["endpoint"] == CHAT]
         assert line.pop("time")
         assert line.pop("message")
         assert line.pop("duration_s") >= 0
@@ -113,25 +113,25 @@ class TestAccessLine:
         logs.configure("info", "json", written)
         async with client_over(ScriptedGenerator([None])) as client:
             await client.post(CHAT, json=HELLO)
-        [line] = [one for one in lines_of(written, "nbest.access") if one["endpoint"] == CHAT]
+        [line] = [line for line in lines_of(written, "nbest.access") if line["endpoint"] == CHAT]
         assert line["status"] == 503
         assert "generated_tokens" not in line
 
-    async def test_score_requests_tell_what_the_scorer_read(self, written: io.StringIO) -> None:
+    async def test_a_score_request_has_the_tokens_that_the_scorer_read(self, written: io.StringIO) -> None:
         logs.configure("info", "json", written)
         async with client_over(ScriptedGenerator(["word"])) as client:
             await client.post("/v1/score", json={"prompt": "x", "candidates": ["great fun"]})
-        [line] = [one for one in lines_of(written, "nbest.access") if one["endpoint"] == "/v1/score"]
+        [line] = [line for line in lines_of(written, "nbest.access") if line["endpoint"] == "/v1/score"]
         assert line["scored_tokens"] == 2
 
-    async def test_probes_are_told_at_debug_only(self, written: io.StringIO) -> None:
+    async def test_probes_are_logged_at_debug_only(self, written: io.StringIO) -> None:
         async with client_over(ScriptedGenerator(["word"])) as client:
             logs.configure("info", "json", written)
             await client.get("/health")
             assert lines_of(written, "nbest.access") == []
             logs.configure("debug", "json", written)
             await client.get("/health")
-            assert [one["endpoint"] for one in lines_of(written, "nbest.access")] == ["/health"]
+            assert [line["endpoint"] for line in lines_of(written, "nbest.access")] == ["/health"]
 
     @pytest.mark.parametrize("log_format", ["text", "json"])
     async def test_no_text_of_a_request_or_an_answer_is_written_at_any_level(
@@ -143,13 +143,13 @@ class TestAccessLine:
             for extra in ({}, {"stream": True}, {"nbest": {"on_reward_failure": "first"}}, {"best_of": 0}):
                 await client.post(CHAT, json=HELLO | {"messages": [message]} | extra)
             await client.get(f"/{SECRET}?{SECRET}")
-        server_lines = [line for line in written.getvalue().splitlines() if "httpx" not in line]  # the client's own
+        server_lines = [line for line in written.getvalue().splitlines() if "httpx" not in line]  # the test's client
         assert any(CHAT in line for line in server_lines)
         assert not [line for line in server_lines if SECRET in line]
 
 
 class TestLines:
-    async def test_every_line_of_a_request_has_its_id_in_tasks_and_threads_too(self, written: io.StringIO) -> None:
+    async def test_every_line_of_a_request_has_its_id_even_from_tasks_and_threads(self, written: io.StringIO) -> None:
         logs.configure("info", "json", written)
         log = logging.getLogger("some.library")
 
@@ -158,9 +158,9 @@ class TestLines:
             await asyncio.create_task(asyncio.to_thread(log.warning, "from a thread of %s", name))
 
         await asyncio.gather(asyncio.create_task(request("a")), asyncio.create_task(request("b")))
-        log.warning("from nowhere")
-        told = {(line["message"], line.get("request_id")) for line in lines_of(written, "some.library")}
-        assert told == {("from a thread of a", "a"), ("from a thread of b", "b"), ("from nowhere", None)}
+        log.warning("outside of requests")
+        ids = {(line["message"], line.get("request_id")) for line in lines_of(written, "some.library")}
+        assert ids == {("from a thread of a", "a"), ("from a thread of b", "b"), ("outside of requests", None)}
 
     def test_text_lines_have_the_id_or_a_dash(self, written: io.StringIO) -> None:
         logs.configure("info", "text", written)
@@ -177,18 +177,18 @@ class TestLines:
         assert (line["message"], line["level"]) == ("It broke.", "ERROR")
         assert line["traceback"].endswith("RuntimeError: scripted")
 
-    def test_what_uvicorn_adds_for_terminals_is_left_out(self, written: io.StringIO) -> None:
+    def test_json_lines_omit_the_coloured_message_of_uvicorn(self, written: io.StringIO) -> None:
         logs.configure("info", "json", written)
         logging.getLogger("uvicorn.error").info("Started", extra={"color_message": "in colour"})
         [line] = lines_of(written, "uvicorn.error")
         assert line.keys() == {"time", "level", "logger", "message"}
 
-    def test_requests_that_the_openai_client_would_write_whole_are_held_back(self, written: io.StringIO) -> None:
+    def test_debug_lines_of_the_openai_client_with_whole_requests_are_not_written(self, written: io.StringIO) -> None:
         logs.configure("debug", "json", written)
         logging.getLogger("openai._base_client").debug("Request options: %s", SECRET)
         assert written.getvalue() == ""
 
-    async def test_the_fault_behind_a_500_is_logged_with_the_request(
+    async def test_the_bug_behind_a_500_is_logged_with_the_id_of_the_request(
         self, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         generator = ScriptedGenerator(["word"])

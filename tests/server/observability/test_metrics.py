@@ -1,4 +1,4 @@
-"""Each collector after a few scripted requests, with numbers worked by hand."""
+"""Each metric after a few scripted requests, with expected numbers computed by hand."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate, Selection
 from server.errors import BadRequestError
 from server.generation.base import SamplingParams
-from server.observability.metrics import Metrics, merged
+from server.observability.metrics import Metrics, merge_expositions
 from server.pipeline.types import BestOfNRequest, BestOfNResult, Timings
 
 
@@ -69,7 +69,7 @@ def test_candidates_are_counted_as_they_end(metrics: Metrics) -> None:
     assert value(metrics, "nbest_generated_tokens_total") == 8
 
 
-def test_candidates_that_were_not_drawn_did_not_end(metrics: Metrics) -> None:
+def test_candidates_that_were_not_drawn_are_not_counted_as_ended(metrics: Metrics) -> None:
     with metrics.run() as run:
         run.started(request(4))
         run.outcome(candidate(0))
@@ -79,32 +79,32 @@ def test_candidates_that_were_not_drawn_did_not_end(metrics: Metrics) -> None:
     assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 1
 
 
-def test_what_a_stopping_policy_spared_is_counted_by_its_name(metrics: Metrics) -> None:
+def test_candidates_spared_by_a_stopping_policy_are_counted_under_its_name(metrics: Metrics) -> None:
     stopped = replace(result(1.0), stopped_by="adaptive_rejection", cancelled=3, not_drawn=4)
     metrics.observe_answer(stopped)
     metrics.observe_answer(replace(stopped, stopped_by="deadline"))
     spared = {
-        how: value(metrics, "nbest_spared_candidates_total", policy="adaptive_rejection", spared=how)
-        for how in ("cancelled", "not_drawn")
+        outcome: value(metrics, "nbest_spared_candidates_total", policy="adaptive_rejection", spared=outcome)
+        for outcome in ("cancelled", "not_drawn")
     }
     assert spared == {"cancelled": 3, "not_drawn": 4}
     assert value(metrics, "nbest_spared_candidates_total", policy="deadline", spared="cancelled") is None
 
 
-def test_candidates_of_a_client_that_hangs_up_are_cancelled(metrics: Metrics) -> None:
-    def hang_up_after_one() -> None:
+def test_unfinished_candidates_of_a_client_that_disconnects_count_as_cancelled(metrics: Metrics) -> None:
+    def disconnect_after_first_candidate() -> None:
         with metrics.run() as run:
             run.started(request(3))
             run.outcome(candidate(0))
             raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        hang_up_after_one()
+        disconnect_after_first_candidate()
     assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 2
     assert value(metrics, "nbest_candidates_in_flight") == 0
 
 
-def test_a_refused_request_started_no_candidates(metrics: Metrics) -> None:
+def test_a_refused_request_counts_no_candidates(metrics: Metrics) -> None:
     with pytest.raises(BadRequestError), metrics.run():
         raise BadRequestError("the prompt is too long")
     assert value(metrics, "nbest_candidates_total", outcome="cancelled") == 0
@@ -130,7 +130,7 @@ def test_an_answer_adds_its_cost_in_seconds_and_tokens(metrics: Metrics) -> None
     assert value(metrics, "nbest_answers_total", ranked_by="reward", stopped_by="all") == 1
 
 
-def test_an_answer_that_a_deadline_left_without_rewards_is_no_reward_failure(metrics: Metrics) -> None:
+def test_an_answer_that_a_deadline_left_without_rewards_is_not_a_reward_failure(metrics: Metrics) -> None:
     metrics.observe_answer(replace(result(math.nan), stopped_by="deadline", ranked_by="first"))
     assert value(metrics, "nbest_reward_failures_total", ended_as="first") == 0
 
@@ -143,7 +143,7 @@ def test_reward_gain_is_the_winner_minus_the_mean(metrics: Metrics) -> None:
     assert value(metrics, "nbest_reward_gain_sum", reward_model="taste") == 3
 
 
-def test_missing_rewards_take_no_part_in_the_mean(metrics: Metrics) -> None:
+def test_missing_rewards_are_left_out_of_the_mean(metrics: Metrics) -> None:
     metrics.observe_answer(result(2.0, 1.0, math.nan))  # mean of 2 and 1 is 1.5
     assert value(metrics, "nbest_reward_gain_sum", reward_model="taste") == 0.5
 
@@ -153,7 +153,7 @@ def test_an_answer_without_any_reward_adds_no_reward(metrics: Metrics) -> None:
     assert value(metrics, "nbest_winner_reward_count", reward_model="taste") is None
 
 
-def test_batches(metrics: Metrics) -> None:
+def test_scoring_batches_add_their_sequences_and_tokens(metrics: Metrics) -> None:
     metrics.observe_batch(4, 400)
     metrics.observe_batch(2, 100)
     assert value(metrics, "nbest_score_batch_sequences_sum") == 6
@@ -161,45 +161,49 @@ def test_batches(metrics: Metrics) -> None:
     assert value(metrics, "nbest_score_batch_tokens_bucket", le="128.0") == 1
 
 
-def test_score_cache_lookups(metrics: Metrics) -> None:
+def test_score_cache_lookups_are_counted_as_hit_or_miss(metrics: Metrics) -> None:
     metrics.observe_lookup(3, 1)
     metrics.observe_lookup(0, 4)
-    assert value(metrics, "nbest_score_cache_lookups_total", found="hit") == 3
-    assert value(metrics, "nbest_score_cache_lookups_total", found="miss") == 5
+    counts = {
+        outcome: metrics.registry.get_sample_value("nbest_score_cache_lookups_total", {"found": outcome})
+        for outcome in ("hit", "miss")
+    }
+    assert counts == {"hit": 3, "miss": 5}
 
 
-def test_requests_by_endpoint_and_status(metrics: Metrics) -> None:
+def test_requests_are_counted_by_endpoint_and_status(metrics: Metrics) -> None:
     for status in (200, 200, 400):
         metrics.observe_request("/v1/score", status)
     assert value(metrics, "nbest_requests_total", endpoint="/v1/score", status="200") == 2
     assert value(metrics, "nbest_requests_total", endpoint="/v1/score", status="400") == 1
 
 
-def test_every_collector_is_named_for_nbest_and_says_its_unit(metrics: Metrics) -> None:
+def test_every_metric_name_starts_with_nbest_and_its_help_ends_with_its_unit(metrics: Metrics) -> None:
     units = ("Seconds.", "Tokens.", "Count.", "Units of the reward model.")
     for family in metrics.registry.collect():
         assert family.name.startswith("nbest_")
         assert family.documentation.endswith(units), family.name
 
 
-def test_two_servers_in_one_process_do_not_share_collectors(metrics: Metrics) -> None:
+def test_two_servers_in_one_process_do_not_share_metrics(metrics: Metrics) -> None:
     other = Metrics()
     other.observe_request("/v1/score", 200)
     assert value(metrics, "nbest_requests_total", endpoint="/v1/score", status="200") is None
 
 
-def test_render_is_the_text_exposition(metrics: Metrics) -> None:
+def test_render_returns_the_text_exposition(metrics: Metrics) -> None:
     metrics.observe_batch(4, 400)
     assert b"nbest_score_batch_tokens_sum 400.0" in metrics.render()
     assert metrics.content_type.startswith("text/plain")
 
 
-def test_replicas_keep_their_counts_apart_and_only_the_one_that_was_asked_says_ready(metrics: Metrics) -> None:
+def test_merged_expositions_have_a_replica_label_and_the_ready_gauge_of_the_first_only(metrics: Metrics) -> None:
     other = Metrics()
     metrics.observe_ready(True)
     metrics.observe_batch(2, 40)
     other.observe_batch(3, 50)
-    told = merged({"router-1": metrics.render(), "scorer-1": other.render()}).decode().splitlines()
-    assert [line for line in told if line.startswith("nbest_ready{")] == ['nbest_ready{replica="router-1"} 1.0']
-    assert 'nbest_score_batch_sequences_sum{replica="router-1"} 2.0' in told
-    assert 'nbest_score_batch_sequences_sum{replica="scorer-1"} 3.0' in told
+    expositions = {"router-1": metrics.render(), "scorer-1": other.render()}
+    lines = merge_expositions(expositions).decode().splitlines()
+    assert [line for line in lines if line.startswith("nbest_ready{")] == ['nbest_ready{replica="router-1"} 1.0']
+    assert 'nbest_score_batch_sequences_sum{replica="router-1"} 2.0' in lines
+    assert 'nbest_score_batch_sequences_sum{replica="scorer-1"} 3.0' in lines

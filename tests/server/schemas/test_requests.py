@@ -1,4 +1,4 @@
-"""Every field of OpenAI's API is in exactly one class: honoured, a no-op, or refused."""
+"""Every field of OpenAI's API is of exactly one kind: supported, without effect, or refused."""
 
 import math
 from typing import Any, ClassVar
@@ -26,8 +26,8 @@ from reranker.reward_posterior import Prior
 from reranker.stopping import AdaptiveN, SpeculativeRejection, Stopping, StragglerCut
 from server.config import Settings
 from server.errors import BadRequestError
-from server.pipeline.best_of_n import BestOfNRequest
 from server.pipeline.strategies import Strategy
+from server.pipeline.types import BestOfNRequest
 from server.schemas.options import (
     OPTIONS_OF,
     STOPPING_OPTIONS_OF,
@@ -60,7 +60,7 @@ SAMPLING: dict[str, Any] = {
     "frequency_penalty": 0.2,
     "logit_bias": {"17": -100},
 }
-CHANGES_THE_PLAN: dict[type[GenerationRequest], dict[str, Any]] = {
+SUPPORTED: dict[type[GenerationRequest], dict[str, Any]] = {
     ChatCompletionRequest: {
         **SAMPLING,
         "messages": [{"role": "user", "content": "Goodbye."}],
@@ -70,10 +70,10 @@ CHANGES_THE_PLAN: dict[type[GenerationRequest], dict[str, Any]] = {
     },
     CompletionRequest: {**SAMPLING, "prompt": "Twice", "logprobs": 2},
 }
-"""A value of each honoured field that reaches the pipeline."""
+"""For each supported field, a value that changes the request for the pipeline."""
 
-SHAPES_THE_REPLY = {"model", "n", "stream", "stream_options", "top_logprobs", "nbest"}
-"""Honoured fields that need others beside them or the reply to show; tests below and in test_app take each in turn."""
+CHANGE_THE_REPLY = {"model", "n", "stream", "stream_options", "top_logprobs", "nbest"}
+"""Supported fields that have an effect only with other fields, or only on the reply; other tests cover each of them."""
 
 NO_EFFECT: dict[type[GenerationRequest], dict[str, tuple[list[Any], Any]]] = {
     ChatCompletionRequest: {
@@ -100,15 +100,15 @@ NO_EFFECT: dict[type[GenerationRequest], dict[str, tuple[list[Any], Any]]] = {
     },
     CompletionRequest: {"echo": ([False], True), "suffix": ([""], "end"), "user": (["u"], 1)},
 }
-"""Each field without effect: the values it may have, and one that asks for something."""
+"""Each field without effect: the accepted values, and a value that would need an effect and is refused."""
 
 
-def ask(model: type[GenerationRequest], fields: dict[str, Any]) -> GenerationRequest:
+def api_request(model: type[GenerationRequest], fields: dict[str, Any]) -> GenerationRequest:
     return model.model_validate(BASES[model] | fields)
 
 
-def plan(model: type[GenerationRequest], **fields: Any) -> BestOfNRequest:
-    return ask(model, fields).to_request(SETTINGS)
+def to_request(model: type[GenerationRequest], **fields: Any) -> BestOfNRequest:
+    return api_request(model, fields).to_request(SETTINGS)
 
 
 def fields_of(params: Any) -> set[str]:
@@ -129,34 +129,34 @@ OPENAI_REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "openai_fields", "ours"), OPENAI_REQUESTS)
-def test_every_openai_field_is_in_exactly_one_class(
-    model: type[GenerationRequest], openai_fields: set[str], ours: set[str]
+@pytest.mark.parametrize(("model", "openai_fields", "nbest_fields"), OPENAI_REQUESTS)
+def test_every_openai_field_is_of_exactly_one_kind(
+    model: type[GenerationRequest], openai_fields: set[str], nbest_fields: set[str]
 ) -> None:
-    assert set(model.model_fields) == openai_fields | ours
+    assert set(model.model_fields) == openai_fields | nbest_fields
     no_effect = {name for name, field in model.model_fields.items() if has_no_effect(field)}
     assert no_effect == set(NO_EFFECT[model])
-    honoured = set(CHANGES_THE_PLAN[model]) | (SHAPES_THE_REPLY & set(model.model_fields))
-    assert honoured == set(model.model_fields) - no_effect
+    supported = set(SUPPORTED[model]) | (CHANGE_THE_REPLY & set(model.model_fields))
+    assert supported == set(model.model_fields) - no_effect
 
 
-@pytest.mark.parametrize(("model", "name"), cases(CHANGES_THE_PLAN))
-def test_an_honoured_field_reaches_the_pipeline(model: type[GenerationRequest], name: str) -> None:
-    assert plan(model, **{name: CHANGES_THE_PLAN[model][name]}) != plan(model)
+@pytest.mark.parametrize(("model", "name"), cases(SUPPORTED))
+def test_a_supported_field_reaches_the_pipeline(model: type[GenerationRequest], name: str) -> None:
+    assert to_request(model, **{name: SUPPORTED[model][name]}) != to_request(model)
 
 
 @pytest.mark.parametrize(("model", "name"), cases(NO_EFFECT))
-def test_a_field_without_effect_takes_only_what_happens_anyway(model: type[GenerationRequest], name: str) -> None:
-    allowed, asking = NO_EFFECT[model][name]
-    for value in [None, *allowed]:
-        assert plan(model, **{name: value}) == plan(model)
+def test_a_field_without_effect_accepts_only_values_that_need_none(model: type[GenerationRequest], name: str) -> None:
+    accepted, refused = NO_EFFECT[model][name]
+    for value in [None, *accepted]:
+        assert to_request(model, **{name: value}) == to_request(model)
     with pytest.raises(ValueError, match=r"send|leave it out") as refusal:
-        ask(model, {name: asking})
+        api_request(model, {name: refused})
     assert f"\n{name}\n" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("ours", "openai_params"),
+    ("schema", "openai_params"),
     [
         (ChatMessage, ChatCompletionSystemMessageParam),
         (ChatMessage, ChatCompletionDeveloperMessageParam),
@@ -170,42 +170,42 @@ def test_a_field_without_effect_takes_only_what_happens_anyway(model: type[Gener
         (JsonSchemaFormat, JSONSchema),
     ],
 )
-def test_every_field_inside_an_openai_request_is_known(ours: type[BaseModel], openai_params: Any) -> None:
-    known = {field.alias or name for name, field in ours.model_fields.items()}
+def test_every_field_inside_an_openai_request_is_known(schema: type[BaseModel], openai_params: Any) -> None:
+    known = {field.alias or name for name, field in schema.model_fields.items()}
     assert fields_of(openai_params) <= known
 
 
 @pytest.mark.parametrize("model", BASES)
 def test_null_means_the_default(model: type[GenerationRequest]) -> None:
     optional = {name: None for name, field in model.model_fields.items() if not field.is_required()}
-    assert plan(model, **optional) == plan(model)
+    assert to_request(model, **optional) == to_request(model)
 
 
-def test_zero_is_not_false() -> None:
+def test_zero_is_not_accepted_as_false() -> None:
     with pytest.raises(ValueError, match="store"):
-        ask(ChatCompletionRequest, {"store": 0})
+        api_request(ChatCompletionRequest, {"store": 0})
 
 
-def test_the_defaults_are_openais() -> None:
-    sampling = plan(ChatCompletionRequest).sampling
+def test_the_sampling_defaults_are_those_of_openai() -> None:
+    sampling = to_request(ChatCompletionRequest).sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (1.0, 1.0, None)
-    assert plan(CompletionRequest).sampling.max_tokens == 16
+    assert to_request(CompletionRequest).sampling.max_tokens == 16
 
 
 class TestBestOf:
     @pytest.mark.parametrize(
-        ("asked", "drawn"),
+        ("fields", "best_of"),
         [({}, 4), ({"n": 2}, 4), ({"n": 6}, 6), ({"best_of": 1}, 1), ({"best_of": 8}, 8), ({"best_of": 3, "n": 3}, 3)],
     )
-    def test_candidates_drawn(self, asked: dict[str, int], drawn: int) -> None:
-        assert plan(ChatCompletionRequest, **asked).best_of == drawn
+    def test_it_is_the_one_given_or_the_larger_of_n_and_the_default(self, fields: dict[str, int], best_of: int) -> None:
+        assert to_request(ChatCompletionRequest, **fields).best_of == best_of
 
     @pytest.mark.parametrize(
-        ("asked", "param"), [({"best_of": 9}, "best_of"), ({"n": 9}, "n"), ({"best_of": 2, "n": 3}, "n")]
+        ("fields", "param"), [({"best_of": 9}, "best_of"), ({"n": 9}, "n"), ({"best_of": 2, "n": 3}, "n")]
     )
-    def test_over_a_limit(self, asked: dict[str, int], param: str) -> None:
+    def test_over_a_limit_it_is_refused_with_the_field(self, fields: dict[str, int], param: str) -> None:
         with pytest.raises(BadRequestError) as refusal:
-            plan(ChatCompletionRequest, **asked)
+            to_request(ChatCompletionRequest, **fields)
         assert refusal.value.param == param
 
 
@@ -238,16 +238,18 @@ class TestBestOf:
         ("stream", [True, False], ["yes", 1]),
     ],
 )
-def test_ranges(field: str, inside: list[Any], outside: list[Any]) -> None:
+def test_values_inside_the_range_are_accepted_and_others_refused(
+    field: str, inside: list[Any], outside: list[Any]
+) -> None:
     for value in inside:
-        plan(ChatCompletionRequest, **{field: value})
+        to_request(ChatCompletionRequest, **{field: value})
     for value in outside:
         with pytest.raises(ValueError, match=field):
-            ask(ChatCompletionRequest, {field: value})
+            api_request(ChatCompletionRequest, {field: value})
 
 
-def test_sampling_word_for_word() -> None:
-    sampling = plan(ChatCompletionRequest, **SAMPLING, logprobs=True, top_logprobs=5).sampling
+def test_sampling_fields_are_passed_on_unchanged() -> None:
+    sampling = to_request(ChatCompletionRequest, **SAMPLING, logprobs=True, top_logprobs=5).sampling
     assert sampling.stop == ("a", "b")
     assert sampling.logit_bias == ((17, -100.0),)
     assert (sampling.seed, sampling.logprobs, sampling.json_schema) == (3, 5, None)
@@ -257,34 +259,35 @@ def test_sampling_word_for_word() -> None:
     ("fields", "expected"),
     [({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 2}, 2)],
 )
-def test_chat_logprobs(fields: dict[str, Any], expected: int | None) -> None:
-    assert plan(ChatCompletionRequest, **fields).sampling.logprobs == expected
+def test_the_number_of_logprobs_of_a_chat_follows_both_fields(fields: dict[str, Any], expected: int | None) -> None:
+    assert to_request(ChatCompletionRequest, **fields).sampling.logprobs == expected
 
 
-def test_response_formats() -> None:
+def test_each_response_format_becomes_a_json_schema() -> None:
     schema = {"type": "object", "properties": {"stars": {"type": "integer"}}}
     named = {"type": "json_schema", "json_schema": {"name": "review", "schema": schema, "strict": True}}
-    for asked, expected in [({"type": "text"}, None), ({"type": "json_object"}, {}), (named, schema)]:
-        assert plan(ChatCompletionRequest, response_format=asked).sampling.json_schema == expected
+    for response_format, expected in [({"type": "text"}, None), ({"type": "json_object"}, {}), (named, schema)]:
+        request = to_request(ChatCompletionRequest, response_format=response_format)
+        assert request.sampling.json_schema == expected
 
 
-def test_options_of_the_extension_reach_the_pipeline() -> None:
+def test_the_options_of_nbest_reach_the_pipeline() -> None:
     options = {"reward_model": "taste", "deadline_s": 2, "on_reward_failure": "first", "strategy": "argmax"}
-    planned = plan(ChatCompletionRequest, nbest={**options, "stopping": {"policy": "none"}})
-    assert (planned.reward_model, planned.deadline_s, planned.on_reward_failure) == ("taste", 2.0, "first")
+    request = to_request(ChatCompletionRequest, nbest={**options, "stopping": {"policy": "none"}})
+    assert (request.reward_model, request.deadline_s, request.on_reward_failure) == ("taste", 2.0, "first")
 
 
 @pytest.mark.parametrize(
-    ("fields", "asked_for"),
+    ("fields", "likelihood"),
     [
         ({}, False),
-        ({"logprobs": True}, False),  # tells those of each token, and asks for them by itself
+        ({"logprobs": True}, False),  # the reply has the log-probability of each token, and no sum
         ({"nbest": {"return_candidates": True}}, True),
         ({"nbest": {"stream_candidates": True}, "stream": True}, True),
     ],
 )
-def test_a_likelihood_is_asked_for_where_it_is_told(fields: dict[str, Any], *, asked_for: bool) -> None:
-    assert plan(ChatCompletionRequest, **fields).sampling.likelihood is asked_for
+def test_the_likelihood_is_requested_only_where_the_reply_has_it(fields: dict[str, Any], *, likelihood: bool) -> None:
+    assert to_request(ChatCompletionRequest, **fields).sampling.likelihood is likelihood
 
 
 class TestStoppingOptions:
@@ -307,37 +310,37 @@ class TestStoppingOptions:
     @pytest.mark.parametrize("policy", STOPPING_OPTIONS_OF)
     @pytest.mark.parametrize("name", OPTIONS)
     def test_an_option_reaches_the_policy_or_is_refused(self, policy: PolicyName, name: str) -> None:
-        bare = {"policy": policy, **self.NEEDED.get(policy, {})}
-        asked = {"stopping": bare | {name: self.OPTIONS[name]}}
+        without_option = {"policy": policy, **self.NEEDED.get(policy, {})}
+        with_option = without_option | {name: self.OPTIONS[name]}
         if name in STOPPING_OPTIONS_OF[policy]:
-            changed = plan(ChatCompletionRequest, nbest=asked).stopping
-            assert changed.policy == policy
-            assert changed != plan(ChatCompletionRequest, nbest={"stopping": bare}).stopping
+            stopping = to_request(ChatCompletionRequest, nbest={"stopping": with_option}).stopping
+            assert stopping.policy == policy
+            assert stopping != to_request(ChatCompletionRequest, nbest={"stopping": without_option}).stopping
         else:
             with pytest.raises(BadRequestError, match=f"and the policy is {policy}") as refusal:
-                plan(ChatCompletionRequest, nbest=asked)
+                to_request(ChatCompletionRequest, nbest={"stopping": with_option})
             assert refusal.value.param == f"nbest.stopping.{name}"
 
-    def test_every_option_is_tried(self) -> None:
+    def test_every_option_is_tested(self) -> None:
         assert (
             set(self.OPTIONS)
             == set(StoppingFields.model_fields) - {"policy"}
             == set().union(*STOPPING_OPTIONS_OF.values())
         )
 
-    def test_the_policies_in_full(self) -> None:
+    def test_each_policy_is_built_from_its_options(self) -> None:
         prior = Prior(mean=1.0, mean_weight=2.0, sd=3.0, sd_weight=4)
-        asked = {"policy": "adaptive", "price": 0.5, "prior": self.OPTIONS["prior"], "target_reward": 9, "wave": 2}
-        planned = plan(ChatCompletionRequest, best_of=6, n=2, nbest={"stopping": asked}).stopping
-        assert planned == Stopping("adaptive", waves=AdaptiveN(6, 2, 0.5, None, 9.0, 2, prior))
-        assert (planned.at_once(6), planned.at_once(1), Stopping().at_once(6)) == (2, 1, 6)
-        asked = {"policy": "adaptive_rejection", "checkpoints": [8, 16], "reject_share": 0.25}
-        planned = plan(ChatCompletionRequest, n=3, nbest={"stopping": asked}).stopping
+        fields = {"policy": "adaptive", "price": 0.5, "prior": self.OPTIONS["prior"], "target_reward": 9, "wave": 2}
+        stopping = to_request(ChatCompletionRequest, best_of=6, n=2, nbest={"stopping": fields}).stopping
+        assert stopping == Stopping("adaptive", waves=AdaptiveN(6, 2, 0.5, None, 9.0, 2, prior))
+        assert (stopping.at_once(6), stopping.at_once(1), Stopping().at_once(6)) == (2, 1, 6)
+        fields = {"policy": "adaptive_rejection", "checkpoints": [8, 16], "reject_share": 0.25}
+        stopping = to_request(ChatCompletionRequest, n=3, nbest={"stopping": fields}).stopping
         rejection = SpeculativeRejection((8, 16), 0.25, least=3)
-        assert planned == Stopping("adaptive_rejection", waves=AdaptiveN(4, 3, quantile=0.9), rejection=rejection)
-        asked = {"policy": "straggler_cut", "wait_share": 0.75}
-        planned = plan(ChatCompletionRequest, n=2, nbest={"stopping": asked}).stopping
-        assert planned == Stopping("straggler_cut", stragglers=StragglerCut(0.75, least=2))
+        assert stopping == Stopping("adaptive_rejection", waves=AdaptiveN(4, 3, quantile=0.9), rejection=rejection)
+        fields = {"policy": "straggler_cut", "wait_share": 0.75}
+        stopping = to_request(ChatCompletionRequest, n=2, nbest={"stopping": fields}).stopping
+        assert stopping == Stopping("straggler_cut", stragglers=StragglerCut(0.75, least=2))
 
     @pytest.mark.parametrize(
         ("nbest", "param"),
@@ -352,18 +355,18 @@ class TestStoppingOptions:
             ({"stopping": {"policy": "speculative_rejection", "checkpoints": [9, 8]}}, "nbest.stopping.checkpoints"),
         ],
     )
-    def test_what_cannot_be_honoured_is_refused(self, nbest: dict[str, Any], param: str) -> None:
+    def test_invalid_combinations_are_refused_with_the_field(self, nbest: dict[str, Any], param: str) -> None:
         with pytest.raises(BadRequestError) as refusal:
-            plan(ChatCompletionRequest, nbest=nbest)
+            to_request(ChatCompletionRequest, nbest=nbest)
         assert refusal.value.param == param
 
     @pytest.mark.parametrize("policy", ["speculative_rejection", "adaptive_rejection"])
-    def test_an_upstream_server_cannot_give_up_one_of_several(self, policy: str) -> None:
+    def test_rejection_is_refused_with_an_upstream_generator(self, policy: str) -> None:
         upstream = Settings(generator="openai", base_url="http://127.0.0.1:1/v1")
         options = {"stopping": {"policy": policy, "checkpoints": [8]}}
-        asked = ChatCompletionRequest.model_validate(CHAT | {"nbest": options})
+        request = ChatCompletionRequest.model_validate(CHAT | {"nbest": options})
         with pytest.raises(BadRequestError, match="use adaptive or straggler_cut"):
-            asked.to_request(upstream)
+            request.to_request(upstream)
 
 
 class TestSelectionOptions:
@@ -379,20 +382,20 @@ class TestSelectionOptions:
     def test_an_option_reaches_the_pipeline_or_is_refused(self, strategy: Strategy, name: str) -> None:
         nbest = {"strategy": strategy, "selection": {name: self.OPTIONS[name]}}
         if name in OPTIONS_OF[strategy]:
-            planned = plan(ChatCompletionRequest, nbest=nbest)
-            assert (planned.strategy, getattr(planned.selection, name)) == (strategy, self.OPTIONS[name])
+            request = to_request(ChatCompletionRequest, nbest=nbest)
+            assert (request.strategy, getattr(request.selection, name)) == (strategy, self.OPTIONS[name])
         else:
             with pytest.raises(BadRequestError, match=f"and the strategy is {strategy}") as refusal:
-                plan(ChatCompletionRequest, nbest=nbest)
+                to_request(ChatCompletionRequest, nbest=nbest)
             assert refusal.value.param == f"nbest.selection.{name}"
 
-    def test_every_option_is_tried(self) -> None:
+    def test_every_option_is_tested(self) -> None:
         assert set(self.OPTIONS) == set(SelectionFields.model_fields) == set().union(*OPTIONS_OF.values())
 
     @pytest.mark.parametrize("empty", [None, {}, dict.fromkeys(OPTIONS)])
     def test_null_means_the_default(self, empty: Any) -> None:
-        asked = plan(ChatCompletionRequest, nbest={"strategy": "soft", "selection": empty})
-        assert asked == plan(ChatCompletionRequest, nbest={"strategy": "soft"})
+        request = to_request(ChatCompletionRequest, nbest={"strategy": "soft", "selection": empty})
+        assert request == to_request(ChatCompletionRequest, nbest={"strategy": "soft"})
 
     @pytest.mark.parametrize(
         ("nbest", "param"),
@@ -410,9 +413,9 @@ class TestSelectionOptions:
             ),
         ],
     )
-    def test_what_cannot_be_honoured_is_refused(self, nbest: dict[str, Any], param: str) -> None:
+    def test_invalid_combinations_are_refused_with_the_field(self, nbest: dict[str, Any], param: str) -> None:
         with pytest.raises(BadRequestError) as refusal:
-            plan(ChatCompletionRequest, nbest=nbest)
+            to_request(ChatCompletionRequest, nbest=nbest)
         assert refusal.value.param == param
 
     @pytest.mark.parametrize(
@@ -423,10 +426,10 @@ class TestSelectionOptions:
             ("majority", "answer_regex", ["", "(a)" + "b" * 1000, 3]),
         ],
     )
-    def test_ranges(self, strategy: str, field: str, outside: list[Any]) -> None:
+    def test_values_outside_the_range_are_refused(self, strategy: str, field: str, outside: list[Any]) -> None:
         for value in outside:
             with pytest.raises(ValueError, match=field):
-                ask(ChatCompletionRequest, {"nbest": {"strategy": strategy, "selection": {field: value}}})
+                api_request(ChatCompletionRequest, {"nbest": {"strategy": strategy, "selection": {field: value}}})
 
 
 @pytest.mark.parametrize(
@@ -438,47 +441,47 @@ class TestSelectionOptions:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ],
 )
-def test_fields_that_contradict_each_other(fields: dict[str, Any], param: str) -> None:
+def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(BadRequestError) as refusal:
-        plan(ChatCompletionRequest, **fields)
+        to_request(ChatCompletionRequest, **fields)
     assert refusal.value.param == param
 
 
-def test_messages_become_a_prompt() -> None:
+def test_messages_become_a_prompt_with_text_parts_joined() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     messages = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": parts},
         {"role": "assistant", "content": "Three.", "refusal": None, "tool_calls": None, "annotations": []},
     ]
-    assert plan(ChatCompletionRequest, messages=messages).prompt == Prompt(
+    assert to_request(ChatCompletionRequest, messages=messages).prompt == Prompt(
         messages=(Message("system", "Be brief."), Message("user", "one\ntwo"), Message("assistant", "Three."))
     )
 
 
 @pytest.mark.parametrize("prompt", ["Once", ["Once"]])
-def test_one_text_is_a_prompt(prompt: Any) -> None:
-    assert plan(CompletionRequest, prompt=prompt).prompt == Prompt(text="Once")
+def test_a_single_text_is_accepted_as_the_prompt(prompt: Any) -> None:
+    assert to_request(CompletionRequest, prompt=prompt).prompt == Prompt(text="Once")
 
 
 @pytest.mark.parametrize("prompt", [["Once", "Twice"], [], [1, 2], [[1, 2]], None])
 def test_several_prompts_and_token_ids_are_refused(prompt: Any) -> None:
-    with pytest.raises(ValueError, match="one text a request"):
-        ask(CompletionRequest, {"prompt": prompt})
+    with pytest.raises(ValueError, match="a request takes one text"):
+        api_request(CompletionRequest, {"prompt": prompt})
 
 
 class TestScore:
     def test_candidates_keep_their_order(self) -> None:
-        asked = ScoreRequest.model_validate({"prompt": "Once", "candidates": ["a", "b"]})
-        prompt, candidates = asked.to_prompt_and_candidates(SETTINGS)
+        request = ScoreRequest.model_validate({"prompt": "Once", "candidates": ["a", "b"]})
+        prompt, candidates = request.to_prompt_and_candidates(SETTINGS)
         assert prompt == Prompt(text="Once")
-        assert [(one.index, one.text) for one in candidates] == [(0, "a"), (1, "b")]
+        assert [(candidate.index, candidate.text) for candidate in candidates] == [(0, "a"), (1, "b")]
 
     @pytest.mark.parametrize("fields", [{}, {"prompt": "Once", "messages": CHAT["messages"]}])
-    def test_either_messages_or_prompt(self, fields: dict[str, Any]) -> None:
+    def test_both_or_neither_of_messages_and_prompt_are_refused(self, fields: dict[str, Any]) -> None:
         with pytest.raises(BadRequestError, match="exactly one"):
             ScoreRequest.model_validate({"candidates": ["a"], **fields}).to_prompt_and_candidates(SETTINGS)
 
-    def test_more_candidates_than_a_request_may_draw(self) -> None:
+    def test_more_candidates_than_the_maximum_are_refused(self) -> None:
         with pytest.raises(BadRequestError, match="At most 8"):
             ScoreRequest.model_validate({"prompt": "Once", "candidates": ["a"] * 9}).to_prompt_and_candidates(SETTINGS)
