@@ -1,10 +1,10 @@
-"""What each method made of the start, in one table and one plot, and where the reward rose and the text got worse.
+"""Compares the trained policies and best-of-n of the start in a table, a plot and verdicts.
 
-Every policy has answered the held-out prompts at best_of=1; of the start there is a pool, which tells its best of n.
-Measures and intervals are those of `benchmarks.policy_evaluation`: KL(policy || start) is the mean of
-log pi - log pi_start over the policy's own samples, and that of best-of-n is its bound.
+Every policy has answered the held-out prompts at best_of=1; the start has a pool, from which its best-of-n is
+estimated. Measures and intervals are those of `benchmarks.policy_evaluation`: KL(policy || start) is the mean of
+log pi - log pi_start over the policy's own samples, and for best-of-n its upper bound.
 
-Something rose if the 95 % bootstrap interval of its differences to the start, one for each prompt, is above 0.
+A measure rose if the 95 % bootstrap interval of its differences to the start, prompt by prompt, is above 0.
 """
 
 import json
@@ -26,41 +26,43 @@ START = "start"
 BEST_OF_N = f"{START}, best of {max(N)}"
 
 HARMS: dict[str, Callable[[JudgedSample], float]] = {
-    "VADER, which nothing was trained on, fell by": lambda one: -one.vader,
-    "nats a token under the start, which is how odd it finds the text, rose by": MEASURES["base_nats_a_token"],
-    "the share of words that a text has had before rose by": lambda one: repetition(one.text),
+    "VADER, which no policy was trained on, fell by": lambda sample: -sample.vader,
+    "nats a token under the start rose by": MEASURES["base_nats_a_token"],
+    "the share of repeated words rose by": lambda sample: repetition(sample.text),
 }
-"""What gets worse where it rises."""
+"""Phrase of the verdict -> a measure whose rise means that the text got worse."""
 
 
 def repetition(text: str) -> float:
+    """The share of words that occur earlier in the text."""
     words = text.casefold().split()
     return 1 - len(set(words)) / len(words) if words else 0.0
 
 
 def rise(start: Pools, pools: Pools, value: Callable[[JudgedSample], float], n: int = 1) -> Interval:
-    """By how much the best of n of `pools` is above one sample of the start; a mean over the prompts that both have."""
+    """The rise of `value` from one sample of the start to the best of n of `pools`: the mean over common prompts."""
     after = {pool[0].prompt: best_of(pool, n, value) for pool in pools}
     before = {pool[0].prompt: best_of(pool, 1, value) for pool in start}
     return bootstrap_mean([after[prompt] - before[prompt] for prompt in before if prompt in after])
 
 
 def verdict(name: str, start: Pools, pools: Pools, n: int = 1) -> str:
-    """Whether the reward rose and, if so, what of the text got worse."""
+    """Whether the reward rose and, if so, by which measures the text got worse."""
     reward = rise(start, pools, MEASURES["reward"], n)
     if reward.low <= 0:
-        return f"{name}: the reward did not rise, or not by more than chance: {_told(reward)}."
-    rises = {told: rise(start, pools, value, n) for told, value in HARMS.items()}
-    harms = [f"{told} {_told(found)}" for told, found in rises.items() if found.low > 0]
-    worse = f"and the text got worse: {'; '.join(harms)}" if harms else "and no measure says that the text got worse"
-    return f"{name}: the reward rose by {_told(reward)}, {worse}."
+        return f"{name}: the reward did not rise, or not by more than chance: {_format(reward)}."
+    rises = {phrase: rise(start, pools, value, n) for phrase, value in HARMS.items()}
+    harms = [f"{phrase} {_format(interval)}" for phrase, interval in rises.items() if interval.low > 0]
+    worse = f"and the text got worse: {'; '.join(harms)}" if harms else "and by no measure did the text get worse"
+    return f"{name}: the reward rose by {_format(reward)}, {worse}."
 
 
 def compare(out: Path, size: Size, *, dtype: str, seed: int) -> str:
-    """Writes comparison.json, comparison.png and comparison.md, and returns the last."""
+    """Writes comparison.json, comparison.png and comparison.md, and returns the text of comparison.md."""
     start = str(out / "sft" / "model")
     of_start = read(out, "start", start, out / "pool", start)
     pools = {name: read(out, name, str(out / name / "model"), out / name / "samples", start) for name in POLICIES}
+    all_pools = {START: of_start, **pools}
     result = {
         "provenance": provenance(flags=asdict(size) | {"dtype": dtype, "seed": seed}),
         "policy": "smollm2-135m-instruct after SFT",
@@ -70,13 +72,13 @@ def compare(out: Path, size: Size, *, dtype: str, seed: int) -> str:
         "reward_test": json.loads((out / "reward" / "evaluation" / "evaluation.json").read_text())["overall"],
         "best_of_n_of_the_base": best_of_n(of_start, N),
         "policies_at_best_of_1": {name: measured(of_policy, 1) for name, of_policy in pools.items()},
-        "distinct_first_words": {name: distinct(of) for name, of in {START: of_start, **pools}.items()},
+        "distinct_first_words": {name: distinct(of_policy) for name, of_policy in all_pools.items()},
         "verdicts": [
             verdict(BEST_OF_N, of_start, of_start, max(N)),
             *(verdict(name, of_start, of_policy) for name, of_policy in pools.items()),
         ],
-        "samples": {name: [asdict(pool[0]) for pool in of] for name, of in {START: of_start, **pools}.items()},
-        "highest_rewarded": {name: asdict(_highest(of)) for name, of in {START: of_start, **pools}.items()},
+        "samples": {name: [asdict(pool[0]) for pool in of_policy] for name, of_policy in all_pools.items()},
+        "highest_rewarded": {name: asdict(_highest(of_policy)) for name, of_policy in all_pools.items()},
     }
     (out / "comparison.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     against_kl(result, out / "comparison.png", START)
@@ -86,39 +88,44 @@ def compare(out: Path, size: Size, *, dtype: str, seed: int) -> str:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """The result as a page."""
-    rows = {f"{START}, best of {n}": one for n, one in result["best_of_n_of_the_base"].items()}
-    rows |= {f"{name}, best of 1": one for name, one in result["policies_at_best_of_1"].items()}
-    variety = ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["distinct_first_words"].items())
+    """The result as a Markdown page."""
+    rows = {f"{START}, best of {n}": figures for n, figures in result["best_of_n_of_the_base"].items()}
+    rows |= {f"{name}, best of 1": figures for name, figures in result["policies_at_best_of_1"].items()}
+    diversity = ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["distinct_first_words"].items())
     test = result["reward_test"]
     return (
         f"# From the same start: best-of-n, {', '.join(POLICIES)}\n\n"
         + against_base(rows, START)
         + f"\n{result['prompts']['held_out']} held-out openings of film reviews, {result['max_tokens']} new tokens, "
         f"95 % bootstrap intervals over openings. The reward model orders {100 * test['accuracy']:.0f} % "
-        f"({100 * test['low']:.0f} … {100 * test['high']:.0f}) of {test['comparisons']} pairs as people did, none of "
-        f"which it was trained on. Different first four words among the samples of an opening: {variety}.\n\n"
+        f"({100 * test['low']:.0f} … {100 * test['high']:.0f}) of {test['comparisons']} held-out pairs as people did. "
+        f"Distinct first four words among the samples of an opening: {diversity}.\n\n"
         "![Reward, independent judge and perplexity against KL to the start](comparison.png)\n\n"
         "## Where the reward rose and the text got worse\n\n"
-        + "".join(f"- {one}\n" for one in result["verdicts"])
-        + "\nNo measure reads. These are the samples with the highest reward:\n\n"
+        + "".join(f"- {verdict}\n" for verdict in result["verdicts"])
+        + "\nThe measures do not judge the content. These are the samples with the highest reward:\n\n"
         + table(
             ("", "reward", "VADER", "sample"),
             (
-                (name, f"{one['reward']:.2f}", f"{one['vader']:.2f}", f"**{one['prompt']}**{_one_line(one['text'])}")
-                for name, one in result["highest_rewarded"].items()
+                (
+                    name,
+                    f"{sample['reward']:.2f}",
+                    f"{sample['vader']:.2f}",
+                    f"**{sample['prompt']}**{_single_line(sample['text'])}",
+                )
+                for name, sample in result["highest_rewarded"].items()
             ),
         )
     )
 
 
 def _highest(pools: Pools) -> JudgedSample:
-    return max((one for pool in pools for one in pool), key=lambda one: one.reward)
+    return max((sample for pool in pools for sample in pool), key=lambda sample: sample.reward)
 
 
-def _one_line(text: str) -> str:
+def _single_line(text: str) -> str:
     return text.replace("\n", " ")
 
 
-def _told(interval: Interval) -> str:
+def _format(interval: Interval) -> str:
     return with_interval(asdict(interval))

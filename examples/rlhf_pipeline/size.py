@@ -1,18 +1,19 @@
-"""How large a run of the example is."""
+"""The sizes of a run: full, and small as a trial."""
 
 from dataclasses import dataclass
 
 N = (1, 2, 4, 8, 16)
-"""Best-of-n of the start, from one pool of the largest."""
+"""Sizes of best-of-n of the start, all estimated from one pool of the largest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What decides how long a run takes.
+    """Numbers of rows, prompts, samples and steps.
 
-    `demonstrations`, `pairs` and `test_pairs` are made of human ratings; `training_prompts` and `held_out_prompts` are
-    first words of a film review. Of a training prompt `candidates` are drawn to choose from, of a held-out one `pool`
-    from the start and `samples` from each trained policy. A step of PPO or REINFORCE learns from `completions`.
+    `demonstrations`, `pairs` and `test_pairs` come from human ratings; `training_prompts` and `held_out_prompts` are
+    openings of film reviews. For each training prompt `candidates` are sampled to choose from; for each held-out prompt
+    `pool` samples from the start and `samples` from each trained policy. A step of PPO or REINFORCE trains on
+    `completions` completions.
     """
 
     demonstrations: int
@@ -53,4 +54,4 @@ SMALL = Size(
     reinforce_steps=2,
     completions=8,
 )
-"""Enough to see every stage work, and to learn nothing."""
+"""Runs every stage, but is too small to improve a policy."""

@@ -1,4 +1,4 @@
-"""The stages of the road, each one `nbest` command, and what runs those that are not done yet."""
+"""The stages of the pipeline, each an `nbest` command, and the function that runs those without a result."""
 
 import shlex
 import time
@@ -11,22 +11,22 @@ from training.errors import TrainingError
 from training.policy.subcommands import Command
 
 FILM_REWARD = "--reward-model film=OUT/reward/adapter"
-DRAWN = "--max-tokens {size.max_tokens} --temperature 1 --seed {seed} --dtype {dtype} --reward-dtype {dtype}"
-LEARNT = "--merge --resume --holdout 0 --seed {seed} --dtype {dtype}"
-FROM_SAMPLES = f"--model OUT/sft/model --epochs 4 --batch-size 8 {LEARNT}"
+SAMPLING = "--max-tokens {size.max_tokens} --temperature 1 --seed {seed} --dtype {dtype} --reward-dtype {dtype}"
+LEARNING = "--merge --resume --holdout 0 --seed {seed} --dtype {dtype}"
+FROM_SAMPLES = f"--model OUT/sft/model --epochs 4 --batch-size 8 {LEARNING}"
 FROM_REWARD = f"""--prompts OUT/data/prompts.jsonl --model OUT/sft/model {FILM_REWARD} --max-tokens {{size.max_tokens}}
-    --batch-size {{size.completions}} --samples-per-prompt 4 --kl-coef 0.1 {LEARNT}"""
+    --batch-size {{size.completions}} --samples-per-prompt 4 --kl-coef 0.1 {LEARNING}"""
 
 TRAINING = (
     (
         "sft",
-        "what people rated well is shown to SmolLM2; what comes of it is the start of all that follows",
+        "SmolLM2 is fine-tuned on well-rated sentences; the result is the start of all methods",
         "OUT/sft/model",
-        f"train sft --data OUT/data/demonstrations.jsonl --out OUT/sft --epochs 1 --batch-size 16 {LEARNT}",
+        f"train sft --data OUT/data/demonstrations.jsonl --out OUT/sft --epochs 1 --batch-size 16 {LEARNING}",
     ),
     (
         "reward",
-        "the start, cut to its lower 18 layers, learns which of two texts people rated higher (Bradley and Terry)",
+        "the lower 18 layers of the start learn to predict which of two texts people rated higher (Bradley-Terry)",
         "OUT/reward/adapter",
         """train reward --data OUT/data/preferences.jsonl --out OUT/reward --model OUT/sft/model --style document
         --layers 18 --lora-layers 6 --batch-size 16 --learning-rate 5e-4 --resume --holdout 0 --seed {seed}
@@ -34,34 +34,34 @@ TRAINING = (
     ),
     (
         "reward-test",
-        "how often it agrees with people about texts that it has not seen",
+        "the reward model's agreement with people on held-out pairs of texts",
         "OUT/reward/evaluation/evaluation.png",
         """evaluate reward --data OUT/data/test-preferences.jsonl --reward-model OUT/reward/adapter
         --out OUT/reward/evaluation""",
     ),
     (
         "pool",
-        "best-of-n of the start: one pool of candidates for each held-out prompt tells it for every n",
+        "best-of-n of the start: one pool of candidates for each held-out prompt estimates it for every n",
         "OUT/pool/summary.json",
         f"""batch OUT/data/held-out-prompts.jsonl --out OUT/pool --model OUT/sft/model {FILM_REWARD}
-        --best-of {{size.pool}} {DRAWN}""",
+        --best-of {{size.pool}} {SAMPLING}""",
     ),
     (
         "candidates",
-        "the start continues the training prompts, and the reward model ranks what it says",
+        "the start samples continuations of the training prompts, and the reward model ranks them",
         "OUT/candidates/summary.json",
         f"""batch OUT/data/prompts.jsonl --out OUT/candidates --model OUT/sft/model {FILM_REWARD}
-        --best-of {{size.candidates}} {DRAWN}""",
+        --best-of {{size.candidates}} {SAMPLING}""",
     ),
     (
         "winners",
-        "the best candidate of each prompt, to be imitated",
+        "the best candidate of each prompt, for rejection sampling",
         "OUT/winners.jsonl",
         "export OUT/candidates --format sft --out OUT/winners.jsonl",
     ),
     (
         "pairs",
-        "the best and the worst candidate of each prompt, to be told apart",
+        "the best and the worst candidate of each prompt, for DPO",
         "OUT/pairs.jsonl",
         "export OUT/candidates --format preference --out OUT/pairs.jsonl",
     ),
@@ -79,33 +79,33 @@ TRAINING = (
     ),
     (
         "reinforce",
-        "REINFORCE: the start writes, is rewarded and learns, step by step",
+        "REINFORCE: in every step the policy samples, the samples are scored, and the policy is updated",
         "OUT/reinforce/model",
         f"train reinforce --out OUT/reinforce --steps {{size.reinforce_steps}} --learning-rate 1e-3 {FROM_REWARD}",
     ),
     (
         "ppo",
-        "PPO: the same, with values for a baseline and ratios that are clipped",
+        "PPO: the same with a value baseline and clipped probability ratios",
         "OUT/ppo/model",
         f"""train ppo --out OUT/ppo --steps {{size.ppo_steps}} --epochs 2 --minibatches 2 --learning-rate 3e-4
         {FROM_REWARD}""",
     ),
 )
-"""Name, what it does, the result by which it is known to be done, and the command without `nbest`.
+"""(name, description, the result that exists once the stage is done, the command without `nbest`).
 
-OUT is the run's directory; what stands in braces is filled in, too.
+OUT is replaced by the run's directory, and the fields in braces by the run's size, seed and dtype.
 """
 
 POLICIES = ("rejection", "dpo", "reinforce", "ppo")
-"""What is measured beside the start, each at best_of=1."""
+"""The trained policies, which are compared with the start at best_of=1."""
 
 MEASURING = tuple(
     (
         f"{policy}-samples",
-        "what it says to the held-out prompts",
+        "the policy's samples for the held-out prompts",
         f"OUT/{policy}/samples/summary.json",
         f"""batch OUT/data/held-out-prompts.jsonl --out OUT/{policy}/samples --model OUT/{policy}/model {FILM_REWARD}
-        --best-of {{size.samples}} {DRAWN}""",
+        --best-of {{size.samples}} {SAMPLING}""",
     )
     for policy in POLICIES
 )
@@ -113,16 +113,16 @@ MEASURING = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A command of `nbest`, and the file or directory that is there when it is done."""
+    """An `nbest` command, and the file or directory that exists once it is done."""
 
     name: str
-    what: str
+    description: str
     result: Path
     arguments: tuple[str, ...]
 
     @property
     def command(self) -> str:
-        """As one types it."""
+        """The command line, quoted for a shell."""
         return shlex.join(("nbest", *self.arguments))
 
 
@@ -131,26 +131,26 @@ def stages(out: Path, size: Size, *, dtype: str, seed: int) -> list[Stage]:
         return word.format(size=size, dtype=dtype, seed=seed).replace("OUT", str(out))
 
     return [
-        Stage(name, what, Path(filled(result)), tuple(map(filled, command.split())))
-        for name, what, result, command in (*TRAINING, *MEASURING)
+        Stage(name, description, Path(filled(result)), tuple(map(filled, command.split())))
+        for name, description, result, command in (*TRAINING, *MEASURING)
     ]
 
 
-def run_missing(stages: Sequence[Stage], run: Command, tell: Callable[[str], None]) -> None:
-    """Runs in turn the stages whose results are not there.
+def run_missing(stages: Sequence[Stage], run: Command, report: Callable[[str], None]) -> None:
+    """Runs the stages whose results do not exist, in order; `report` is called with lines of progress.
 
     Raises:
-        TrainingError: one failed or was stopped; the message names it.
+        TrainingError: a stage failed or was stopped; the message names the stage.
     """
     for number, stage in enumerate(stages, start=1):
-        here = f"[{number}/{len(stages)}] {stage.name}"
+        label = f"[{number}/{len(stages)}] {stage.name}"
         if stage.result.exists():
-            tell(f"{here}: is there already")
+            report(f"{label}: skipped, its result exists")
             continue
-        tell(f"{here}: {stage.what}\n$ {stage.command}")
-        begun = time.monotonic()
+        report(f"{label}: {stage.description}\n$ {stage.command}")
+        start_s = time.monotonic()
         try:
             run(stage.arguments)
         except TrainingError as error:
             raise TrainingError(f"stage {number} of {len(stages)}, {stage.name}: {error}") from error
-        tell(f"{here}: done in {time.monotonic() - begun:.0f} s")
+        report(f"{label}: done in {time.monotonic() - start_s:.0f} s")
