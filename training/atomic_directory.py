@@ -1,4 +1,4 @@
-"""A directory of weights appears whole or not at all."""
+"""A directory of weights is written whole or not at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ from reranker.fsio import atomic_directory
 
 
 @contextmanager
-def appearing_whole(directory: Path) -> Iterator[Path]:
-    """Gives a directory to write to, which takes the place of `directory` when all is written."""
+def atomic_model_directory(directory: Path) -> Iterator[Path]:
+    """As `reranker.fsio.atomic_directory`, without the empty model card (README.md) that PEFT writes."""
     with atomic_directory(directory) as unfinished:
         yield unfinished
-        (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+        (unfinished / "README.md").unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""Where an interrupted run goes on.
+"""Which checkpoint an interrupted run resumes from.
 
-transformers' Trainer writes OUT/checkpoints/checkpoint-STEP: weights, optimizer, schedule and random state, its
-trainer_state.json last. A checkpoint without that file, or with half of it, was being written when the run died and is
-passed over. `run.json` beside them says what run they belong to: with other settings or other data the rest of the run
-would not be the rest of this run. A run that ends well removes them all.
+transformers' Trainer writes OUT/checkpoints/checkpoint-STEP: weights, optimiser, schedule and random state, and
+trainer_state.json last. A checkpoint whose trainer_state.json is missing or incomplete was being written when the run
+died, and is ignored. `run.json` beside the checkpoints identifies their run: a run with other settings or other data
+cannot continue from them. All checkpoints are removed when the run ends normally.
 """
 
 import json
@@ -15,16 +15,16 @@ RUN_FILE = "run.json"
 
 
 class CheckpointError(ValueError):
-    """The checkpoints found are not those of the run asked for. The message says the way out."""
+    """The directory holds checkpoints that this run cannot use. The message gives the remedy."""
 
 
 def start(directory: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
-    """The checkpoint to go on from; None to start at the beginning, in an empty directory.
+    """The checkpoint to resume from; None if the run starts from the beginning, in an emptied directory.
 
-    `run` is everything that decides the result, as JSON.
+    `run` identifies the run: everything that decides its result, as JSON.
 
     Raises:
-        CheckpointError: there are checkpoints, and they are not to be resumed or belong to another run.
+        CheckpointError: there are checkpoints, and `resume` is false or they belong to another run.
     """
     newest = _newest(directory)
     if newest is None:
@@ -34,7 +34,7 @@ def start(directory: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
         return None
     if not resume:
         raise CheckpointError(
-            f"{directory} holds checkpoints of a run that did not end: go on from the last with --resume, "
+            f"{directory} holds checkpoints of an unfinished run: continue from the last one with --resume, "
             "or choose another --out"
         )
     require_same_run(directory, run)
@@ -42,7 +42,7 @@ def start(directory: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
 
 
 def require_same_run(directory: Path, run: dict[str, Any]) -> None:
-    """Compares a run with the one that `directory` was begun with.
+    """Compares `run` with the run.json in `directory`.
 
     Raises:
         CheckpointError: they differ.
@@ -51,7 +51,7 @@ def require_same_run(directory: Path, run: dict[str, Any]) -> None:
     if changed := sorted(name for name in run.keys() | begun.keys() if run.get(name) != begun.get(name)):
         raise CheckpointError(
             f"{directory} belongs to a run with another {', '.join(changed)}: "
-            "resume it as it was begun, or choose another --out"
+            "resume it with the values it was started with, or choose another --out"
         )
 
 

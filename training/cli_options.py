@@ -1,99 +1,74 @@
-"""What the commands of `nbest train` have in common: options, and how they end.
-
-The options of a command are the fields of a dataclass. What commands share stands in one dataclass that theirs derive
-from; of several bases the fields of the last come first, and so they do in `--help`.
-"""
+"""What the training commands share: options, options made from settings, and how a command reports errors."""
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
-from enum import Enum, StrEnum
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, get_args
 
 import typer
-
-
-class _Dataclass(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-Options = TypeVar("Options", bound=_Dataclass)
-Settings = TypeVar("Settings", bound=_Dataclass)
-
-
-class DtypeOption(StrEnum):
-    """What the frozen trunk computes in while training."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
+from typer.models import OptionInfo
 
 PolicyOut = Annotated[Path, typer.Option(help="Directory for the weights, metrics and checkpoints.")]
-PolicyModel = Annotated[str, typer.Option(help="Policy to train: prepared name, directory or hub id.")]
 Validation = Annotated[str | None, typer.Option(help="Held-out data; default: a share of the data.")]
-Holdout = Annotated[float, typer.Option(min=0.0, max=0.9, help="That share, chosen by hash of the prompt.")]
-GradientCheckpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to hold fewer.")
-]
-CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps after which all is saved to go on from.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT, or start if there is none.")
+Holdout = Annotated[
+    float,
+    typer.Option(min=0.0, max=0.9, help="That share, chosen by a hash of the prompt."),
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Which weights learn, and how they are written."""
+def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer in which every parameter that is a settings dataclass becomes the options of its fields.
 
-    full: Annotated[bool, typer.Option("--full", help="Train all weights and write OUT/model, not an adapter.")] = False
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Also write OUT/model, the base model with the adapter added to it.")
-    ] = False
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16
+    A field is an option if its type is `Annotated[T, typer.Option(...)]`; the others keep their defaults. The command
+    receives the dataclass, made from the values of the options. Other parameters stay as they are.
+    """
+    parameters = inspect.signature(command).parameters
+    settings_types = {name: parameter.annotation for name, parameter in parameters.items() if _is_settings(parameter)}
 
+    @functools.wraps(command)
+    def from_options(**values: Any) -> None:
+        settings = {
+            name: settings_type(**{field.name: values.pop(field.name) for field in option_fields(settings_type)})
+            for name, settings_type in settings_types.items()
+        }
+        command(**settings, **values)
 
-def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """A command whose options are the fields of a dataclass; typer finds them in a signature that is made of these."""
-
-    def decorated(command: Callable[[Options], None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def called(**given: Any) -> None:
-            command(kind(**given))
-
-        parameters = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if field.default is MISSING else field.default,
-                annotation=field.type,
-            )
-            for field in fields(kind)
-        ]
-        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return called
-
-    return decorated
+    expanded: list[inspect.Parameter] = []
+    for name, parameter in parameters.items():
+        if name in settings_types:
+            expanded += [_parameter_of(field) for field in option_fields(settings_types[name])]
+        else:
+            expanded.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    from_options.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]  # typer reads the options here
+    return from_options
 
 
-def settings_of(kind: type[Settings], options: object, **more: Any) -> Settings:
-    """The settings that options of the same names give, and `more`; what no option names stays as it is."""
-    given = {field.name: getattr(options, field.name) for field in fields(kind) if hasattr(options, field.name)}
-    plain = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
-    return kind(**plain | more)
+def option_fields(settings_type: Any) -> list[Field[Any]]:
+    """The fields of a settings dataclass that are options, in their order."""
+    return [field for field in fields(settings_type) if any(isinstance(a, OptionInfo) for a in get_args(field.type))]
 
 
-def tell_policy(written: Path, base_model: str) -> None:
-    named = f"--model {written}" if written.name == "model" else f"--model {base_model} --adapter {written}"
-    typer.echo(f"Serve it with: nbest serve {named}")
+def _is_settings(parameter: inspect.Parameter) -> bool:
+    return is_dataclass(parameter.annotation)
+
+
+def _parameter_of(field: Field[Any]) -> inspect.Parameter:
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.type)
+
+
+def echo_serve_command(written: Path, base_model: str) -> None:
+    """Prints the command that serves the weights a training command has written."""
+    options = f"--model {written}" if written.name == "model" else f"--model {base_model} --adapter {written}"
+    typer.echo(f"Serve it with: nbest serve {options}")
 
 
 @contextmanager
-def errors_in_a_sentence() -> Iterator[None]:
-    """What a user can mend is told without a traceback."""
+def reported_errors() -> Iterator[None]:
+    """Prints an error that the user can correct as one line on stderr, without a traceback, and exits with 1."""
     from reranker.models.bundled import PreparationError
     from reranker.models.reward_model import RewardModelError
     from server.config import ConfigError

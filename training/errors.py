@@ -1,5 +1,5 @@
-"""What ends the training of a policy."""
+"""The error that ends the training of a policy."""
 
 
 class TrainingError(ValueError):
-    """The policy cannot be trained like this. The message says the way out."""
+    """The policy cannot be trained with these settings or this data. The message names the cause and a remedy."""

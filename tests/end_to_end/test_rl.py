@@ -45,7 +45,7 @@ def small_engine() -> Iterator[None]:
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_rloo_through_the_engine_ends_at_the_optimum_of_rlhf(problem: str, tmp_path: Path) -> None:
-    """As in `tests/training/rl/test_worlds.py`, with a new adapter in the engine after every step."""
+    """As in `tests/training/rl/test_optimum.py`, with a new adapter in the engine after every step."""
     world = RewardedAnswers(tmp_path, PROBLEMS[problem])
     reward = f"reward={world.save_reward_function(tmp_path / 'reward.py')}"
     settings = ReinforceTraining(**world.training, reward_model=reward)

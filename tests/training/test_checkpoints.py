@@ -1,4 +1,4 @@
-"""Interrupted and resumed is the same as never interrupted; and what must not be resumed is not."""
+"""A resumed run ends as an uninterrupted run, and a run never resumes from the checkpoints of another."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,12 @@ import torch
 
 from tests.support.tiny_models import save_tiny_policy
 from training.checkpoints import CheckpointError, start
-from training.reward.train import Method, RewardTrainer, RewardTraining, train_reward
+from training.reward.config import RewardMethod, RewardTraining
+from training.reward.train import RewardTrainer, train_reward
 
 
 class PowerCutError(Exception):
-    """Stands for whatever ends a run."""
+    """Stands for anything that kills a run."""
 
 
 def cut_power_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +35,7 @@ def write_ratings(path: Path, count: int) -> Path:
     return path
 
 
-def settings(base: Path, method: Method = "lora", **more: Any) -> RewardTraining:
+def settings(base: Path, method: RewardMethod = "lora", **more: Any) -> RewardTraining:
     fixed: dict[str, Any] = {
         "style": "document",
         "epochs": 2,
@@ -48,13 +49,13 @@ def settings(base: Path, method: Method = "lora", **more: Any) -> RewardTraining
 @pytest.mark.parametrize(
     ("method", "rows", "cut"),
     [
-        ("lora", 46, 15),  # 12 steps an epoch: goes on at 10, within the first epoch
-        ("lora", 46, 22),  # at 20, within the second
-        ("full", 40, 17),  # 10 steps an epoch: between two epochs
+        ("lora", 46, 15),  # 12 steps per epoch: resumes at step 10, within the first epoch
+        ("lora", 46, 22),  # resumes at step 20, within the second epoch
+        ("full", 40, 17),  # 10 steps per epoch: resumes between two epochs
     ],
 )
-def test_an_interrupted_run_ends_as_one_that_was_not(
-    method: Method, rows: int, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_run_ends_as_an_uninterrupted_run(
+    method: RewardMethod, rows: int, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = settings(save_tiny_policy(tmp_path / "base"), method)
     data, held_out = write_ratings(tmp_path / "train.jsonl", rows), write_ratings(tmp_path / "test.jsonl", 10)
@@ -69,7 +70,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
         cut_power_at(cut, patch)
         with pytest.raises(PowerCutError):
             train("cut", resume=False)
-    with pytest.raises(CheckpointError, match="go on from the last with --resume"):
+    with pytest.raises(CheckpointError, match="continue from the last one with --resume"):
         train("cut", resume=False)
     train("cut", resume=True)
 
@@ -85,7 +86,7 @@ def save_checkpoint(directory: Path, step: int, state: str = "{}") -> Path:
     return checkpoint
 
 
-def test_the_last_complete_checkpoint_is_taken(tmp_path: Path) -> None:
+def test_a_run_resumes_from_the_last_complete_checkpoint(tmp_path: Path) -> None:
     assert start(tmp_path / "run", {"seed": 0}, resume=True) is None
     save_checkpoint(tmp_path / "run", 9)
     last = save_checkpoint(tmp_path / "run", 10)
@@ -93,8 +94,8 @@ def test_the_last_complete_checkpoint_is_taken(tmp_path: Path) -> None:
     assert start(tmp_path / "run", {"seed": 0}, resume=True) == last
 
 
-def test_another_run_does_not_go_on_from_these_checkpoints(tmp_path: Path) -> None:
+def test_a_run_with_other_settings_does_not_resume_from_these_checkpoints(tmp_path: Path) -> None:
     start(tmp_path / "run", {"seed": 0, "epochs": 1.0}, resume=False)
     save_checkpoint(tmp_path / "run", 10)
-    with pytest.raises(CheckpointError, match="a run with another seed: resume it as it was begun"):
+    with pytest.raises(CheckpointError, match="a run with another seed: resume it with the values it was started with"):
         start(tmp_path / "run", {"seed": 1, "epochs": 1.0}, resume=True)

@@ -1,13 +1,13 @@
-"""The rows of a data set, wherever it is kept.
+"""Reads the rows of a data set from a file, a directory or the hub.
 
 A source is one of
 
     FILE.parquet          a table
-    any other file        JSONL, one object a line
-    DIRECTORY[:SPLIT]     a Hugging Face data set, as `save_to_disk` leaves it or as files that `load_dataset` knows
-    ORG/NAME[:SPLIT]      the same from the hub
+    any other file        JSONL, one object per line
+    DIRECTORY[:SPLIT]     a Hugging Face data set, written by `save_to_disk`, or files that `load_dataset` reads
+    ORG/NAME[:SPLIT]      a data set of the Hugging Face hub
 
-A data set of several splits needs the name of one; nothing is trained or measured on a split nobody asked for.
+A data set with several splits needs the name of one: the split to train or measure on is never guessed.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ Source = str | Path
 
 
 class DataSourceError(ValueError):
-    """There is no such data set, or it does not tell which part of it is meant. The message says the way out."""
+    """There is no such data set, or its split is not named. The message gives the remedy."""
 
 
 def read_records(source: Source) -> Iterator[tuple[int, Any]]:
-    """(number, content) of each row from 1 on: the columns of a table, or a line of JSONL still to be parsed.
+    """(number, content) of each row, counted from 1; content is the columns of a table row, or an unparsed JSONL line.
 
     Raises:
-        DataSourceError: the source cannot be found, or its split is not told.
+        DataSourceError: the source does not exist, or its split is not named.
         OSError: the file cannot be read.
     """
     path = Path(source)
@@ -45,7 +45,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise DataSourceError(f"{path}:{number}: not UTF-8, so no JSONL; convert the file") from error
+                raise DataSourceError(f"{path}:{number}: not UTF-8, which JSONL has to be; convert the file") from error
             if text.strip():
                 yield number, text
 
@@ -63,18 +63,18 @@ def _data_set(name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
     saved = any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
     try:
-        found = load_from_disk(name) if saved else load_dataset(name)
+        data_set = load_from_disk(name) if saved else load_dataset(name)
     except (DatasetsError, OSError, ValueError) as error:
         raise DataSourceError(f"cannot load the data set {name}: {error}") from error
-    if isinstance(found, DatasetDict):
-        if not split and len(found) > 1:
+    if isinstance(data_set, DatasetDict):
+        if not split and len(data_set) > 1:
             raise DataSourceError(
-                f"{name} has the splits {', '.join(found)}; name one, as in {name}:{next(iter(found))}"
+                f"{name} has the splits {', '.join(data_set)}; name one, as in {name}:{next(iter(data_set))}"
             )
-        split = split or next(iter(found))
-        if split not in found:
-            raise DataSourceError(f"{name} has no split {split}; it has {', '.join(found)}")
-        found = found[split]
+        split = split or next(iter(data_set))
+        if split not in data_set:
+            raise DataSourceError(f"{name} has no split {split}; it has {', '.join(data_set)}")
+        data_set = data_set[split]
     elif split:
         raise DataSourceError(f"{name} has no splits; leave out :{split}")
-    return enumerate(found, start=1)
+    return enumerate(data_set, start=1)

@@ -1,19 +1,19 @@
-"""Preferences in, comparable texts out: one form for pairs and for ratings.
+"""Reads preferences, pairs and ratings alike, into rows of comparable texts.
 
 Each line of a JSONL file, or row of a table (see `training.data.data_source`), is one of
 
     {"prompt"?, "chosen", "rejected", "margin"?, "chosen_finish_reason"?, "rejected_finish_reason"?}
-        which of two answers is better, in TRL's columns. `prompt` is a string or messages; `chosen` and `rejected` are
-        strings or messages. Messages without a `prompt` hold it: all turns before the last, the same in both. `margin`
-        is by how much the better one should win, as a difference of rewards. A finish reason `length` tells of a text
-        that it does not end by itself.
+        two answers, of which `chosen` is better, in TRL's columns. `prompt` is a string or messages; `chosen` and
+        `rejected` are strings or messages. Without a `prompt`, the prompt is the messages before the last, the same in
+        both. `margin` is the reward difference by which the better answer should win. With the finish reason `length`
+        an answer was cut by its length.
     {"prompt", "chosen": [...], "rejected": [...], "subset"?}
-        right and wrong answers to what a user asked, as strings: RewardBench 2's columns. Each right one compares with
-        each wrong one.
+        right and wrong answers to a user's message, as strings: RewardBench 2's columns. Each right answer is compared
+        with each wrong answer.
     {"text", "rating"}
-        one text and how good it was found, as a number. Any two rated texts compare.
+        one text and its rating, a number. Any two rated texts may be compared.
 
-Other columns are not read, and an empty cell of a table is a column left out.
+Other columns are ignored, and an empty cell of a table counts as a missing column.
 All become `Example`s: texts, their ratings, and a group within which texts may be compared. A pair is a group of its
 own with an infinite gap; all rated texts are one group. Every row is checked before any is used.
 """
@@ -35,10 +35,10 @@ RATED_GROUP = -1
 """The group of all rated texts; a pair's group is the number of its line."""
 
 CUT = "length"
-"""The finish reason of a text whose end is not its own."""
+"""The finish reason of a text that was cut at the token limit."""
 
 GAP_ROUNDING = 1e-6
-"""Two ratings that differ by a gap in decimals may differ by a hair less in binary: 2.3 - 1.3 < 1."""
+"""Tolerance for gaps of decimal ratings, which can be slightly smaller in binary: 2.3 - 1.3 < 1."""
 
 MAX_ERRORS_SHOWN = 10
 
@@ -55,9 +55,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRow:
-    """One line: answers to one prompt, with their ratings. `group` says which other rows' texts it compares with.
+    """One line: answers to one prompt, with their ratings. Texts of rows with the same `group` may be compared.
 
-    `cut` are the indexes of texts that do not end by themselves: their generation was cut by its length.
+    `cut` holds the indexes of the texts that were cut by their length. The repr of all rows identifies the data of a
+    run, so a renamed field makes earlier runs impossible to resume.
     """
 
     line: int
@@ -72,7 +73,7 @@ class PreferenceRow:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row as the reward model reads it."""
+    """A row in the tokens that the reward model reads."""
 
     rendered: tuple[Rendered, ...]
     ratings: tuple[float, ...]
@@ -83,10 +84,10 @@ class Example:
 def read_rows(
     source: Source, row_of: Callable[[int, dict[str, Any]], PreferenceRow] | None = None
 ) -> list[PreferenceRow]:
-    """All rows of a source, which are preferences unless `row_of` (number, fields) reads something else.
+    """All rows of a source: preferences or, with `row_of(number, fields)`, what that makes of each row.
 
     Raises:
-        DataError: some rows are wrong, or there is none.
+        DataError: rows that cannot be used, or a source without rows.
         training.data.data_source.DataSourceError: there is no such source.
         OSError: the file cannot be read.
     """
@@ -108,7 +109,7 @@ def render_rows(rows: list[PreferenceRow], renderer: Renderer, source: Source) -
     """The rows in tokens; `source` is named in errors.
 
     Raises:
-        DataError: some texts do not fit the model.
+        DataError: texts that do not fit the model.
     """
     examples: list[Example] = []
     errors: list[tuple[int, str]] = []
@@ -125,21 +126,21 @@ def render_rows(rows: list[PreferenceRow], renderer: Renderer, source: Source) -
 
 
 def hold_out(rows: list[PreferenceRow], fraction: float) -> tuple[list[PreferenceRow], list[PreferenceRow]]:
-    """(rows to train on, about `fraction` of all to validate on).
+    """(rows to train on, rows to validate on); the second are about `fraction` of all.
 
-    By the hash of the prompt, or of the texts where there is no prompt: answers to one prompt stay on one side, and
-    the same file is always split in the same way.
+    The hash of the prompt decides, or of the texts where there is no prompt. So all answers to a prompt are in the same
+    part, and a file is always split in the same way.
     """
-    kept: list[PreferenceRow] = []
-    held: list[PreferenceRow] = []
+    train: list[PreferenceRow] = []
+    held_out: list[PreferenceRow] = []
     for row in rows:
         identity = repr(row.prompt) if row.prompt != Prompt(text="") else "\n".join(row.texts)
-        (held if share_of(identity) < fraction else kept).append(row)
-    return kept, held
+        (held_out if share_of(identity) < fraction else train).append(row)
+    return train, held_out
 
 
 def has_comparison(rows: list[PreferenceRow], min_gap: float) -> bool:
-    """Whether any two texts of one group are rated apart, and by `min_gap` or more."""
+    """Whether the ratings of any two texts of one group differ, and by `min_gap` or more."""
     ratings_by_group: dict[int, list[float]] = {}
     for row in rows:
         ratings_by_group.setdefault(row.group, []).extend(row.ratings)
@@ -150,13 +151,13 @@ def has_comparison(rows: list[PreferenceRow], min_gap: float) -> bool:
 def ordered_pairs(ratings_N: torch.Tensor, groups_N: torch.Tensor, min_gap: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(better_K, worse_K): indexes of every two texts of one group whose ratings are `min_gap` or more apart.
 
-    Equal ratings make no comparison, whatever the gap.
-    Texts sorted by group are compared with their neighbours 1, 2, ... places on, as far as the largest group reaches.
-    So memory grows with the texts and the comparisons found, not with the square of the texts.
+    Equal ratings make no comparison, whatever the gap. The texts are sorted by group, and each is compared with the
+    texts 1, 2, ... positions after it, up to the size of the largest group. So memory grows with the number of texts
+    and of comparisons, not with the square of the number of texts.
     """
     groups_N, by_group_N = groups_N.sort(stable=True)
     largest = int(torch.unique_consecutive(groups_N, return_counts=True)[1].max()) if len(groups_N) else 0
-    found = [torch.empty(2, 0, dtype=torch.long)]
+    comparisons = [torch.empty(2, 0, dtype=torch.long)]
     for distance in range(1, largest):
         left_K, right_K = by_group_N[:-distance], by_group_N[distance:]
         gaps_K = ratings_N[left_K] - ratings_N[right_K]
@@ -164,8 +165,8 @@ def ordered_pairs(ratings_N: torch.Tensor, groups_N: torch.Tensor, min_gap: floa
             (groups_N[:-distance] == groups_N[distance:]) & (gaps_K.abs() >= min_gap - GAP_ROUNDING) & (gaps_K != 0)
         )
         pairs_2_K = torch.where(gaps_K > 0, torch.stack([left_K, right_K]), torch.stack([right_K, left_K]))
-        found.append(pairs_2_K[:, comparable_K])
-    better_K, worse_K = torch.cat(found, dim=1)
+        comparisons.append(pairs_2_K[:, comparable_K])
+    better_K, worse_K = torch.cat(comparisons, dim=1)
     order_K = (better_K * len(ratings_N) + worse_K).argsort()
     return better_K[order_K], worse_K[order_K]
 
@@ -189,7 +190,7 @@ def _preference(line: int, fields: dict[str, Any]) -> PreferenceRow:
         reasons = (fields.get("chosen_finish_reason"), fields.get("rejected_finish_reason"))
         cut = frozenset(index for index, reason in enumerate(reasons) if reason == CUT)
         return PreferenceRow(line, prompt, (chosen, rejected), (math.inf, 0.0), line, margin, cut=cut)
-    if {"text", "rating"} <= keys and "prompt" not in keys:  # a rated text stands for itself; a prompt would be lost
+    if {"text", "rating"} <= keys and "prompt" not in keys:  # a rated text has no prompt; one would be lost
         return PreferenceRow(
             line, Prompt(text=""), (text_of(fields, "text"),), (_number(fields, "rating"),), RATED_GROUP
         )
@@ -206,11 +207,11 @@ def _are_texts(value: Any) -> bool:
 def _best_of_n_row(line: int, fields: dict[str, Any]) -> PreferenceRow:
     chosen, rejected = fields["chosen"], fields["rejected"]
     if not _are_texts(rejected):
-        raise TypeError("chosen is a list of strings, so rejected is one too, with at least one string")
+        raise TypeError("chosen is a list of strings, so rejected has to be one too, with at least one string")
     if both := set(chosen) & set(rejected):
         raise ValueError(f"chosen and rejected both hold {min(both)!r}")
-    asked = fields.get("prompt")
-    messages = (Message("user", asked),) if isinstance(asked, str) else messages_of({"prompt": asked}, "prompt")
+    prompt = fields.get("prompt")
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else messages_of({"prompt": prompt}, "prompt")
     ratings = (math.inf,) * len(chosen) + (0.0,) * len(rejected)
     return PreferenceRow(
         line, Prompt(messages=messages), (*chosen, *rejected), ratings, line, subset=str(fields.get("subset", ""))
@@ -225,20 +226,20 @@ def _pair(fields: dict[str, Any]) -> tuple[Prompt, str, str]:
             text_of(fields, "chosen"),
             text_of(fields, "rejected"),
         )
-    *asked, chosen = messages_of(fields, "chosen")
-    *asked_too, rejected = messages_of(fields, "rejected")
-    if asked != asked_too:
+    *conversation, chosen = messages_of(fields, "chosen")
+    *other_conversation, rejected = messages_of(fields, "rejected")
+    if conversation != other_conversation:
         raise ValueError("chosen and rejected differ before their last message, so they answer different prompts")
     if chosen.role != "assistant" or rejected.role != "assistant":
-        raise ValueError("the last message of chosen and of rejected has the role assistant")
+        raise ValueError("the last message of chosen and of rejected has to have the role assistant")
     prompt = fields.get("prompt", [])
     if isinstance(prompt, str):
-        asked = [Message("user", prompt), *asked]
+        conversation = [Message("user", prompt), *conversation]
     elif prompt:
-        asked = [*messages_of(fields, "prompt"), *asked]
-    if not asked:
+        conversation = [*messages_of(fields, "prompt"), *conversation]
+    if not conversation:
         raise ValueError("there is no prompt, neither as prompt nor before the last message")
-    return Prompt(messages=tuple(asked)), chosen.content, rejected.content
+    return Prompt(messages=tuple(conversation)), chosen.content, rejected.content
 
 
 def _number(fields: dict[str, Any], name: str) -> float:

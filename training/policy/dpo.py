@@ -1,14 +1,13 @@
-"""Direct preference optimisation, by which the policy learns to say what was chosen rather than what was not.
+"""Direct preference optimisation: the policy learns to prefer the chosen text of each pair to the rejected text.
 
 The loss of a pair (Rafailov et al. 2023, arXiv 2305.18290) is -log sigma(beta * (log-ratio of the chosen - log-ratio of
 the rejected)), where a text's log-ratio is log pi(text | prompt) - log pi_ref(text | prompt), summed over its tokens;
-pi_ref is the policy as it was. With preferences that follow Bradley and Terry's model of a reward r, its minimum is
-pi_ref * exp(r / beta) / Z: what RLHF with a KL penalty of beta would reach. Dropout is off, so that pi and pi_ref
-differ by what was learnt alone. The loop is TRL's DPOTrainer.
+pi_ref is the policy before training. If preferences follow Bradley and Terry's model of a reward r, the minimum is
+pi_ref * exp(r / beta) / Z, the optimum of RLHF with a KL penalty of beta. Dropout is off, so that pi and pi_ref differ
+only by training. The loop is TRL's DPOTrainer.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,13 @@ from trl import DPOConfig, DPOTrainer
 from training.data.data_source import Source
 from training.data.preferences import RATED_GROUP, DataError, PreferenceRow, read_rows
 from training.metrics_log import MetricsLog
-from training.policy.finetune import Parts, PolicyTraining, RunOptions, TrainablePolicy, fit
+from training.policy.config import DPOTraining, RunOptions
+from training.policy.finetune import DataSplit, TrainablePolicy, fit, trl_arguments
 from training.policy.tokens import TokenisedRow
 
 
-@dataclass(frozen=True, slots=True)
-class DPOTraining(PolicyTraining):
-    """`beta` is the price of a nat away from the policy as it was."""
-
-    beta: float = 0.1
-
-
 class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is untyped here
-    """TRL's trainer over rows that are in tokens already; it would tokenise prompt and answer as one text."""
+    """TRL's trainer over rows that are already in tokens; TRL would tokenise prompt and answer as one text."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
@@ -45,26 +38,26 @@ def train_dpo(
     validation_data: Source | None = None,
     holdout: float = 0.1,
 ) -> Path:
-    """Trains on preferences (see `training.data.preferences`) and returns the directory that can be served.
+    """Trains on preferences (see `training.data.preferences`) and returns the directory to serve.
 
-    After every epoch loss and accuracy are measured on the validation data or, without any, on the share `holdout` of
-    the rows; the accuracy is that of the log-ratios, as a reward, in telling the chosen from the rejected.
+    After every epoch the loss and the accuracy are measured on the validation data or, without any, on the share
+    `holdout` of the rows. The accuracy is the share of pairs whose chosen text has the higher log-ratio.
 
     Raises:
         DataError, DataSourceError: rows or a source that cannot be used, found before the first step.
-        CheckpointError: `out` holds checkpoints that this run cannot go on from.
-        TrainingError: the policy cannot be trained like this, or training diverged; nothing is written.
+        CheckpointError: `out` holds checkpoints that this run cannot continue from.
+        TrainingError: the policy cannot be trained with these settings, or training diverged; nothing is written.
     """
     validation = (_read_pairs(validation_data), validation_data) if validation_data else None
-    parts = Parts.of(_read_pairs(data), data, validation, holdout)
+    split = DataSplit.of(_read_pairs(data), data, validation, holdout)
     policy = TrainablePolicy(settings, dropout=False)
-    trained, held_out = policy.tokenised(parts)
+    train, held_out = policy.tokenised(split)
     trainer = TokenisedDPOTrainer(
         model=policy.model,
         processing_class=policy.tokenizer,
         peft_config=policy.adapters,
-        args=DPOConfig(**policy.arguments(out, options, validates=bool(held_out)), beta=settings.beta),
-        train_dataset=_dataset(trained),
+        args=DPOConfig(**trl_arguments(settings, policy, out, options, validates=bool(held_out)), beta=settings.beta),
+        train_dataset=_dataset(train),
         eval_dataset=_dataset(held_out) if held_out else None,
     )
     log = MetricsLog(
@@ -77,7 +70,7 @@ def train_dpo(
             "eval_rewards/accuracies": "validation_reward_accuracy",
         },
     )
-    return fit(trainer, policy, parts, "dpo", out, options, log)
+    return fit(trainer, policy, split, "dpo", out, options, log)
 
 
 def _read_pairs(source: Source) -> list[PreferenceRow]:
@@ -88,14 +81,14 @@ def _read_pairs(source: Source) -> list[PreferenceRow]:
 
 
 def _dataset(rows: list[TokenisedRow]) -> Dataset:
-    """Every chosen text of a row beside every rejected one."""
+    """Each chosen text of a row paired with each of its rejected texts."""
     return Dataset.from_list(
         [
-            {"prompt_ids": one.prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
-            for one in rows
-            for chosen_ids, rating in zip(one.completions, one.row.ratings, strict=True)
+            {"prompt_ids": row.prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+            for row in rows
+            for chosen_ids, rating in zip(row.completions, row.row.ratings, strict=True)
             if rating == math.inf
-            for rejected_ids, other_rating in zip(one.completions, one.row.ratings, strict=True)
+            for rejected_ids, other_rating in zip(row.completions, row.row.ratings, strict=True)
             if other_rating != math.inf
         ]
     )

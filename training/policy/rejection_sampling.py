@@ -1,78 +1,56 @@
-"""Best-of-n taught to the policy itself, round by round: `nbest improve`.
+"""`nbest improve`: trains a policy on its own best-of-n winners, round by round.
 
-A round draws N candidates for every training prompt from the policy as it is, keeps the winners, fine-tunes the policy
-on them, and measures it on held-out prompts at best_of=1. This is rejection-sampling fine-tuning, iterated (RAFT,
-arXiv 2304.06767): each round goes on from the policy of the one before.
+A round samples N candidates for every training prompt from the current policy, keeps the winners, fine-tunes the policy
+on them, and measures it on held-out prompts at best_of=1. This is iterated rejection-sampling fine-tuning (RAFT,
+arXiv 2304.06767): each round starts from the policy of the round before.
 
-    OUT/prompts/          train.jsonl, held-out.jsonl, and run.json: what the run is
-    OUT/round-0/          evaluation/: the policy before any training
+    OUT/prompts/          train.jsonl, held-out.jsonl, and run.json, which identifies the run
+    OUT/round-0/          evaluation/ of the policy before any training
     OUT/round-K/          samples/, winners.jsonl with its card, sft/ with the adapter and the model, evaluation/
-    OUT/summary.json      the table that is shown at the end
+    OUT/summary.json      the table that is printed at the end
 
-Each step is an nbest command (see `training.policy.subcommands`), and done where its result is there.
+Each step is an nbest command (see `training.policy.subcommands`) and is skipped if its result exists.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reranker.fsio import share_of
-from training.atomic_directory import appearing_whole
+from reranker.fsio import atomic_directory, share_of
 from training.checkpoints import require_same_run, write_run
 from training.data.data_source import Source, read_records
 from training.data.preferences import DataError
 from training.errors import TrainingError
-from training.policy.subcommands import Command, commands_in
+from training.policy.config import RejectionSamplingTraining
+from training.policy.subcommands import Command, locked_commands
 
-ROUNDS_APART = 1024
-"""Between the seeds of two rounds: more than there are candidates of a prompt, and 64 rounds fit between two lines."""
-
-
-@dataclass(frozen=True, slots=True)
-class Improvement:
-    """What decides the result of a run, but for the prompts and for how many rounds there are.
-
-    `top_fraction` of the winners are kept, those of the highest reward. `evaluation_samples` candidates of each
-    held-out prompt are drawn, whose mean reward is that of best_of=1.
-    """
-
-    model: str = "smollm2-135m-instruct"
-    reward_model: str = "movie-sentiment=movie-sentiment"
-    best_of: int = 8
-    max_tokens: int = 64
-    temperature: float = 1.0
-    top_fraction: float | None = None
-    evaluation_samples: int = 4
-    epochs: float = 2.0
-    batch_size: int = 16
-    learning_rate: float = 2e-4
-    lora_rank: int = 16
-    seed: int = 0
+ROUND_SEED_STRIDE = 1024
+"""Seeds between two rounds: more than the candidates of a prompt, and 64 rounds fit into the seeds of one line."""
 
 
 def improve(
     prompts: Source,
     out: Path,
-    settings: Improvement,
+    settings: RejectionSamplingTraining,
     rounds: int,
     *,
     held_out: Source | None = None,
     holdout: float = 0.2,
     command: Command | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs what is not there yet of that many rounds; a row of the table for each round, the base's first.
+    """Runs the steps of `rounds` rounds that have no result yet; returns one row per round, the base policy's first.
 
-    Without `held_out` prompts a share `holdout` of all is held out, by hash, so that equal prompts stay on one side.
+    Without `held_out` prompts, the share `holdout` of all prompts is held out by hash, so equal prompts stay together.
 
     Raises:
         DataError, DataSourceError: prompts that cannot be used.
         CheckpointError: `out` holds another run.
-        TrainingError: another run works there, or a command failed; what is done is kept.
+        TrainingError: another run is using `out`, or a command failed; finished steps are kept.
     """
-    with commands_in(out) as own:
-        run = command or own
+    with locked_commands(out) as run_command:
+        run = command or run_command
         _write_prompts(prompts, held_out, holdout, out / "prompts", settings)
         table = []
         for number in range(rounds + 1):
@@ -82,18 +60,18 @@ def improve(
 
 
 def table_lines(table: list[dict[str, Any]]) -> list[str]:
-    """The table as text, a line for each round."""
+    """The table as text, one line per round under a heading."""
 
-    def told(figure: dict[str, float] | None) -> str:
-        return f"{figure['mean']:.2f} ({figure['low']:.2f} … {figure['high']:.2f})" if figure else "-"
+    def interval(mean: dict[str, float] | None) -> str:
+        return f"{mean['mean']:.2f} ({mean['low']:.2f} … {mean['high']:.2f})" if mean else "-"
 
     rows = [("round", "demonstrations", "reward of the winners", "held-out reward at best_of=1")]
     rows += [
         (
             str(row["round"]),
             str(row.get("demonstrations", "-")),
-            told(row.get("winner_reward")),
-            told(row["held_out_reward"]),
+            interval(row.get("winner_reward")),
+            interval(row["held_out_reward"]),
         )
         for row in table
     ]
@@ -101,48 +79,54 @@ def table_lines(table: list[dict[str, Any]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def _round(number: int, out: Path, settings: Improvement, run: Command) -> dict[str, Any]:
-    place = out / f"round-{number}"
+def _round(number: int, out: Path, settings: RejectionSamplingTraining, run: Command) -> dict[str, Any]:
+    directory = out / f"round-{number}"
     row: dict[str, Any] = {"round": number}
     if number:
-        samples, winners = place / "samples", place / "winners.jsonl"
+        samples, winners = directory / "samples", directory / "winners.jsonl"
         before = _policy(out, number - 1, settings)
         _batch(out / "prompts" / "train.jsonl", samples, before, settings.best_of, number, settings, run)
         if not winners.exists():
             top = ["--top-fraction", str(settings.top_fraction)] if settings.top_fraction is not None else []
             run(["export", str(samples), "--format", "sft", "--out", str(winners), *top])
-        if not (place / "sft" / "model").is_dir():
-            run(_sft(before, winners, place / "sft", settings))
+        if not (directory / "sft" / "model").is_dir():
+            run(_sft(before, winners, directory / "sft", settings))
         row["demonstrations"] = winners.read_bytes().count(b"\n")
         row["winner_reward"] = _summary(samples)["winner_reward"]
-    evaluation = place / "evaluation"
+    evaluation = directory / "evaluation"
     policy = _policy(out, number, settings)
     _batch(out / "prompts" / "held-out.jsonl", evaluation, policy, settings.evaluation_samples, 0, settings, run)
     return row | {"model": policy, "held_out_reward": _summary(evaluation)["reward_at_n"]["1"]}
 
 
-def _policy(out: Path, number: int, settings: Improvement) -> str:
-    """The policy as it is after that round."""
+def _policy(out: Path, number: int, settings: RejectionSamplingTraining) -> str:
+    """The policy at the end of round `number`."""
     return str(out / f"round-{number}" / "sft" / "model") if number else settings.model
 
 
 def _batch(
-    prompts: Path, out: Path, model: str, best_of: int, number: int, settings: Improvement, run: Command
+    prompts: Path,
+    out: Path,
+    model: str,
+    best_of: int,
+    number: int,
+    settings: RejectionSamplingTraining,
+    run: Command,
 ) -> None:
-    if (out / "summary.json").exists():  # the last that a run writes
+    if (out / "summary.json").exists():  # nbest batch writes it last
         return
     sampling = {
         "--best-of": best_of,
         "--max-tokens": settings.max_tokens,
         "--temperature": settings.temperature,
-        "--seed": settings.seed + ROUNDS_APART * number,
+        "--seed": settings.seed + ROUND_SEED_STRIDE * number,
     }
     models = ["--model", model, "--reward-model", settings.reward_model]
     options = [word for name, value in sampling.items() for word in (name, str(value))]
     run(["batch", str(prompts), "--out", str(out), *models, *options])
 
 
-def _sft(model: str, winners: Path, out: Path, settings: Improvement) -> list[str]:
+def _sft(model: str, winners: Path, out: Path, settings: RejectionSamplingTraining) -> list[str]:
     recipe = {
         "--epochs": settings.epochs,
         "--batch-size": settings.batch_size,
@@ -168,24 +152,27 @@ def _sft(model: str, winners: Path, out: Path, settings: Improvement) -> list[st
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    if not found["winner_reward"]:
-        raise TrainingError(
-            f"none of the prompts in {run} has an answer with a reward; {run / 'failed.jsonl'} tells why"
-        )
-    return found
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    if not summary["winner_reward"]:
+        raise TrainingError(f"no prompt in {run} has an answer with a reward; {run / 'failed.jsonl'} gives the reasons")
+    return summary
 
 
 def _write_prompts(
-    prompts: Source, held_out: Source | None, holdout: float, directory: Path, settings: Improvement
+    prompts: Source, held_out: Source | None, holdout: float, directory: Path, settings: RejectionSamplingTraining
 ) -> None:
-    """Both parts and the identity of the run, once; or a comparison with those that are there."""
+    """Writes both sets of prompts and run.json; if they exist, checks that they belong to the same run.
+
+    Raises:
+        DataError: prompts that cannot be used, or an empty set.
+        CheckpointError: `directory` belongs to another run.
+    """
     parts = {"train.jsonl": _read(prompts), "held-out.jsonl": _read(held_out) if held_out else []}
     if not held_out:
         everything = parts["train.jsonl"]
         parts = {
-            "train.jsonl": [line for line in everything if _share(line) >= holdout],
-            "held-out.jsonl": [line for line in everything if _share(line) < holdout],
+            "train.jsonl": [line for line in everything if _prompt_share(line) >= holdout],
+            "held-out.jsonl": [line for line in everything if _prompt_share(line) < holdout],
         }
     for name, lines in parts.items():
         if not lines:
@@ -195,7 +182,7 @@ def _write_prompts(
     if directory.is_dir():
         require_same_run(directory, run)
         return
-    with appearing_whole(directory) as unfinished:
+    with atomic_directory(directory) as unfinished:
         unfinished.mkdir(parents=True)
         for name, text in texts.items():
             (unfinished / name).write_text(text)
@@ -203,7 +190,7 @@ def _write_prompts(
 
 
 def _read(source: Source) -> list[dict[str, Any]]:
-    """Lines as `nbest batch` takes them; what else may be wrong with them it will tell in its failed.jsonl."""
+    """Lines for `nbest batch`. Only the prompt is checked here; the batch reports other errors in its failed.jsonl."""
     lines: list[dict[str, Any]] = []
     errors: list[tuple[int, str]] = []
     for number, content in read_records(source):
@@ -221,6 +208,6 @@ def _read(source: Source) -> list[dict[str, Any]]:
     return lines
 
 
-def _share(line: dict[str, Any]) -> float:
-    """A number in [0, 1) that depends on the prompt or messages of a line alone."""
+def _prompt_share(line: dict[str, Any]) -> float:
+    """A number from 0 to 1 that depends on the prompt alone."""
     return share_of(json.dumps([line.get("prompt"), line.get("messages")]))

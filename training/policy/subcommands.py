@@ -1,8 +1,8 @@
-"""Runs that are made of `nbest` commands, one after the other, over one directory.
+"""Runs made of `nbest` commands, one after another, in one output directory.
 
-Each command is a process of its own, so that engine and trainer never hold memory at once. A command writes its result
-whole or not at all and goes on by itself where it was interrupted; so such a run only asks which results are there. The
-lock on its directory is handed to the commands too: while one of a killed run still works, the next run is refused.
+Each command is a process of its own, so that engine and trainer never hold memory at the same time. A command writes
+its result whole or not at all, and continues an interrupted run of its own; the caller only checks which results exist.
+The commands inherit the lock on the directory: while a command of a killed run is still running, a new run is refused.
 """
 
 import fcntl
@@ -20,46 +20,47 @@ Command = Callable[[Sequence[str]], None]
 """Runs `nbest` with these arguments.
 
 Raises:
-    TrainingError: it failed.
+    TrainingError: the command failed.
 """
 
 
 @contextmanager
-def commands_in(out: Path) -> Iterator[Command]:
-    """Keeps the directory for this run, and gives what runs its commands.
+def locked_commands(out: Path) -> Iterator[Command]:
+    """Locks the directory for one run and yields the function that runs its commands.
 
     Raises:
-        TrainingError: another run works there.
+        TrainingError: another run holds the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise TrainingError(f"a run works in {out}; wait for its end, or choose another --out") from error
-        # The descriptor holds the lock for every process that has it.
+            raise TrainingError(f"another run is using {out}; wait until it ends, or choose another --out") from error
+        # Every process that has the descriptor holds the lock.
         yield lambda arguments: _nbest(arguments, file.fileno())
 
 
 def _nbest(arguments: Sequence[str], lock: int) -> None:
-    """Runs the command to its end; a signal to this process is the command's, which stops so that it can go on."""
+    """Runs the command to its end. SIGINT and SIGTERM are passed to the command, which stops and can be resumed."""
     program = str(Path(sys.executable).with_name("nbest"))
     received: list[int] = []
     with subprocess.Popen([program, *arguments], pass_fds=(lock,)) as process:  # noqa: S603 (our own command)
 
-        def hand_on(number: int, _: Any) -> None:
+        def forward(number: int, _: Any) -> None:
             received.append(number)
             process.send_signal(number)
 
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             code = process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
     if received:
-        raise TrainingError(f"stopped by signal {received[0]}; the same command goes on")
+        raise TrainingError(f"stopped by signal {received[0]}; run the same command to continue")
     if code:
         raise TrainingError(
-            f"nbest {' '.join(arguments)} ended with {code}; what is done is kept, the same command goes on"
+            f"nbest {' '.join(arguments)} ended with exit code {code}; finished steps are kept, and the same command "
+            "continues from them"
         )

@@ -1,9 +1,9 @@
-"""What a policy reads and what it learns, in tokens.
+"""The tokens that a policy reads and the tokens that it learns.
 
-The prompt's tokens are those that the engine gives it when it is served (`server.generation.prompt_tokens`), and a
-completion follows in tokens of its own, as one that is drawn does: no token straddles the border, which it might where
-both are tokenised as one text. A completion that ended by itself is closed by EOS; one that was cut by its length is
-not, or the policy would learn to stop there.
+The prompt has the tokens that the engine gives it in serving (`server.generation.prompt_tokens`). The completion is
+tokenised on its own and follows, as in sampling: no token spans the border between them, which can happen if both are
+tokenised as one text. A completion that ended normally is closed by EOS. A completion that was cut by its length is not
+closed, or the policy would learn to stop there.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from training.data.preferences import DataError, PreferenceRow
 
 @dataclass(frozen=True, slots=True)
 class TokenisedRow:
-    """A row's prompt, and its texts in their order."""
+    """A row's prompt and texts in tokens; `completions` are in the order of `row.texts`."""
 
     row: PreferenceRow
     prompt_ids: list[int]
@@ -27,10 +27,12 @@ class TokenisedRow:
 
 
 def tokenise(rows: list[PreferenceRow], tokenizer: Any, max_length: int, source: Source) -> list[TokenisedRow]:
-    """All rows in tokens, the ends of completions cut to `max_length` with their prompt; `source` is named in errors.
+    """All rows in tokens; a completion is truncated so that prompt and completion have at most `max_length` tokens.
+
+    `source` is named in errors.
 
     Raises:
-        DataError: some prompts leave no room, some completions are empty, or a chat template is missing.
+        DataError: prompts that leave no room for a completion, empty completions, or a missing chat template.
     """
     tokenised: list[TokenisedRow] = []
     errors: list[tuple[int, str]] = []
@@ -54,7 +56,7 @@ def _prompt_ids(tokenizer: Any, prompt: Prompt, max_length: int) -> list[int]:
         raise ValueError(str(error)) from error
     if len(prompt_ids) >= max_length:
         raise ValueError(
-            f"the prompt is {len(prompt_ids)} tokens and {max_length} are read, so none is left to learn; "
+            f"the prompt has {len(prompt_ids)} tokens and {max_length} are read, so no completion fits; "
             "raise --max-length, or leave the row out"
         )
     return prompt_ids

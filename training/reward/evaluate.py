@@ -1,8 +1,8 @@
 """Measures a reward model on preferences.
 
-pair accuracy       how often it puts two texts in the order people did, in all and by how far the ratings are apart
-log loss, curve     whether a difference of rewards is the odds it claims to be; see `training.reward.calibration`
-length alone        the pair accuracy of preferring the longer text: what a reward has to beat
+pair accuracy       how often it orders two texts as people did: over all pairs, and by the difference of the ratings
+log loss, curve     whether its reward differences are calibrated; see `training.reward.calibration`
+length alone        the pair accuracy of preferring the longer text, which a reward model has to beat
 best-of-n accuracy  for rows with several answers; see `training.reward.best_of_n_accuracy`
 """
 
@@ -17,18 +17,18 @@ from training.data.data_source import Source
 from training.data.preferences import DataError, PreferenceRow, has_comparison, read_rows, render_rows
 from training.reward.best_of_n_accuracy import BestOfNAccuracy, best_of_n_accuracy
 from training.reward.calibration import ReliabilityBin, calibration_error, log_loss, reliability_curve
-from training.reward.pair_accuracy import PairAccuracy, leads_of_the_better, pair_accuracy
+from training.reward.pair_accuracy import PairAccuracy, better_leads, pair_accuracy
 
 BATCH_TOKENS = 2048
-"""Tokens of one scoring batch, padding included: long enough to fill the machine, short enough for any memory."""
+"""Tokens of one scoring batch, padding included: enough to use the hardware well, and few enough for any memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardEvaluation:
-    """What was measured; `log_loss` in nats.
+    """All measurements; `log_loss` is in nats.
 
-    `by_gap` holds the pair accuracy of comparisons of like difficulty: name of the range of gaps -> accuracy. Those
-    closer than the least gap are among them and not in `overall`: people may well disagree about their order.
+    `by_gap` holds the pair accuracy by difficulty: name of a range of rating gaps -> accuracy. It includes the
+    comparisons below the smallest gap, which `overall` leaves out because people may disagree about their order.
     `best_of_n`: `all` and the subsets named in the data -> accuracy; empty without rows of several answers.
     """
 
@@ -42,10 +42,10 @@ class RewardEvaluation:
 
 
 def evaluate_reward(model: RewardModel, source: Source, *, min_gap: float = 1.0) -> RewardEvaluation:
-    """All measures of the model on the data.
+    """Measures the model on the data.
 
     Raises:
-        training.data.preferences.DataError: rows that cannot be used, or nothing to compare.
+        training.data.preferences.DataError: rows that cannot be used, or no comparison among them.
     """
     rows = read_rows(source)
     if not has_comparison(rows, min_gap):
@@ -58,7 +58,7 @@ def evaluate_reward(model: RewardModel, source: Source, *, min_gap: float = 1.0)
 def accuracies(
     rewards: Sequence[tuple[float, ...]], rows: Sequence[PreferenceRow], *, min_gap: float
 ) -> RewardEvaluation:
-    """The evaluation of rewards already known: for each row one reward per text."""
+    """The evaluation of given rewards; `rewards` holds one tuple per row, with one reward per text."""
     edges = [0.0, *(min_gap + step for step in range(4)), math.inf]
     by_gap: dict[str, PairAccuracy] = {}
     for low, high in itertools.pairwise(edges):
@@ -66,8 +66,8 @@ def accuracies(
         try:
             by_gap[name] = pair_accuracy(rewards, rows, min_gap=low, max_gap=high)
         except ValueError:
-            continue  # no two texts are that far apart
-    leads_K = leads_of_the_better(rewards, rows, min_gap=min_gap)
+            continue  # no two ratings are that far apart
+    leads_K = better_leads(rewards, rows, min_gap=min_gap)
     reliability = reliability_curve(leads_K)
     lengths = [tuple(float(len(text)) for text in row.texts) for row in rows]
     return RewardEvaluation(
@@ -82,14 +82,14 @@ def accuracies(
 
 
 def score_rows(model: RewardModel, rows: list[PreferenceRow], source: Source) -> list[tuple[float, ...]]:
-    """For each row one reward per text."""
+    """Scores all rows; the result holds one tuple per row, with one reward per text."""
     examples = render_rows(rows, model.renderer, source)
     rewards = iter(score_all(model.score, [rendered for example in examples for rendered in example.rendered]))
     return [tuple(itertools.islice(rewards, len(row.texts))) for row in rows]
 
 
 def score_all(score: Callable[[list[Rendered]], list[float]], rendered_N: Sequence[Rendered]) -> list[float]:
-    """Rewards in order, computed in batches of texts of like length."""
+    """rewards_N in the order of `rendered_N`, computed in batches of texts of similar length."""
     rewards_N = [math.nan] * len(rendered_N)
     batch: list[int] = []
     for index in sorted(range(len(rendered_N)), key=lambda i: len(rendered_N[i].token_ids)):

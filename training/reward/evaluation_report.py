@@ -1,4 +1,4 @@
-"""An evaluation of a reward model as two files: evaluation.json with every figure, evaluation.png with the curves."""
+"""Writes the evaluation of a reward model: all figures to evaluation.json, the plots to evaluation.png."""
 
 import json
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from training.reward.evaluate import RewardEvaluation
 
 
 def write_report(evaluation: RewardEvaluation, out: Path, *, reward_model: str, data: str, min_gap: float) -> None:
-    """Writes both files into the directory `out`, which is made if need be."""
+    """Writes both files into the directory `out`, which is created if it is missing."""
     out.mkdir(parents=True, exist_ok=True)
     figures = {"reward_model": reward_model, "data": data, "min_gap": min_gap} | asdict(evaluation)
     (out / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
@@ -23,14 +23,14 @@ def write_report(evaluation: RewardEvaluation, out: Path, *, reward_model: str, 
 
 
 def _plot_reliability(axes: Axes, evaluation: RewardEvaluation) -> None:
-    axes.plot([0.5, 1.0], [0.5, 1.0], color="grey", linestyle="--", label="perfectly calibrated")
+    axes.plot([0.5, 1.0], [0.5, 1.0], color="grey", linestyle="--", label="perfect calibration")
     axes.plot(
         [point.predicted for point in evaluation.reliability],
         [point.won for point in evaluation.reliability],
         marker="o",
         label=f"log loss {evaluation.log_loss:.3f}, calibration error {evaluation.calibration_error:.3f}",
     )
-    axes.set(xlabel="predicted probability that the favourite wins", ylabel="share won", title="reliability")
+    axes.set(xlabel="predicted probability that the favourite wins", ylabel="share of wins", title="reliability")
     axes.legend()
 
 
@@ -43,9 +43,9 @@ def _plot_accuracy(axes: Axes, evaluation: RewardEvaluation) -> None:
         f"best of n, {name}": (accuracy.accuracy, accuracy.low, accuracy.high)
         for name, accuracy in evaluation.best_of_n.items()
     }
-    for place, (accuracy, low, high) in enumerate(measured.values()):
-        axes.plot([low, high], [place, place], color="tab:blue")
-        axes.plot([accuracy], [place], color="tab:blue", marker="o")
+    for y, (accuracy, low, high) in enumerate(measured.values()):
+        axes.plot([low, high], [y, y], color="tab:blue")
+        axes.plot([accuracy], [y], color="tab:blue", marker="o")
     axes.set_yticks(range(len(measured)), list(measured))
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="accuracy with 95% interval", title="right order")

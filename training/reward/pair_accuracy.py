@@ -1,13 +1,13 @@
-"""How often a scorer puts two texts in the order people did.
+"""Pair accuracy: how often a scorer orders two texts as their human ratings do.
 
-Two texts of a group whose ratings are `min_gap` or more apart are a comparison; it is won if the better one scores
+Two texts of a group whose ratings are `min_gap` or more apart are a comparison. It is won if the better text scores
 higher, and half won in a tie. Comparisons that share a text are not independent, so the 95% interval is a bootstrap
-over rows (rated texts, or pairs) and not over comparisons: rows are drawn anew with replacement, and a comparison
-counts as often as both its rows were drawn.
+over rows (rated texts, or pairs) and not over comparisons: rows are resampled with replacement, and a comparison counts
+t_i * t_j times if its rows were drawn t_i and t_j times.
 
-All comparisons are counted, none are sampled: 5,000 rated texts make 12 million. So draws are not gone through one by
-one: with W the matrix of who won against whom and t how often each row was drawn, the won comparisons are t' W t, a
-matrix product for all draws at once.
+All comparisons are counted, without sampling: 5,000 rated texts make 12 million. So the draws are not computed in turn:
+with W the matrix of wins of row over row and t the times that each row was drawn, the number of won comparisons is
+t' W t, one matrix product for all draws.
 """
 
 import math
@@ -21,13 +21,13 @@ from training.data.preferences import GAP_ROUNDING, ordered_pairs
 
 RESAMPLES = 1000
 ROWS_AT_ONCE = 512
-"""Rows of the matrix of comparisons that are in memory together."""
+"""Rows of the matrix of comparisons that are in memory at a time."""
 TIMES_AT_ONCE = 2**26
-"""Numbers of times a row was drawn that are in memory together, 4 bytes each."""
+"""Counts of drawn rows that are in memory at a time, 4 bytes each."""
 
 
 class Rated(Protocol):
-    """What a row tells: ratings of its texts, and the group they compare in."""
+    """A row's ratings, one per text, and the group within which its texts are compared."""
 
     @property
     def ratings(self) -> tuple[float, ...]: ...
@@ -38,7 +38,7 @@ class Rated(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PairAccuracy:
-    """Share of comparisons in the right order, its 95% interval, and how many comparisons and rows it stands on."""
+    """Share of comparisons in the right order, its 95% interval, and the number of comparisons and rows."""
 
     accuracy: float
     low: float
@@ -69,8 +69,8 @@ def pair_accuracy(
     return PairAccuracy(float(wins_K.mean()), low, high, len(leads_K), len(rows))
 
 
-def leads_of_the_better(rewards: Sequence[tuple[float, ...]], rows: Sequence[Rated], *, min_gap: float) -> torch.Tensor:
-    """leads_K: for every comparison the reward of the better text less that of the worse.
+def better_leads(rewards: Sequence[tuple[float, ...]], rows: Sequence[Rated], *, min_gap: float) -> torch.Tensor:
+    """leads_K: for every comparison, the reward of the better text minus the reward of the worse.
 
     Raises:
         ValueError: there is nothing to compare.
@@ -81,7 +81,7 @@ def leads_of_the_better(rewards: Sequence[tuple[float, ...]], rows: Sequence[Rat
 def _resampled(
     wins_K: torch.Tensor, first_K: torch.Tensor, second_K: torch.Tensor, rows: int, seed: int
 ) -> torch.Tensor:
-    """accuracies_S of S draws of rows, less those draws that hold no comparison."""
+    """accuracies_S of S resamples of the rows, without the resamples that hold no comparison."""
     generator = torch.Generator().manual_seed(seed)
     accuracies: list[torch.Tensor] = []
     while (missing := RESAMPLES - sum(map(len, accuracies))) > 0:
@@ -92,15 +92,15 @@ def _resampled(
         won_S = _count(wins_K, first_K, second_K, times_N_S)
         accuracies.append(won_S / _count(torch.ones_like(wins_K), first_K, second_K, times_N_S))
     accuracies_S = torch.cat(accuracies)
-    return accuracies_S[accuracies_S.isfinite()]  # 0/0 where a draw held no comparison
+    return accuracies_S[accuracies_S.isfinite()]  # 0/0 where a resample holds no comparison
 
 
 def _count(
     values_K: torch.Tensor, first_K: torch.Tensor, second_K: torch.Tensor, times_N_S: torch.Tensor
 ) -> torch.Tensor:
-    """sums_S of the values, each as often as both its rows were drawn, or its one row.
+    """sums_S of the values, each weighted by the times that its rows were drawn: t_i * t_j, or t_i within a row.
 
-    Exact in float32: halves and whole numbers, and a row's sum stays far below 2^23.
+    Exact in float32: the values are halves and whole numbers, and the sum of a row stays far below 2^23.
     """
     within_K = first_K == second_K
     own_N = torch.zeros(len(times_N_S)).index_add_(0, first_K[within_K], values_K[within_K].float())

@@ -1,22 +1,22 @@
 """Trains a reward model on preferences.
 
 The loss is Bradley and Terry's (1952): the better of two texts wins with probability sigma(r_better - r_worse), and
--log of that is minimised, as for InstructGPT (arXiv 2203.02155, section 3.5). Like there, every text of a batch is
-computed once and compared with all texts it can be compared with: a batch of B rated texts gives up to B(B-1)/2
-comparisons for B forward passes. A batch of pairs is the same thing with one comparison in each pair, and a margin
-that the better one should win by where the data has one (Llama 2, arXiv 2307.09288, section 3.2.2).
+-log of that is minimised, as for InstructGPT (arXiv 2203.02155, section 3.5). As there, every text of a batch is
+computed once and compared with all texts that it can be compared with: a batch of B rated texts gives up to B(B-1)/2
+comparisons for B forward passes. A batch of pairs has one comparison for each pair and, where the data gives one, a
+margin by which the better text should win (Llama 2, arXiv 2307.09288, section 3.2.2).
 
-What learns is the scalar head, and, with the method `lora`, low-rank adapters in the linear layers of the trunk
-(arXiv 2106.09685), which is frozen itself; with the method `full`, the whole trunk. The head starts at a standard
-deviation of 1/sqrt(d + 1), so that first rewards are of order one (arXiv 2403.17031, 4.1). The loop is transformers'
-Trainer.
+The scalar head is trained. With the method `lora`, so are low-rank adapters in the linear layers of the trunk
+(arXiv 2106.09685), which itself is frozen; with the method `full`, so is the whole trunk. The head starts at a standard
+deviation of 1/sqrt(d + 1), so that the first rewards are of order one (arXiv 2403.17031, 4.1). The loop is
+transformers' Trainer.
 
-`num_layers` cuts the trunk: the reward model reads its lowest layers only. The upper layers of a language model serve
-to say the next word; probes find what a text means below them, and a trunk that ends there is also cheaper.
+With `num_layers` the reward model uses only that many of the lowest layers of the trunk. The upper layers of a language
+model serve to predict the next token; probes find the meaning of a text below them. A shorter trunk is also cheaper.
 
-OUT/adapter is a PEFT directory that `RewardModel.load` reads, OUT/model (method `full`) one of transformers; either
-appears whole or not at all. The order of the data depends on the seed and the epoch alone, so a run that goes on from a
-checkpoint ends where it would have ended without the interruption.
+OUT/adapter is a PEFT directory that `RewardModel.load` reads. OUT/model (method `full`) is a transformers directory.
+Either is written whole or not at all. The order of the data depends on the seed and the epoch alone, so a run that
+resumes from a checkpoint ends with the same weights as an uninterrupted run.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +36,11 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from reranker.models.bundled import resolve
-from reranker.models.device import Precision, takes_bfloat16
-from reranker.models.rendering import Rendered, RenderingStyle, pad
+from reranker.models.device import takes_bfloat16
+from reranker.models.rendering import Rendered, pad
 from reranker.models.reward_model import RewardConfig, RewardModelError, forward_rewards, load_classifier, make_renderer
 from training import checkpoints
-from training.atomic_directory import appearing_whole
+from training.atomic_directory import atomic_model_directory
 from training.data.data_source import Source
 from training.data.preferences import (
     DataError,
@@ -52,45 +52,12 @@ from training.data.preferences import (
     render_rows,
 )
 from training.metrics_log import LOG_EVERY_STEPS, MetricsLog
+from training.reward.config import RewardTraining
 from training.reward.evaluate import score_all
 from training.reward.pair_accuracy import PairAccuracy, pair_accuracy
 
-Method = Literal["lora", "head", "full"]
-
 NORMALISATION_TEXTS = 1024
-"""Trained texts whose rewards give mean and deviation: the mean is then known to 3% of a deviation."""
-
-
-@dataclass(frozen=True, slots=True)
-class RewardTraining:
-    """Everything that decides the result of a run.
-
-    `batch_size` counts rows: rated texts, or pairs. `min_gap` is the least difference of two ratings that makes a
-    comparison; pairs always count. `center` weighs the penalty that keeps rewards around zero. `lora_layers`: how many
-    of the layers read, from the top, get adapters; None for all. `dtype` is what the trunk computes in; the weights
-    that learn stay in float32.
-    """
-
-    base_model: str = "smollm2-135m-instruct"
-    method: Method = "lora"
-    style: RenderingStyle = "chat"
-    num_layers: int | None = None
-    lora_layers: int | None = None
-    lora_rank: int = 8
-    epochs: float = 1.0
-    batch_size: int = 32
-    learning_rate: float = 3e-4
-    warmup_fraction: float = 0.05
-    min_gap: float = 1.0
-    center: float = 0.0
-    max_length: int | None = None
-    dtype: Precision = "auto"
-    seed: int = 0
-
-    @property
-    def weights_name(self) -> str:
-        """The directory of the run that holds the reward model."""
-        return "model" if self.method == "full" else "adapter"
+"""Training texts whose rewards give mean and standard deviation: the mean is then known to 3% of a deviation."""
 
 
 def bradley_terry_loss(
@@ -101,10 +68,11 @@ def bradley_terry_loss(
     margins_K: torch.Tensor | float = 0.0,
     center: float = 0.0,
 ) -> torch.Tensor:
-    """Mean of -log sigma(r_better - r_worse - margin) over K comparisons in nats; 0 where a batch holds none.
+    """Mean of -log sigma(r_better - r_worse - margin) over K comparisons, in nats; 0 if there is no comparison.
 
-    The loss does not change when all rewards move together. `center` adds center * mean((r_better + r_worse)^2), which
-    pulls them to zero (arXiv 2312.09244); TRL calls it `center_rewards_coefficient` and suggests 0.01.
+    The loss does not change when all rewards change by the same amount. `center` adds
+    center * mean((r_better + r_worse)^2), which pulls them to zero (arXiv 2312.09244); TRL calls it
+    `center_rewards_coefficient` and suggests 0.01.
     """
     if len(better_K) == 0:
         return rewards_N.sum() * 0.0
@@ -127,14 +95,14 @@ def train_reward(
     """Trains on preferences (see `training.data.preferences`); writes the reward model and its metrics into `out`.
 
     After every epoch the pair accuracy is measured on the validation data or, without any, on the share `holdout` of
-    the rows, which is not trained on; the last measurement is returned, None if there was nothing held out. Every
-    `checkpoint_every` steps all that is needed to go on is saved; with `resume` the run goes on from there, and starts
-    at the beginning where nothing was saved yet.
+    the rows, which is not trained on. Returns the last measurement, or None if no row is held out. Every
+    `checkpoint_every` steps a checkpoint is written; with `resume` the run continues from the last checkpoint, or
+    starts from the beginning if there is none.
 
     Raises:
         training.data.preferences.DataError: rows that cannot be used, found before the first step.
         training.data.data_source.DataSourceError: there is no such data.
-        training.checkpoints.CheckpointError: `out` holds checkpoints that this run cannot go on from.
+        training.checkpoints.CheckpointError: `out` holds checkpoints that this run cannot continue from.
         reranker.models.reward_model.RewardModelError: the base model cannot be loaded, or training diverged;
             nothing is saved.
     """
@@ -144,12 +112,12 @@ def train_reward(
         if (part or name == "trained on") and not has_comparison(part, settings.min_gap):
             raise DataError(
                 validation_data if validation_data and part is held_out else train_data,
-                [(1, f"no two texts of the rows {name} compare: there are too few, or ratings too alike")],
+                [(1, f"the rows {name} give no comparison: they are too few, or their ratings too similar")],
             )
     if settings.batch_size == 1 and all(len(row.texts) == 1 for row in rows):
         raise DataError(
             train_data,
-            [(1, "rated texts compare within a batch, and a batch of 1 has nothing to compare; choose a larger one")],
+            [(1, "rated texts are compared within a batch, and a batch of 1 has no comparison; raise --batch-size")],
         )
     set_seed(settings.seed)
     base = resolve(settings.base_model)
@@ -208,8 +176,8 @@ def _training_arguments(
         logging_steps=LOG_EVERY_STEPS,
         save_steps=checkpoint_every,
         save_total_limit=2,
-        report_to="none",  # training.metrics_log does it
-        logging_nan_inf_filter=False,  # a loss that is no number is told as it is
+        report_to="none",  # training.metrics_log writes the metrics
+        logging_nan_inf_filter=False,  # log a NaN loss as NaN
         remove_unused_columns=False,
         disable_tqdm=not progress,
         dataloader_pin_memory=False,
@@ -217,7 +185,7 @@ def _training_arguments(
 
 
 class RewardTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """transformers' loop with the Bradley-Terry loss, in batches of texts of like length: little padding."""
+    """transformers' loop with the Bradley-Terry loss, in batches of texts of similar length, which saves padding."""
 
     def __init__(self, settings: RewardTraining, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -226,7 +194,7 @@ class RewardTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         examples = train_dataset or self.train_dataset
         steps_per_epoch = math.ceil(len(examples) / self._settings.batch_size)
-        return _LengthGrouped(
+        return _SeededLengthGroupedSampler(
             [max(len(r.token_ids) for r in example.rendered) for example in examples],
             self._settings,
             epoch=lambda: int(self.state.global_step) // steps_per_epoch,
@@ -243,8 +211,8 @@ class RewardTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
         )
 
 
-class _LengthGrouped(LengthGroupedSampler):  # type: ignore[misc]  # transformers is untyped here
-    """transformers' sampler, in an order that depends on seed and epoch and not on what was drawn before."""
+class _SeededLengthGroupedSampler(LengthGroupedSampler):  # type: ignore[misc]  # transformers is untyped here
+    """transformers' sampler, in an order that depends only on seed and epoch, so that a resumed run repeats it."""
 
     def __init__(self, lengths: list[int], settings: RewardTraining, epoch: Callable[[], int]) -> None:
         super().__init__(settings.batch_size, lengths=lengths)
@@ -257,7 +225,7 @@ class _LengthGrouped(LengthGroupedSampler):  # type: ignore[misc]  # transformer
 
 
 def collate(batch: Sequence[Example], pad_id: int, min_gap: float) -> dict[str, torch.Tensor]:
-    """One padded batch of every text of the examples, and the comparisons among them."""
+    """All texts of the examples as one padded batch, and the comparisons among them."""
     input_ids_N_T, attention_mask_N_T = pad([r for example in batch for r in example.rendered], pad_id)
     ratings_N = torch.tensor([rating for example in batch for rating in example.ratings])
     groups_N = torch.tensor([example.group for example in batch for _ in example.ratings])
@@ -273,10 +241,10 @@ def collate(batch: Sequence[Example], pad_id: int, min_gap: float) -> dict[str, 
 
 
 def _trainable(classifier: Any, settings: RewardTraining) -> Any:
-    """The classifier with a fresh head that learns and, by the method, adapters or the whole trunk; all else frozen."""
+    """The classifier with a new head and, by the method, adapters or the whole trunk to train; the rest is frozen."""
     head = getattr(classifier, "score", None)
     if head is None:
-        raise RewardModelError(f"{settings.base_model} is an encoder, and reward training adapts decoders; choose one")
+        raise RewardModelError(f"{settings.base_model} is an encoder; reward training needs a decoder, so choose one")
     torch.nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     if head.bias is not None:
         torch.nn.init.zeros_(head.bias)
@@ -288,14 +256,14 @@ def _trainable(classifier: Any, settings: RewardTraining) -> Any:
     model = get_peft_model(
         classifier,
         LoraConfig(
-            task_type="SEQ_CLS",  # the head learns and is saved beside the adapters
+            task_type="SEQ_CLS",  # trains the head and saves it with the adapters
             target_modules=sorted(linear) if settings.method == "lora" else DUMMY_TARGET_MODULES,
             layers_to_transform=list(adapted) if settings.method == "lora" else None,
             r=settings.lora_rank,
             lora_alpha=2 * settings.lora_rank,
         ),
     )
-    # The name, not the directory of this machine it was resolved to: the adapter is read on others.
+    # The name of the base model, not the directory that it resolves to here: the adapter is loaded on other machines.
     model.peft_config["default"].base_model_name_or_path = settings.base_model
     return model
 
@@ -308,12 +276,12 @@ def _forward(model: Any, inputs: dict[str, torch.Tensor], settings: RewardTraini
 
 
 def _measured_config(model: Any, examples: list[Example], pad_id: int, settings: RewardTraining) -> RewardConfig:
-    """How the model is to be used, with mean and deviation of its rewards on some of the texts it was trained on."""
+    """The configuration of the reward model, with mean and deviation of its rewards over a sample of training texts."""
     trained = [rendered for example in examples for rendered in example.rendered]
     sample = random.Random(settings.seed).sample(trained, min(len(trained), NORMALISATION_TEXTS))
     rewards_N = torch.tensor(_scores(model, sample, pad_id, settings))
     if not rewards_N.isfinite().all():
-        raise RewardModelError("training diverged, so its rewards are no numbers; train with a lower learning rate")
+        raise RewardModelError("training diverged: the rewards are not finite; train with a lower learning rate")
     return RewardConfig(
         settings.base_model,
         settings.style,
@@ -325,7 +293,7 @@ def _measured_config(model: Any, examples: list[Example], pad_id: int, settings:
 
 @torch.inference_mode()
 def _scores(model: Any, rendered_N: list[Rendered], pad_id: int, settings: RewardTraining) -> list[float]:
-    """Rewards by the model as it is now, which is in training before and after."""
+    """rewards_N of the current model, which is in training mode before and after."""
     device = next(model.parameters()).device
 
     def score(batch: list[Rendered]) -> list[float]:
@@ -340,8 +308,8 @@ def _scores(model: Any, rendered_N: list[Rendered], pad_id: int, settings: Rewar
 
 
 def _save(model: Any, tokenizer: Any | None, config: RewardConfig, directory: Path) -> None:
-    """The weights, whole or not at all; with the tokenizer where they stand without their base model."""
-    with appearing_whole(directory) as unfinished:
+    """Writes the weights whole or not at all, and the tokenizer if they are a model of their own."""
+    with atomic_model_directory(directory) as unfinished:
         model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)

@@ -1,11 +1,11 @@
-"""How much better a token, or a completion, did than was to be expected.
+"""Advantages: how much better a token, or a completion, did than expected.
 
-PPO takes generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438), with gamma 1: nothing is gained by
-being rewarded sooner. After a completion's last token the value is 0, also where the completion was cut.
+PPO uses generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438) with gamma 1, so later rewards are
+not discounted. The value after the last token of a completion is 0, also where the completion was cut.
 
-REINFORCE takes the return of the whole completion against the mean of the others: those of the same prompt (RLOO,
-Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740), or all of the batch. Leaving itself out keeps the gradient
-unbiased.
+REINFORCE compares the return of a completion with the mean return of others: those of the same prompt (RLOO, Kool et
+al. 2019; Ahmadian et al. 2024, arXiv 2402.14740), or all of the batch. The completion itself is left out of the mean,
+which keeps the gradient unbiased.
 """
 
 from collections.abc import Hashable, Sequence
@@ -16,7 +16,7 @@ SMALLEST_VARIANCE = 1e-8
 
 
 def gae(rewards_N_T: torch.Tensor, values_N_T: torch.Tensor, mask_N_T: torch.Tensor, lambda_: float) -> torch.Tensor:
-    """A_t = delta_t + lambda * A_(t+1), with delta_t = reward_t + value_(t+1) - value_t; 0 on padding."""
+    """advantages_N_T: A_t = delta_t + lambda * A_(t+1), delta_t = reward_t + value_(t+1) - value_t; 0 on padding."""
     values_N_T = values_N_T * mask_N_T  # so that the value after the last token is 0
     advantages_N_T = torch.zeros_like(rewards_N_T)
     next_advantage_N = next_value_N = torch.zeros_like(rewards_N_T[:, 0])
@@ -29,7 +29,7 @@ def gae(rewards_N_T: torch.Tensor, values_N_T: torch.Tensor, mask_N_T: torch.Ten
 
 
 def whiten(values_N_T: torch.Tensor, mask_N_T: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and variance 1 over the tokens that are no padding; 0 on padding."""
+    """The values scaled to mean 0 and variance 1 over all tokens but padding; 0 on padding."""
     count = mask_N_T.sum()
     mean = (values_N_T * mask_N_T).sum() / count
     centred_N_T = (values_N_T - mean) * mask_N_T
@@ -37,13 +37,13 @@ def whiten(values_N_T: torch.Tensor, mask_N_T: torch.Tensor) -> torch.Tensor:
 
 
 def leave_one_out(returns_N: torch.Tensor, groups_N: Sequence[Hashable]) -> torch.Tensor:
-    """Each return less the mean of the others of its group; 0 where there is no other to compare with."""
-    places: dict[Hashable, list[int]] = {}
-    for place, group in enumerate(groups_N):
-        places.setdefault(group, []).append(place)
+    """advantages_N: each return minus the mean of the others in its group; 0 in a group of one."""
+    indexes_by_group: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups_N):
+        indexes_by_group.setdefault(group, []).append(index)
     advantages_N = torch.zeros_like(returns_N)
-    for members in places.values():
-        if len(members) > 1:
-            own = returns_N[members]
-            advantages_N[members] = own - (own.sum() - own) / (len(members) - 1)
+    for indexes in indexes_by_group.values():
+        if len(indexes) > 1:
+            returns = returns_N[indexes]
+            advantages_N[indexes] = returns - (returns.sum() - returns) / (len(indexes) - 1)
     return advantages_N

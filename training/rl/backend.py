@@ -1,10 +1,10 @@
 """The generator and the scorer of a run: those that `nbest serve` would start, in this process or on Ray.
 
-The engine begins with the weights that the learner has, and is told to compute in the same precision. What else there
-is to set comes from the environment, as for the server.
+The engine starts with the learner's weights and computes in the learner's precision. Its other settings come from the
+environment, as for the server.
 
-On Ray every generator replica loads what was learnt, from the directory that the learner writes: all machines must see
-it under the same path. The scorer's process cannot read the learner's trunk and holds one of its own.
+On Ray every generator replica loads the trained weights from the directory that the learner writes, so all machines
+must see it under the same path. The scorer's process cannot read the learner's trunk and holds a trunk of its own.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -24,28 +24,28 @@ from training.rl.config import RewardNormalization, RLTraining
 
 
 @dataclass(frozen=True, slots=True)
-class Actors:
-    """What completions are drawn and scored by; the judge looks at those of evaluations alone."""
+class Backend:
+    """The generator and the scorer of completions; the judge scores those of evaluations only."""
 
     generator: Generator
     scorer: Scorer
     judge: Scorer | None = None
 
 
-Start = Callable[[Settings, SharedTrunk | None], AbstractAsyncContextManager[Actors]]
+StartBackend = Callable[[Settings, SharedTrunk | None], AbstractAsyncContextManager[Backend]]
 
 
 def server_settings(settings: RLTraining, adapter: Path | None = None, *, bfloat16: bool = False) -> Settings:
-    """Those of a server of this policy, with its adapter, and this reward; the judge, if there is one, comes after it.
+    """The settings of a server of this policy, with its adapter, this reward and, after it, the judge if there is one.
 
     Raises:
-        server.config.ConfigError: reward or judge are misspelt, or something in the environment is.
+        server.config.ConfigError: a misspelt reward or judge, or a wrong value in the environment.
     """
     return load_settings(
         {
             "model": settings.base_model,
             "reward_models": [settings.reward_model, *([settings.judge] if settings.judge else [])],
-            "adapter": adapter and adapter.resolve(),  # whoever reads it may stand elsewhere
+            "adapter": adapter and adapter.resolve(),  # the reader may have another working directory
             "adapter_root": None,
             "max_lora_rank": None,
             "dtype": "bfloat16" if bfloat16 else "float32",
@@ -58,42 +58,42 @@ def server_settings(settings: RLTraining, adapter: Path | None = None, *, bfloat
 
 
 @asynccontextmanager
-async def started_actors(settings: Settings, held: SharedTrunk | None) -> AsyncIterator[Actors]:
-    """All of them, until the block is left; a reward adapter over the trunk that the learner holds reads that one.
+async def local_backend(settings: Settings, shared_trunk: SharedTrunk | None) -> AsyncIterator[Backend]:
+    """Runs generator and scorers in this process; a reward adapter over the learner's base reads `shared_trunk`.
 
     Raises:
-        TrainingError: one of them does not start.
+        TrainingError: the generator or a scorer does not start.
     """
-    async with _actors_of(factory.start(settings, tempered_logprobs=True, held=held)) as actors:
-        yield actors
+    async with _backend_of(factory.start(settings, tempered_logprobs=True, held=shared_trunk)) as backend:
+        yield backend
 
 
-def on_ray(address: str | None) -> Start:
-    """As replicas on the Ray cluster at that address or, without one, on a cluster of this machine."""
+def ray_backend(address: str | None) -> StartBackend:
+    """Runs them as replicas on the Ray cluster at `address` or, without one, on a new cluster of this machine."""
 
     @asynccontextmanager
-    async def started(settings: Settings, _: SharedTrunk | None) -> AsyncIterator[Actors]:
+    async def started(settings: Settings, _: SharedTrunk | None) -> AsyncIterator[Backend]:
         from server.distributed import cluster
 
-        there = settings.model_copy(update={"ray": True, "ray_address": address})
-        async with _actors_of(cluster.started(there, tempered_logprobs=True)) as actors:
-            yield actors
+        on_ray = settings.model_copy(update={"ray": True, "ray_address": address})
+        async with _backend_of(cluster.started(on_ray, tempered_logprobs=True)) as backend:
+            yield backend
 
     return started
 
 
 @asynccontextmanager
-async def _actors_of(starting: AbstractAsyncContextManager[BestOfN]) -> AsyncIterator[Actors]:
+async def _backend_of(starting: AbstractAsyncContextManager[BestOfN]) -> AsyncIterator[Backend]:
     async with AsyncExitStack() as stack:
         try:
             pipeline = await stack.enter_async_context(starting)
         except Exception as error:
             raise TrainingError(f"the engine or the reward model does not start: {error}") from error
-        yield Actors(pipeline.generator, *pipeline.scorers.values())
+        yield Backend(pipeline.generator, *pipeline.scorers.values())
 
 
 def normalization_of(settings: RLTraining) -> RewardNormalization:
-    """What is asked for or, without that, what suits the reward: a function's numbers mean what they say."""
+    """The setting or, without it, `none` for a Python function, whose scale is the user's, and else `reference`."""
     if settings.reward_normalization is not None:
         return settings.reward_normalization
     is_function = isinstance(parse(settings.reward_model.partition("=")[2]), FunctionSpec)

@@ -1,9 +1,10 @@
-"""What a run of PPO or REINFORCE keeps to go on from: OUT/checkpoints/checkpoint-STEP.
+"""The checkpoint of a PPO or REINFORCE run: OUT/checkpoints/checkpoint-STEP.
 
-Weights, values, the optimiser with its schedule, beta, and the scale of the rewards. Nothing else has a state: what a
-step draws depends on the seed and its number (`training.rl.prompts`), and the version of the weights on the weights.
-But where a batch is drawn ahead, the weights that drew it are gone by the time of the checkpoint; so it is kept itself.
-`trainer_state.json` is written last; without it a checkpoint does not count (`training.checkpoints`).
+It holds the trained weights, the value head, the optimiser and its schedule, beta, and the scale of the rewards.
+Nothing else has a state: what a step samples depends on the seed and the number of the step (`training.rl.prompts`),
+and the version of the weights on the weights. With overlap, however, the next batch was sampled by weights that no
+longer exist at the time of the checkpoint, so the batch itself is kept. `trainer_state.json` is written last; a
+checkpoint without it is ignored (`training.checkpoints`).
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 from training.rl.kl import KLController
 from training.rl.learner import Learner
 from training.rl.rewards import ScoreScale
-from training.rl.rollout import Rollouts
+from training.rl.rollout import RolloutBatch
 from training.rl.trajectories import Completion
 
 STATE, LAST = "state.pt", "trainer_state.json"
@@ -25,41 +26,41 @@ STATE, LAST = "state.pt", "trainer_state.json"
 
 @dataclass(slots=True)
 class RunState:
-    """Where a run is, beside its learner: `step` steps are done; `scale` is None until it is measured.
+    """The state of a run beside its learner, after `step` steps.
 
-    `ahead` is the batch of the next step, where it has been drawn already.
+    `scale` is None until it is measured. `ahead` is the batch of the next step, if it has been sampled already.
     """
 
     kl: KLController
     step: int = 0
     scale: ScoreScale | None = None
-    ahead: Rollouts | None = None
+    ahead: RolloutBatch | None = None
 
     def save(self, directory: Path, learner: Learner) -> None:
-        """The newest checkpoint in `directory`, and the only one when it is written."""
+        """Writes a checkpoint into `directory`, and then removes the older ones."""
         older = list(directory.glob("checkpoint-*"))
-        place = directory / f"checkpoint-{self.step}"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        torch.save(learner.state(), place / STATE)
+        checkpoint = directory / f"checkpoint-{self.step}"
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoint.mkdir()
+        torch.save(learner.state(), checkpoint / STATE)
         saved = {"step": self.step, "beta": self.kl.beta, "scale": _fields(self.scale), "ahead": _fields(self.ahead)}
-        (place / LAST).write_text(json.dumps(saved))
-        for one in older:
-            if one != place:
-                shutil.rmtree(one)
+        (checkpoint / LAST).write_text(json.dumps(saved))
+        for path in older:
+            if path != checkpoint:
+                shutil.rmtree(path)
 
     def restore(self, checkpoint: Path, learner: Learner) -> None:
-        """Goes back to a checkpoint, learner included."""
+        """Restores this state and the learner from a checkpoint."""
         learner.restore(torch.load(checkpoint / STATE, map_location=learner.device, weights_only=True))
         saved = json.loads((checkpoint / LAST).read_text())
         self.step, self.kl.beta = saved["step"], saved["beta"]
         self.scale = None if saved["scale"] is None else ScoreScale(**saved["scale"])
-        self.ahead = None if saved["ahead"] is None else _rollouts(saved["ahead"])
+        self.ahead = None if saved["ahead"] is None else _rollout_batch(saved["ahead"])
 
 
-def _fields(part: ScoreScale | Rollouts | None) -> dict[str, Any] | None:
+def _fields(part: ScoreScale | RolloutBatch | None) -> dict[str, Any] | None:
     return None if part is None else asdict(part)
 
 
-def _rollouts(fields: dict[str, Any]) -> Rollouts:
-    return Rollouts(**fields | {"completions": [Completion(**one) for one in fields["completions"]]})
+def _rollout_batch(fields: dict[str, Any]) -> RolloutBatch:
+    return RolloutBatch(**fields | {"completions": [Completion(**completion) for completion in fields["completions"]]})

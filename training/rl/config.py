@@ -1,103 +1,130 @@
-"""Everything that decides the result of a run of PPO or REINFORCE."""
+"""Settings of PPO and REINFORCE, and the command-line options made from them (see `training.policy.config`)."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from reranker.models.device import Precision
-from training.policy.finetune import PolicyTraining
+import typer
+
+from training.policy.config import CheckpointEvery, LearningRates, PolicyTraining, RunOptions
 
 RewardNormalization = Literal["none", "reference"]
 Baseline = Literal["rloo", "batch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RLTraining:
-    """What both have in common.
+class RLTraining(PolicyTraining):
+    """What PPO and REINFORCE share.
 
-    A step draws `batch_size` completions, `samples_per_prompt` of each prompt, and learns from them;
-    `micro_batch_size` are computed at once (unless given, all that a step of the optimiser has). `kl_coef` is beta, the
-    price of a nat; with `kl_target` it follows that many nats a completion (`training.rl.kl`). `truncation_penalty` is
-    taken from the score of a completion that was cut by its length. `reward_normalization` None: `reference` for
-    models, `none` for functions of the user's own. With `overlap` the next batch is drawn while this one is learnt
-    from (`training.rl.train`); a token that was drawn by another policy weighs at most `largest_importance`
-    (`training.rl.losses`). `sync_tolerance`, in nats a token, is how far engine and learner may be apart
-    (`training.rl.weight_sync`). Every `evaluate_every` steps held-out prompts are answered, and `judge`, a scorer like
-    the reward, says what it thinks of that (`training.rl.evaluation.evaluator`).
+    A step samples `batch_size` completions, `samples_per_prompt` of each prompt, and learns from them;
+    `micro_batch_size` of them are computed at once (default: all of an optimiser step). `kl_coef` is beta, the reward
+    that one nat costs; with `kl_target` beta adapts until a completion has that many nats (`training.rl.kl`).
+    `truncation_penalty` is subtracted from the score of a completion that ended with finish_reason `length`.
+    `reward_normalization` None means `reference` for models and `none` for Python functions. With `overlap` the next
+    batch is sampled while this one is learnt from (`training.rl.train`). The importance weight of a token sampled by an
+    earlier policy is at most `largest_importance` (`training.rl.losses`). `sync_tolerance`, in nats per token, bounds
+    the difference between engine and learner after a weight sync (`training.rl.weight_sync`). Every `evaluate_every`
+    steps the policy answers held-out prompts; `judge` is a second scorer that only measures those answers
+    (`training.rl.evaluation.evaluator`).
     """
 
-    base_model: str = "smollm2-135m-instruct"
-    full: bool = False
-    lora_rank: int = 16
-    reward_model: str = "movie-sentiment=movie-sentiment"
-    steps: int = 100
-    batch_size: int = 64
-    samples_per_prompt: int = 4
-    micro_batch_size: int | None = None
-    max_tokens: int = 64
-    temperature: float = 1.0
-    learning_rate: float = 1e-4
-    warmup_fraction: float = 0.05
-    kl_coef: float = 0.05
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    truncation_penalty: float = 0.0
-    reward_normalization: RewardNormalization | None = None
-    overlap: bool = False
+    default_rates = LearningRates(adapter=1e-4, full=1e-6)
+
+    reward_model: Annotated[
+        str,
+        typer.Option(metavar="NAME=SPEC", help="Scorer whose reward is learnt: any of the server, python: included."),
+    ] = "movie-sentiment=movie-sentiment"
+    steps: Annotated[int, typer.Option(min=1, help="Batches to sample and learn from.")] = 100
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions sampled in a step.")] = 64
+    samples_per_prompt: Annotated[int, typer.Option(min=1, help="Completions of each prompt in a batch.")] = 4
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 64
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; the learner divides its logits by it too.")
+    ] = 1.0
+    kl_coef: Annotated[
+        float,
+        typer.Option(min=0.0, help="KL penalty coefficient (beta): reward subtracted per nat of KL."),
+    ] = 0.05
+    kl_target: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Adapt beta towards this KL, in nats per completion; default: beta is fixed."),
+    ] = None
+    kl_horizon: Annotated[int, typer.Option(min=1, help="Completions over which beta adapts; more is slower.")] = 10_000
+    truncation_penalty: Annotated[
+        float, typer.Option(min=0.0, help="Subtracted from the score of a completion that was cut by its length.")
+    ] = 0.0
+    reward_normalization: Annotated[
+        RewardNormalization | None,
+        typer.Option(
+            help="reference: scale rewards to mean 0 and standard deviation 1 over samples of the starting policy. "
+            "none: leave them. Default: none for python: functions, else reference."
+        ),
+    ] = None
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Sample the next batch while learning from this one: one step off-policy.")
+    ] = False
     largest_importance: float = 2.0
-    sync_tolerance: float | None = None
-    evaluate_every: int = 10
-    judge: str | None = None
-    max_length: int | None = None
-    dtype: Precision = "auto"
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    sync_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Largest difference of log-probabilities between engine and learner after a weight sync, in nats "
+            "per token; default: 0.001, in bfloat16 0.15.",
+        ),
+    ] = None
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations on held-out prompts.")] = 10
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=SPEC", help="Second scorer, for evaluations only; nothing is learnt from it."),
+    ] = None
 
     @property
     def rows_at_once(self) -> int:
-        return self.micro_batch_size or self.rows_a_step
+        """Completions of one forward pass."""
+        return self.micro_batch_size or self.rows_per_step
 
     @property
-    def rows_a_step(self) -> int:
-        """Completions that a step of the optimiser learns from."""
+    def rows_per_step(self) -> int:
+        """Completions of one optimiser step."""
         return self.batch_size
 
     @property
-    def prompts_a_step(self) -> int:
+    def prompts_per_step(self) -> int:
+        """Prompts of one batch."""
         return self.batch_size // self.samples_per_prompt
-
-    @property
-    def policy(self) -> PolicyTraining:
-        """What loads, adapts and writes the policy."""
-        return PolicyTraining(
-            base_model=self.base_model,
-            full=self.full,
-            lora_rank=self.lora_rank,
-            max_length=self.max_length,
-            dtype=self.dtype,
-            gradient_checkpointing=self.gradient_checkpointing,
-            seed=self.seed,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOTraining(RLTraining):
-    """A step goes `epochs` times through its completions, each time in `minibatches` steps of the optimiser."""
+    """A step passes `epochs` times over its completions, each time in `minibatches` optimiser steps."""
 
-    epochs: int = 4
-    minibatches: int = 4
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the completions of a step.")] = 4
+    minibatches: Annotated[int, typer.Option(min=1, help="Optimiser steps of a pass.")] = 4
     clip: float = 0.2
     value_clip: float = 0.2
     gae_lambda: float = 0.95
     value_learning_rate: float = 1e-3
 
     @property
-    def rows_a_step(self) -> int:
+    def rows_per_step(self) -> int:
         return math.ceil(self.batch_size / self.minibatches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReinforceTraining(RLTraining):
-    """One step of the optimiser for each batch; `baseline`: the others of the prompt (RLOO), or of the whole batch."""
+    """One optimiser step for each batch. `baseline`: the others of the prompt (`rloo`), or of the batch (`batch`)."""
 
-    baseline: Baseline = "rloo"
+    baseline: Annotated[
+        Baseline,
+        typer.Option(help="Mean that a return is compared with. rloo: the others of its prompt; batch: all others."),
+    ] = "rloo"
+
+
+RLMethod = PPOTraining | ReinforceTraining
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RLRunOptions(RunOptions):
+    """Steps of RL take longer than those of fine-tuning, so checkpoints are written more often."""
+
+    checkpoint_every: CheckpointEvery = 10

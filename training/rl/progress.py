@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a bar on a terminal, and warnings wherever it runs."""
+"""The progress of a run on stderr: a bar if it is a terminal, and warnings in any case."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,7 +10,7 @@ from reranker.progress_bar import ProgressBar
 
 
 class TrainingProgress:
-    """A bar of steps, with the measures of the last one."""
+    """A progress bar over steps, with the metrics of the last step."""
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:
         self._console = Console(stderr=True)
@@ -26,10 +26,10 @@ class TrainingProgress:
         self._bar.__exit__(kind, error, trace)
 
     def step(self, row: Mapping[str, float]) -> None:
-        """One step more, of which these are the measures."""
+        """Advances the bar by a step, whose metrics are `row`."""
         text = f"reward {row['reward']:.3f} · KL {row['kl']:.2f} · {row['drawn_tokens_per_s']:.0f} tokens/s"
         self._bar.advance(text)
 
     def warn(self, sentence: str) -> None:
-        """A line above the bar."""
+        """Prints a warning above the bar."""
         self._console.print(f"Warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)

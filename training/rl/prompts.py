@@ -1,7 +1,7 @@
-"""The prompts of a run, and which of them each step takes.
+"""The prompts of a run, and which of them each step samples.
 
-What a step draws depends on the run's seed and on the number of the step alone, so a run that goes on needs to remember
-neither a place in the data nor the state of a random generator.
+What a step samples depends only on the seed of the run and the number of the step. So a resumed run needs neither a
+position in the data nor the state of a random generator.
 """
 
 import random
@@ -11,17 +11,18 @@ from typing import Any
 from reranker.candidate import Prompt
 from training.data.data_source import Source
 from training.data.preferences import DataError, PreferenceRow, messages_of, read_rows, text_of
-from training.policy.finetune import Parts
+from training.policy.finetune import DataSplit
 from training.policy.tokens import TokenisedRow, tokenise
 
 SEEDS = 1 << 31
+"""Seeds are drawn from 0 to this number, exclusive."""
 
 
 def prompt_row(line: int, fields: dict[str, Any]) -> PreferenceRow:
-    """The row of one line: a prompt, which is a string or messages, or messages; other fields are left alone.
+    """The row of one line: `prompt`, a string or messages, or else `messages`; other fields are ignored.
 
     Raises:
-        TypeError, ValueError: there is no prompt; the message says why.
+        TypeError, ValueError: there is no prompt; the message gives the reason.
     """
     if isinstance(fields.get("prompt"), str):
         prompt = Prompt(text=text_of(fields, "prompt"))
@@ -33,53 +34,53 @@ def prompt_row(line: int, fields: dict[str, Any]) -> PreferenceRow:
     return PreferenceRow(line, prompt, (), (), line)
 
 
-def read_prompts(source: Source, validation: Source | None, holdout: float) -> Parts:
+def read_prompts(source: Source, validation: Source | None, holdout: float) -> DataSplit:
     """The prompts to learn from and those to evaluate on: `validation` or, without it, the share `holdout` of all.
 
     Raises:
-        DataError, DataSourceError: some cannot be used, or there is none.
+        DataError, DataSourceError: prompts that cannot be used, or a source without any.
     """
     held_out = (read_rows(validation, prompt_row), validation) if validation else None
-    return Parts.of(read_rows(source, prompt_row), source, held_out, holdout)
+    return DataSplit.of(read_rows(source, prompt_row), source, held_out, holdout)
 
 
-def in_tokens(
+def tokenise_prompts(
     rows: list[PreferenceRow], source: Source, tokenizer: Any, max_length: int, max_tokens: int
 ) -> list[TokenisedRow]:
-    """The prompts in tokens; each leaves room for a completion.
+    """The prompts in tokens; each leaves room for a completion of `max_tokens` in `max_length`.
 
     Raises:
-        DataError: some do not.
+        DataError: prompts that are empty or too long.
     """
     prompts = tokenise(rows, tokenizer, max_length, source)
     errors: list[tuple[int, str]] = []
-    for one in prompts:
-        length = len(one.prompt_ids)
+    for prompt in prompts:
+        length = len(prompt.prompt_ids)
         if not length:
-            errors.append((one.row.line, "the prompt is empty; say at least one word"))
+            errors.append((prompt.row.line, "the prompt is empty; give at least one word"))
         elif length + max_tokens > max_length:
-            told = f"the prompt is {length} tokens, and with {max_tokens} more it does not fit the {max_length} read"
-            errors.append((one.row.line, f"{told}; lower --max-tokens, or leave the line out"))
+            reason = f"the prompt has {length} tokens and with {max_tokens} more does not fit the {max_length} read"
+            errors.append((prompt.row.line, f"{reason}; lower --max-tokens, or leave the line out"))
     if errors:
         raise DataError(source, errors)
     return prompts
 
 
-def of_step(prompts: list[TokenisedRow], step: int, count: int, seed: int) -> list[TokenisedRow]:
-    """The prompts of a step from 0 on; each pass through all of them is in an order of its own."""
+def prompts_of_step(prompts: list[TokenisedRow], step: int, count: int, seed: int) -> list[TokenisedRow]:
+    """The `count` prompts of a step, counted from 0; every pass over all prompts has an order of its own."""
 
-    def endless(begin: int) -> Iterator[TokenisedRow]:
-        number, place = divmod(begin, len(prompts))
+    def from_position(begin: int) -> Iterator[TokenisedRow]:
+        pass_number, position = divmod(begin, len(prompts))
         while True:
-            order = random.Random(f"{seed} order {number}").sample(range(len(prompts)), len(prompts))
-            yield from (prompts[at] for at in order[place:])
-            number, place = number + 1, 0
+            order = random.Random(f"{seed} order {pass_number}").sample(range(len(prompts)), len(prompts))
+            yield from (prompts[index] for index in order[position:])
+            pass_number, position = pass_number + 1, 0
 
-    taken = endless(step * count)
-    return [next(taken) for _ in range(count)]
+    stream = from_position(step * count)
+    return [next(stream) for _ in range(count)]
 
 
 def seeds_of_step(step: str, count: int, seed: int) -> list[int]:
-    """A seed for each prompt of a step, which is called that; those of its candidates follow it."""
+    """A seed for each prompt of the step with that name; the candidates of a prompt have the seeds after it."""
     rng = random.Random(f"{seed} seeds {step}")
     return [rng.randrange(SEEDS) for _ in range(count)]

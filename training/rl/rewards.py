@@ -1,13 +1,13 @@
-"""What a completion earns, token by token.
+"""The reward of each token of a completion.
 
-    reward_t = -beta * (log pi_t - log pi_ref,t)  + score, at the last token of the completion alone
+    reward_t = -beta * (log pi_t - log pi_ref,t)  + score, the score only at the last token of the completion
 
 The sum over a completion is score - beta * log-ratio, whose mean the optimum pi_ref * exp(score / beta) / Z maximises.
-Padding earns nothing.
+Padding has the reward 0.
 
-beta has a meaning only beside the spread of the scores. So they can be set to mean 0 and deviation 1 over samples of
-the reference policy (`ScoreScale`), which is measured once, before the first step: a scale that followed the policy
-would hide that it gets better.
+A value of beta has a meaning only relative to the spread of the scores. So the scores can be scaled to mean 0 and
+standard deviation 1 over samples of the reference policy (`ScoreScale`). The scale is measured once, before the first
+step: a scale that followed the policy would hide its progress.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from typing import Self
 import torch
 
 SMALLEST_DEVIATION = 1e-6
-"""Scores that differ by less are all the same; they are then only shifted."""
+"""Scores with a smaller deviation count as equal, and are only shifted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreScale:
-    """score -> (score - mean) / deviation; as it is made, it changes nothing."""
+    """score -> (score - mean) / deviation; by default the score is unchanged."""
 
     mean: float = 0.0
     deviation: float = 1.0
 
     @classmethod
     def measured(cls, scores: Sequence[float]) -> Self:
-        """That which sets these scores to mean 0 and deviation 1."""
+        """The scale on which these scores have mean 0 and standard deviation 1."""
         deviation = pstdev(scores)
         return cls(fmean(scores), deviation if deviation > SMALLEST_DEVIATION else 1.0)
 
@@ -45,7 +45,7 @@ def token_rewards(
     mask_N_T: torch.Tensor,
     beta: float,
 ) -> torch.Tensor:
-    """The rewards by the formula above; a row of the mask is ones, at least one, and then zeros."""
+    """rewards_N_T by the formula above. A row of `mask_N_T` is one or more ones, followed by zeros."""
     rewards_N_T = -beta * (logprobs_N_T - ref_logprobs_N_T) * mask_N_T
     last_N = mask_N_T.sum(-1).long() - 1
     rewards_N_T[torch.arange(len(scores_N)), last_N] += scores_N

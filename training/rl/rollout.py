@@ -1,11 +1,11 @@
-"""Draws completions from the generator that serves and has them scored by the scorer that serves.
+"""Samples completions from the serving generator and scores them with the serving scorer.
 
-Every candidate of a step is on its way at once, so the engine is kept full; a prompt's candidates are scored together
-as soon as the last of them has ended. Tokens and their log-probabilities are taken as the engine drew them, for a
-text might tokenise to others. Only the scorer reads the text.
+All candidates of a step are requested at once, which keeps the engine's batch full. A prompt's candidates are scored
+together as soon as the last of them has ended. Tokens and their log-probabilities are the engine's own, since the text
+might tokenise differently; only the scorer reads the text.
 
-A candidate that failed, or that the scorer could not score, is left out and counted. One that other weights drew than
-those that were loaded last ends the run.
+A candidate that failed, or that the scorer could not score, is left out and counted. A candidate that was sampled with
+other weights than those loaded last ends the run.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from training.rl.trajectories import Completion
 
 
 @dataclass(frozen=True, slots=True)
-class Rollouts:
-    """What was drawn, and how many more candidates have no reward, with the reason of one of them.
+class RolloutBatch:
+    """Scored completions. `lost` counts the candidates without a reward; `reason` is the reason of one of them.
 
-    `judge_failure` is why the judge has nothing to say of some that have one. `seconds` it took to draw and score all.
+    `judge_failure` says why the judge gave some completions no reward. `seconds` is the time of sampling and scoring.
     """
 
     completions: list[Completion]
@@ -38,15 +38,16 @@ class Rollouts:
 
     @property
     def rewards(self) -> list[float]:
-        return [one.reward for one in self.completions]
+        return [completion.reward for completion in self.completions]
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(one.token_ids) for one in self.completions)
+        """Tokens of all completions, without their prompts."""
+        return sum(len(completion.token_ids) for completion in self.completions)
 
 
 class RolloutWorker:
-    """`samples` completions a prompt, with rewards; what the judge says is only looked at, and may be missing."""
+    """Samples and scores `samples` completions per prompt; the judge's rewards are only recorded and may be missing."""
 
     def __init__(
         self,
@@ -63,85 +64,89 @@ class RolloutWorker:
         self._scorer = scorer
         self._judge = judge
         self._samples = samples
-        # All of the distribution, as the learner has it: no top_p, no penalties.
-        top = max(one.needs.top_logprobs for one in (scorer, judge) if one is not None)
+        # The full distribution, as the learner computes it: no top_p, no penalties.
+        top = max(reader.needs.top_logprobs for reader in (scorer, judge) if reader is not None)
         self._sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, logprobs=top)
         self._truncation_penalty = truncation_penalty
 
-    async def draw(
+    async def sample(
         self, prompts: Sequence[TokenisedRow], seeds: Sequence[int], version: str | None, scale: ScoreScale
-    ) -> Rollouts:
-        """Completions in the order of the prompts; candidate i of a prompt has its seed + i.
+    ) -> RolloutBatch:
+        """Completions in the order of the prompts; candidate i of a prompt has the prompt's seed + i.
 
         Raises:
-            TrainingError: no candidate has a reward, or other weights than `version` drew one.
-            server.errors.NotReadyError: the engine is not there.
+            TrainingError: no candidate has a reward, or a candidate was sampled with other weights than `version`.
+            server.errors.NotReadyError: the engine is not ready.
         """
-        begun_s = time.perf_counter()
+        started_s = time.perf_counter()
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._of_prompt(place, prompt, seed, version, scale))
-                    for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+                    group.create_task(self._of_prompt(index, prompt, seed, version, scale))
+                    for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
                 ]
         except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None  # one is enough to tell; the others were cancelled
-        found = [task.result() for task in tasks]
-        whole = Rollouts(
-            [one for part in found for one in part.completions],
-            sum(one.lost for one in found),
-            next((one.reason for one in found if one.reason), ""),
-            next((one.judge_failure for one in found if one.judge_failure), ""),
-            time.perf_counter() - begun_s,
+            raise failed.exceptions[0] from None  # the first error is enough; the other tasks were cancelled
+        parts = [task.result() for task in tasks]
+        batch = RolloutBatch(
+            [completion for part in parts for completion in part.completions],
+            sum(part.lost for part in parts),
+            next((part.reason for part in parts if part.reason), ""),
+            next((part.judge_failure for part in parts if part.judge_failure), ""),
+            time.perf_counter() - started_s,
         )
-        if not whole.completions:
-            raise TrainingError(f"none of the {whole.lost} completions of a step has a reward: {whole.reason}")
-        return whole
+        if not batch.completions:
+            raise TrainingError(f"none of the {batch.lost} completions of a step has a reward: {batch.reason}")
+        return batch
 
     async def _of_prompt(
-        self, place: int, prompt: TokenisedRow, seed: int, version: str | None, scale: ScoreScale
-    ) -> Rollouts:
+        self, index: int, prompt: TokenisedRow, seed: int, version: str | None, scale: ScoreScale
+    ) -> RolloutBatch:
         sampling = replace(self._sampling, seed=seed)
         async with self._generator.generate(prompt.row.prompt, sampling, self._samples) as generation:
-            outcomes = [one async for finished in generation for one in finished]
-        candidates = sorted((one for one in outcomes if isinstance(one, Candidate)), key=lambda one: one.index)
-        reason = next((one.reason for one in outcomes if not isinstance(one, Candidate)), "")
-        for one in candidates:
-            check_version(one, version)
+            outcomes = [outcome async for finished in generation for outcome in finished]
+        candidates = sorted(
+            (outcome for outcome in outcomes if isinstance(outcome, Candidate)), key=lambda candidate: candidate.index
+        )
+        reason = next((outcome.reason for outcome in outcomes if not isinstance(outcome, Candidate)), "")
+        for candidate in candidates:
+            check_version(candidate, version)
         rewards: tuple[float, ...] = ()
         if candidates:
             try:
                 rewards = (await self._scorer.score(prompt.row.prompt, candidates)).rewards_N
             except ScoringError as error:
-                return Rollouts([], self._samples, str(error))
-        judged, judge_failure = await self._judged(prompt, candidates)
+                return RolloutBatch([], self._samples, str(error))
+        judge_rewards, judge_failure = await self._judge_rewards(prompt, candidates)
         completions = [
-            self._completion(place, prompt, candidate, reward, judgement, scale)
-            for candidate, reward, judgement in zip(candidates, rewards, judged, strict=True)
+            self._completion(index, prompt, candidate, reward, judge_reward, scale)
+            for candidate, reward, judge_reward in zip(candidates, rewards, judge_rewards, strict=True)
             if math.isfinite(reward)
         ]
         if len(completions) < len(candidates):
-            reason = f"{self._scorer.name} gave a reward that is no number"
-        return Rollouts(completions, self._samples - len(completions), reason, judge_failure)
+            reason = f"{self._scorer.name} returned a reward that is not finite"
+        return RolloutBatch(completions, self._samples - len(completions), reason, judge_failure)
 
-    async def _judged(self, prompt: TokenisedRow, candidates: Sequence[Candidate]) -> tuple[Sequence[float], str]:
-        """What the judge says of each, and why it has nothing to say where that is NaN."""
-        nothing = [math.nan] * len(candidates)
+    async def _judge_rewards(
+        self, prompt: TokenisedRow, candidates: Sequence[Candidate]
+    ) -> tuple[Sequence[float], str]:
+        """(the judge's reward of each candidate or NaN, the reason if some are NaN although there is a judge)."""
+        missing = [math.nan] * len(candidates)
         if self._judge is None or not candidates:
-            return nothing, ""
+            return missing, ""
         try:
-            judged = (await self._judge.score(prompt.row.prompt, candidates)).rewards_N
+            rewards_N = (await self._judge.score(prompt.row.prompt, candidates)).rewards_N
         except ScoringError as error:
-            return nothing, str(error)
-        return judged, "" if all(map(math.isfinite, judged)) else "what it says is no number"
+            return missing, str(error)
+        return rewards_N, "" if all(map(math.isfinite, rewards_N)) else "its reward is not finite"
 
     def _completion(
         self,
-        place: int,
+        index: int,
         prompt: TokenisedRow,
         candidate: Candidate,
         reward: float,
-        judged: float,
+        judge_reward: float,
         scale: ScoreScale,
     ) -> Completion:
         is_cut = candidate.finish_reason == "length"
@@ -152,31 +157,31 @@ class RolloutWorker:
             text=candidate.text,
             reward=reward,
             score=scale(reward) - self._truncation_penalty * is_cut,
-            group=place,
+            group=index,
             is_cut=is_cut,
-            judged=judged,
+            judged=judge_reward,
         )
 
 
 def check_version(candidate: Candidate, version: str | None) -> None:
-    """Whether the weights drew it that were loaded last.
+    """Checks that the candidate was sampled with the weights loaded last.
 
     Raises:
-        TrainingError: others did.
+        TrainingError: it was sampled with other weights.
     """
     if candidate.weights_version != version:
         raise TrainingError(
-            f"the engine drew with the weights {candidate.weights_version}, and {version} were loaded last; does "
-            "anybody else load weights into it?"
+            f"the engine sampled with the weights {candidate.weights_version}, but {version} were loaded last; check "
+            "that nothing else loads weights into it"
         )
 
 
 def drawn_logprobs_of(candidate: Candidate) -> tuple[float, ...]:
-    """Of each token, as the engine drew it.
+    """The engine's log-probability of each token, in nats.
 
     Raises:
-        TrainingError: the generator does not tell them.
+        TrainingError: the generator does not return them.
     """
     if candidate.logprobs is None or len(candidate.logprobs) != len(candidate.token_ids):
-        raise TrainingError("the engine tells no log-probability of each token; train with the embedded one")
-    return tuple(one.logprob for one in candidate.logprobs)
+        raise TrainingError("the engine returns no log-probability of each token; train with the embedded engine")
+    return tuple(token.logprob for token in candidate.logprobs)

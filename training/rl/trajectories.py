@@ -1,7 +1,7 @@
-"""What the rollout worker hands to the learner: completions, and the same in padded rows.
+"""What the rollout worker passes to the learner: scored completions, and their padded form.
 
-Prompts are padded on the left and completions on the right, so that all completions begin in the same column, and the
-logits that predict them are the last ones of every row.
+Prompts are padded on the left and completions on the right. So all completions begin in the same column, and the logits
+that predict their tokens are the last ones of every row.
 """
 
 import math
@@ -12,16 +12,16 @@ from typing import Self
 import torch
 
 PADDING_ID = 0
-"""Any token there is will do: what is padding the masks tell."""
+"""Any token of the vocabulary serves: the masks mark the padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample of the policy, token in, token out.
+    """One sample of the policy, in tokens.
 
-    `drawn_logprobs` are the engine's, of each token, in nats. `reward` is the scorer's, `score` what is learnt from:
-    scaled, and less the penalty where `is_cut`. `group` is the place of its prompt in the batch. `judged` is what the
-    judge says of it, NaN where there is none.
+    `drawn_logprobs` are the engine's log-probabilities of each token, in nats. `reward` is the scorer's. `score` is
+    what is learnt from: the scaled reward, minus the truncation penalty if `is_cut`. `group` is the index of the prompt
+    in the batch. `judged` is the judge's reward, NaN without a judge.
     """
 
     prompt_ids: Sequence[int]
@@ -36,8 +36,8 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Completions as a policy reads them; T counts the tokens of the longest completion, L those of the whole rows."""
+class PaddedBatch:
+    """N completions for the model: T is the tokens of the longest completion, L the tokens of a whole row."""
 
     input_ids_N_L: torch.Tensor
     attention_mask_N_L: torch.Tensor
@@ -46,10 +46,10 @@ class Rows:
 
     @classmethod
     def of(cls, completions: Sequence[Completion], device: torch.device) -> Self:
-        longest_prompt = max(len(one.prompt_ids) for one in completions)
-        prompts = [_padded(one.prompt_ids, longest_prompt, left=True) for one in completions]
-        longest = max(len(one.token_ids) for one in completions)
-        answers = [_padded(one.token_ids, longest, left=False) for one in completions]
+        longest_prompt = max(len(completion.prompt_ids) for completion in completions)
+        prompts = [_padded(completion.prompt_ids, longest_prompt, left=True) for completion in completions]
+        longest = max(len(completion.token_ids) for completion in completions)
+        answers = [_padded(completion.token_ids, longest, left=False) for completion in completions]
         prompt_ids, prompt_mask, token_ids, mask = (
             torch.tensor(part, device=device) for pairs in (prompts, answers) for part in zip(*pairs, strict=True)
         )
@@ -57,14 +57,14 @@ class Rows:
 
 
 def drawn_logprobs(completions: Sequence[Completion], device: torch.device) -> torch.Tensor:
-    """The engine's log-probabilities in rows, 0 on padding."""
-    longest = max(len(one.token_ids) for one in completions)
-    rows = [[*one.drawn_logprobs, *[0.0] * (longest - len(one.token_ids))] for one in completions]
+    """drawn_logprobs_N_T: the engine's log-probabilities, 0 on padding."""
+    longest = max(len(completion.token_ids) for completion in completions)
+    rows = [[*completion.drawn_logprobs, *[0.0] * (longest - len(completion.token_ids))] for completion in completions]
     return torch.tensor(rows, device=device)
 
 
 def _padded(token_ids: Sequence[int], length: int, *, left: bool) -> tuple[list[int], list[int]]:
-    """(tokens, mask)."""
+    """(tokens, mask), both of `length`."""
     padding = length - len(token_ids)
     if left:
         return [PADDING_ID] * padding + list(token_ids), [0] * padding + [1] * len(token_ids)

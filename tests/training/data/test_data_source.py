@@ -10,15 +10,15 @@ from training.cli import train_app
 from training.data.data_source import DataSourceError, read_records
 from training.data.preferences import DataError, read_rows
 
-ASKED = [{"role": "user", "content": "hi"}]
+PROMPT = [{"role": "user", "content": "hi"}]
 ROWS: list[dict[str, Any]] = [
-    {"prompt": ASKED, "chosen": [{"role": "assistant", "content": f"great {i}"}],
+    {"prompt": PROMPT, "chosen": [{"role": "assistant", "content": f"great {i}"}],
      "rejected": [{"role": "assistant", "content": f"dull {i}"}], "margin": float(i)}
     for i in range(3)
 ]  # fmt: skip
 
 
-def test_every_kind_of_source_holds_the_same_rows(tmp_path: Path) -> None:
+def test_the_same_rows_are_read_from_every_kind_of_source(tmp_path: Path) -> None:
     jsonl, parquet = tmp_path / "data.jsonl", tmp_path / "data.parquet"
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     data = Dataset.from_list(ROWS)
@@ -35,7 +35,7 @@ def test_every_kind_of_source_holds_the_same_rows(tmp_path: Path) -> None:
     assert read_rows(f"{tmp_path / 'splits'}:test") == rows[:1]
 
 
-def test_a_bad_row_of_a_table_is_told_by_its_number(tmp_path: Path) -> None:
+def test_a_bad_row_of_a_table_is_reported_with_its_number(tmp_path: Path) -> None:
     Dataset.from_list([{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": None}]).to_parquet(
         tmp_path / "x.parquet"
     )
@@ -43,7 +43,7 @@ def test_a_bad_row_of_a_table_is_told_by_its_number(tmp_path: Path) -> None:
         read_rows(tmp_path / "x.parquet")
 
 
-def test_a_table_of_pairs_and_ratings_has_empty_cells(tmp_path: Path) -> None:
+def test_empty_cells_of_a_table_count_as_missing_columns(tmp_path: Path) -> None:
     Dataset.from_list(
         [
             {"chosen": "a", "rejected": "b", "margin": 2.0, "text": None, "rating": None},
@@ -63,7 +63,7 @@ def test_a_file_in_another_encoding_is_refused_with_its_line(tmp_path: Path) -> 
     assert "x.jsonl:2: not UTF-8" in result.output
 
 
-def test_a_split_is_asked_for_where_there_are_several(tmp_path: Path) -> None:
+def test_a_data_set_with_several_splits_needs_the_name_of_one(tmp_path: Path) -> None:
     data = Dataset.from_list(ROWS)
     DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
     with pytest.raises(DataSourceError, match="has the splits train, test; name one, as in"):
@@ -72,14 +72,14 @@ def test_a_split_is_asked_for_where_there_are_several(tmp_path: Path) -> None:
         read_records(f"{tmp_path / 'splits'}:dev")
 
 
-def test_a_file_that_is_not_there_is_told_without_asking_the_hub(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_without_a_request_to_the_hub(tmp_path: Path) -> None:
     options = ["--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(train_app, ["reward", *options])
     assert result.exit_code == 1
     assert "there is no file or directory" in result.output
 
 
-def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_parquet_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no table")
     with pytest.raises(DataSourceError, match="is not a table that can be read"):
         read_rows(tmp_path / "x.parquet")

@@ -1,12 +1,12 @@
-"""DPO reaches what it should where it can be computed: a policy whose every answer can be listed.
+"""DPO reaches its optimum where the optimum can be computed: for a policy with a list of all possible answers.
 
-The policy is a tiny Llama that learns with all its weights through `train_dpo`, as `nbest train dpo --full` does. Its
-vocabulary has five tokens, EOS among them, and an answer is at most two tokens long: it ends by itself, or it is cut
-there. That makes 1 + 4 + 4 * 4 = 21 answers, whose probabilities sum to 1 whatever the weights.
+The policy is a tiny Llama, all of whose weights are trained by `train_dpo`, as by `nbest train dpo --full`. Its
+vocabulary has five tokens, EOS among them, and an answer has at most two tokens: it ends with EOS, or it is cut after
+the second. That makes 1 + 4 + 4 * 4 = 21 answers, whose probabilities sum to 1 for any weights.
 
-Rewards are logarithms of whole numbers, r = log w. Then Bradley and Terry's model says that answer i is preferred to j
-with probability w_i / (w_i + w_j), so a file in which i is chosen over j in w_i lines and j over i in w_j lines holds
-these preferences exactly, and no sampling noise.
+Rewards are logarithms of whole numbers, r = log w. By Bradley and Terry's model, answer i is then preferred to j with
+probability w_i / (w_i + w_j). So a file in which i is chosen over j in w_i lines, and j over i in w_j lines, holds
+these preferences exactly, without sampling noise.
 """
 
 import itertools
@@ -20,23 +20,23 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.enumerable import distribution, optimum, symbol_tokenizer, total_variation
 from tests.support.tiny_models import save_tiny_policy
-from training.policy.dpo import DPOTraining, train_dpo
-from training.policy.finetune import RunOptions
+from training.policy.config import DPOTraining, RunOptions
+from training.policy.dpo import train_dpo
 
 SYMBOLS = "abcd"
 PROMPT = "ab"
 BETA = 0.5
 COMPARED_WITH = 4
-"""Answers that each is compared with, at least; a connected graph of comparisons is all that the optimum needs."""
+"""The least number of answers that each answer is compared with; the optimum needs a connected graph of comparisons."""
 
 
 ANSWERS = ["", *SYMBOLS, *("".join(pair) for pair in itertools.product(SYMBOLS, repeat=2))]
 
 
 def token_ids(answer: str) -> list[int]:
-    """As the policy says it: closed by EOS where it is not cut."""
-    own = [SYMBOLS.index(symbol) for symbol in answer]
-    return own if finish_reason(answer) == "length" else [*own, len(SYMBOLS)]
+    """The tokens of an answer, closed by EOS unless it is cut."""
+    symbol_ids = [SYMBOLS.index(symbol) for symbol in answer]
+    return symbol_ids if finish_reason(answer) == "length" else [*symbol_ids, len(SYMBOLS)]
 
 
 def finish_reason(answer: str) -> str:
@@ -44,11 +44,11 @@ def finish_reason(answer: str) -> str:
 
 
 def preferences(weights: list[int], rng: random.Random) -> Iterator[dict[str, str]]:
-    """Exact preferences between each answer and some others."""
+    """Lines of exact preferences between each answer and some others."""
     compared: set[tuple[int, int]] = set()
-    for one in range(len(ANSWERS)):
-        others = [other for other in range(len(ANSWERS)) if other != one]
-        compared |= {(min(one, other), max(one, other)) for other in rng.sample(others, COMPARED_WITH)}
+    for index in range(len(ANSWERS)):
+        others = [other for other in range(len(ANSWERS)) if other != index]
+        compared |= {(min(index, other), max(index, other)) for other in rng.sample(others, COMPARED_WITH)}
     for pair in sorted(compared):
         for chosen, rejected in (pair, pair[::-1]):
             yield from [
@@ -63,7 +63,7 @@ def preferences(weights: list[int], rng: random.Random) -> Iterator[dict[str, st
 
 
 def test_dpo_with_exact_preferences_reaches_the_optimum_of_rlhf(tmp_path: Path) -> None:
-    """pi_ref * exp(r / beta) / Z; total variation below .03."""
+    """The optimum is pi_ref * exp(r / beta) / Z; the total variation to it is below .03."""
     rng = random.Random(0)
     weights = [rng.choice([1, 2, 3]) for _ in ANSWERS]
     base = save_tiny_policy(tmp_path / "base", tokenizer=symbol_tokenizer(SYMBOLS))
@@ -82,7 +82,7 @@ def test_dpo_with_exact_preferences_reaches_the_optimum_of_rlhf(tmp_path: Path) 
     written = train_dpo(data, tmp_path / "out", settings, RunOptions(progress=False), holdout=0)
     prompt_ids, answers = [SYMBOLS.index(symbol) for symbol in PROMPT], [token_ids(answer) for answer in ANSWERS]
     reference = distribution(AutoModelForCausalLM.from_pretrained(base), prompt_ids, answers)
-    reached = distribution(AutoModelForCausalLM.from_pretrained(written), prompt_ids, answers)
-    goal = optimum(reference, [log(weight) for weight in weights], BETA)
-    assert total_variation(reference, goal) > 0.2, "there would be nothing to learn"
-    assert total_variation(reached, goal) < 0.03
+    trained = distribution(AutoModelForCausalLM.from_pretrained(written), prompt_ids, answers)
+    optimal = optimum(reference, [log(weight) for weight in weights], BETA)
+    assert total_variation(reference, optimal) > 0.2, "there would be nothing to learn"
+    assert total_variation(trained, optimal) < 0.03

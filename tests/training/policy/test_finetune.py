@@ -22,8 +22,9 @@ from training.cli import train_app
 from training.data.demonstrations import demonstration
 from training.data.preferences import DataError, read_rows
 from training.errors import TrainingError
-from training.policy.dpo import DPOTraining, TokenisedDPOTrainer, train_dpo
-from training.policy.finetune import PolicyTraining, RunOptions, TrainablePolicy, write_adapter
+from training.policy.config import DPOTraining, RunOptions, SFTTraining
+from training.policy.dpo import TokenisedDPOTrainer, train_dpo
+from training.policy.finetune import TrainablePolicy, write_adapter
 from training.policy.sft import train_sft
 from training.policy.tokens import tokenise
 
@@ -36,7 +37,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-def said(text: str) -> list[dict[str, str]]:
+def assistant(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
@@ -46,11 +47,11 @@ def logged(out: Path, column: str) -> list[float]:
 
 
 def log_prob(policy: Any, prompt_ids: list[int], completion_ids: list[int]) -> list[float]:
-    """Of each token of the completion, by the definition."""
+    """The log-probability of each token of the completion, by the definition."""
     with torch.inference_mode():
         logits_T_V = policy(torch.tensor([prompt_ids + completion_ids])).logits[0].log_softmax(-1)
-    places = range(len(prompt_ids) - 1, len(prompt_ids) + len(completion_ids) - 1)
-    return [float(logits_T_V[at, token_id]) for at, token_id in zip(places, completion_ids, strict=True)]
+    positions = range(len(prompt_ids) - 1, len(prompt_ids) + len(completion_ids) - 1)
+    return [float(logits_T_V[position, token_id]) for position, token_id in zip(positions, completion_ids, strict=True)]
 
 
 def small(base: Path, **more: Any) -> dict[str, Any]:
@@ -62,32 +63,32 @@ def base(tmp_path: Path) -> Path:
     return save_tiny_policy(tmp_path / "base")
 
 
-def test_a_prompt_is_read_as_the_engine_reads_it_and_the_end_is_learnt_unless_it_was_cut(tmp_path: Path) -> None:
+def test_a_prompt_has_the_tokens_of_the_engine_and_eos_is_learnt_unless_the_completion_was_cut(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     lines: list[dict[str, Any]] = [
         {"prompt": "The film", "completion": " was great."},
         {"prompt": "The film", "completion": " was great.", "finish_reason": "length"},
-        {"prompt": CHAT, "completion": said("Great."), "finish_reason": "stop"},
-        {"messages": CHAT + said("Great.")},
+        {"prompt": CHAT, "completion": assistant("Great."), "finish_reason": "stop"},
+        {"messages": CHAT + assistant("Great.")},
         {"text": "The film was dull."},
     ]
     rows = read_rows(write(tmp_path / "data.jsonl", lines), demonstration)
-    found = tokenise(rows, tokenizer, 128, "data.jsonl")
+    tokenised = tokenise(rows, tokenizer, 128, "data.jsonl")
     eos = "<|im_end|>"
-    texts = [(tokenizer.decode(one.prompt_ids), tokenizer.decode(one.completions[0])) for one in found]
-    asked = "<|im_start|>user\nHow was the film?<|im_end|>\n<|im_start|>assistant\n"
+    texts = [(tokenizer.decode(row.prompt_ids), tokenizer.decode(row.completions[0])) for row in tokenised]
+    chat = "<|im_start|>user\nHow was the film?<|im_end|>\n<|im_start|>assistant\n"
     assert texts == [
         ("The film", " was great." + eos),
         ("The film", " was great."),
-        (asked, "Great." + eos),
-        (asked, "Great." + eos),
+        (chat, "Great." + eos),
+        (chat, "Great." + eos),
         ("", "The film was dull." + eos),
     ]
-    # The border: as one text it would be other tokens where a merge straddles it.
-    assert found[0].prompt_ids == tokenizer("The film")["input_ids"]
+    # Tokenised as one text, a token could span the border of prompt and completion.
+    assert tokenised[0].prompt_ids == tokenizer("The film")["input_ids"]
 
 
-def test_what_does_not_fit_is_cut_at_its_end_and_a_prompt_that_leaves_no_room_is_told(tmp_path: Path) -> None:
+def test_a_long_completion_is_truncated_and_a_prompt_that_leaves_no_room_is_refused(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     rows = read_rows(
         write(tmp_path / "data.jsonl", [{"prompt": "The", "completion": " film was great"}]), demonstration
@@ -95,44 +96,44 @@ def test_what_does_not_fit_is_cut_at_its_end_and_a_prompt_that_leaves_no_room_is
     whole = tokenise(rows, tokenizer, 128, "data")[0]
     room = len(whole.prompt_ids) + 2
     assert tokenise(rows, tokenizer, room, "data")[0].completions == [whole.completions[0][:2]]
-    with pytest.raises(DataError, match=r"data:1: the prompt is .* so none is left to learn"):
+    with pytest.raises(DataError, match=r"data:1: the prompt has .* so no completion fits"):
         tokenise(rows, tokenizer, len(whole.prompt_ids), "data")
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ({"prompt": "a"}, "the fields are prompt; a line has prompt and completion, or messages, or text"),
-        ({"prompt": "a", "completion": said("b")}, "prompt is messages too"),
-        ({"messages": said("b")}, "after at least one other message"),
-        ({"messages": CHAT}, "messages end with what the assistant says"),
+        ({"prompt": "a", "completion": assistant("b")}, "prompt has to be messages too"),
+        ({"messages": assistant("b")}, "after at least one other message"),
+        ({"messages": CHAT}, "messages have to end with one of the role assistant"),
         ({"prompt": "a", "completion": "", "finish_reason": "length"}, "nothing to learn"),
         ({"prompt": 3, "completion": "b"}, "prompt is neither a string nor a list of messages"),
     ],
 )
-def test_a_bad_line_is_told_with_its_number_before_any_training(
-    line: Any, told: str, tmp_path: Path, base: Path
+def test_a_bad_line_is_reported_with_its_number_before_any_training(
+    line: Any, message: str, tmp_path: Path, base: Path
 ) -> None:
     data = write(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, line])
     options = ["--data", str(data), "--out", str(tmp_path / "out"), "--model", str(base)]
     result = CliRunner().invoke(train_app, ["sft", *options])
     assert result.exit_code == 1
     assert f"{data}:2: " in result.output
-    assert told in result.output
+    assert message in result.output
     assert not (tmp_path / "out").exists()
 
 
-def test_a_conversation_reads_as_the_prompt_of_a_request(tmp_path: Path) -> None:
-    (row,) = read_rows(write(tmp_path / "data.jsonl", [{"messages": CHAT + said("Great.")}]), demonstration)
+def test_a_conversation_is_read_as_the_prompt_of_a_chat_request(tmp_path: Path) -> None:
+    (row,) = read_rows(write(tmp_path / "data.jsonl", [{"messages": CHAT + assistant("Great.")}]), demonstration)
     assert row.prompt == Prompt(messages=(Message("user", "How was the film?"),))
     assert row.texts == ("Great.",)
 
 
 def test_the_loss_of_sft_is_that_of_the_completion_alone(tmp_path: Path, base: Path) -> None:
-    """At learning rate 0 it stays the base's: minus the mean log-probability of the completion's tokens."""
-    lines = [{"prompt": CHAT, "completion": said("The film was great.")}]
+    """At learning rate 0 it is the base model's: minus the mean log-probability of the completion's tokens."""
+    lines = [{"prompt": CHAT, "completion": assistant("The film was great.")}]
     data = write(tmp_path / "data.jsonl", lines)
-    settings = PolicyTraining(**small(base, learning_rate=0.0))
+    settings = SFTTraining(**small(base, learning_rate=0.0))
     train_sft(data, tmp_path / "out", settings, QUIET, validation_data=data)
     tokenizer = AutoTokenizer.from_pretrained(base)
     (row,) = tokenise(read_rows(data, demonstration), tokenizer, 128, data)
@@ -141,27 +142,27 @@ def test_the_loss_of_sft_is_that_of_the_completion_alone(tmp_path: Path, base: P
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_sft_learns_to_say_what_it_is_shown(full: bool, tmp_path: Path, base: Path) -> None:
-    data = write(tmp_path / "data.jsonl", [{"prompt": CHAT, "completion": said("great")}] * 8)
-    settings = PolicyTraining(**small(base, epochs=20, full=full))
+def test_sft_learns_the_demonstrations(full: bool, tmp_path: Path, base: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"prompt": CHAT, "completion": assistant("great")}] * 8)
+    settings = SFTTraining(**small(base, epochs=20, full=full))
     written = train_sft(data, tmp_path / "out", settings, QUIET, holdout=0)
     policy = AutoModelForCausalLM.from_pretrained(base if not full else written)
     policy = policy if full else PeftModel.from_pretrained(policy, written)
     (row, *_) = tokenise(read_rows(data, demonstration), AutoTokenizer.from_pretrained(base), 128, data)
     with torch.inference_mode():
         answer = policy.generate(torch.tensor([row.prompt_ids]), max_new_tokens=8, do_sample=False)[0]
-    assert answer[len(row.prompt_ids) :].tolist() == row.completions[0]  # its end too
+    assert answer[len(row.prompt_ids) :].tolist() == row.completions[0]  # EOS included
     losses = logged(tmp_path / "out", "loss")
     assert losses[-1] < losses[0]
     assert (tmp_path / "out" / "metrics.png").stat().st_size > 0
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_a_merged_model_says_what_base_and_adapter_say_together(tmp_path: Path, base: Path) -> None:
+def test_a_merged_model_has_the_logits_of_base_and_adapter(tmp_path: Path, base: Path) -> None:
     before = (base / "model.safetensors").read_bytes()
     data = write(tmp_path / "data.jsonl", [{"prompt": "The film", "completion": " was great"}] * 8)
     options = RunOptions(merge=True, progress=False)
-    written = train_sft(data, tmp_path / "out", PolicyTraining(**small(base, epochs=5)), options, holdout=0)
+    written = train_sft(data, tmp_path / "out", SFTTraining(**small(base, epochs=5)), options, holdout=0)
     assert written == tmp_path / "out" / "model"
     ids = AutoTokenizer.from_pretrained(written)("The film was", return_tensors="pt")["input_ids"]
     base_policy = AutoModelForCausalLM.from_pretrained(base)
@@ -178,14 +179,14 @@ def test_a_merged_model_says_what_base_and_adapter_say_together(tmp_path: Path, 
     assert named["base_model_name_or_path"] == str(base)
 
 
-def test_an_adapter_is_written_without_asking_the_hub_for_its_base(
+def test_an_adapter_is_written_without_a_request_to_the_hub_for_its_base(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base of a run is often one that the hub has no directory of, as the embedded one."""
-    policy = TrainablePolicy(PolicyTraining(**small(base)), dropout=False)
+    """The base model is often not on the hub, as the embedded model."""
+    policy = TrainablePolicy(SFTTraining(**small(base)), dropout=False)
     model = get_peft_model(policy.model, policy.adapters)
     policy.settings = replace(policy.settings, base_model="smollm2-135m-instruct")
-    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("a request to the hub"))
     written = write_adapter(model, policy, tmp_path)
     config = json.loads((written / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "smollm2-135m-instruct"
@@ -195,18 +196,18 @@ def test_a_model_is_written_in_the_precision_of_its_base(tmp_path: Path, base: P
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     data = write(tmp_path / "data.jsonl", [{"prompt": "The film", "completion": " was great"}] * 4)
     options = RunOptions(merge=True, progress=False)
-    written = train_sft(data, tmp_path / "out", PolicyTraining(**small(base)), options, holdout=0)
+    written = train_sft(data, tmp_path / "out", SFTTraining(**small(base)), options, holdout=0)
     assert AutoModelForCausalLM.from_pretrained(written).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_products_may_be_taken_in_bfloat16(tmp_path: Path, base: Path, method: str) -> None:
-    """As `auto` does on processors that have instructions for it; weights that learn stay in float32."""
+def test_a_policy_is_trained_in_bfloat16_with_an_adapter_in_float32(tmp_path: Path, base: Path, method: str) -> None:
+    """As with `auto` on processors with bfloat16 instructions."""
     row = {"prompt": "The film", "completion": " was great", "chosen": " was great", "rejected": " was dull"}
     data = write(tmp_path / "data.jsonl", [row] * 4)
     recipe = small(base, dtype="bfloat16", epochs=4)
     if method == "sft":
-        adapter = train_sft(data, tmp_path / "out", PolicyTraining(**recipe), QUIET, holdout=0)
+        adapter = train_sft(data, tmp_path / "out", SFTTraining(**recipe), QUIET, holdout=0)
     else:
         adapter = train_dpo(data, tmp_path / "out", DPOTraining(**recipe), QUIET, holdout=0)
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -215,8 +216,8 @@ def test_products_may_be_taken_in_bfloat16(tmp_path: Path, base: Path, method: s
 
 
 def test_the_loss_of_dpo_is_the_formula(tmp_path: Path, base: Path) -> None:
-    """Two policies apart by one adapter: -log sigma(beta * difference of the log-ratios), by hand."""
-    pair = {"prompt": CHAT, "chosen": said("The film was great."), "rejected": said("dull")}
+    """-log sigma(beta * difference of the log-ratios), computed by hand with and without the adapter."""
+    pair = {"prompt": CHAT, "chosen": assistant("The film was great."), "rejected": assistant("dull")}
     data = write(tmp_path / "data.jsonl", [pair] * 4)
     settings = DPOTraining(**small(base, epochs=4, beta=0.3, learning_rate=1e-3))
     written = train_dpo(data, tmp_path / "out", settings, QUIET, validation_data=data)
@@ -257,11 +258,11 @@ def test_ratings_are_refused_as_preferences_of_dpo(tmp_path: Path, base: Path) -
 
 
 class PowerCutError(Exception):
-    """Stands for whatever ends a run."""
+    """Stands for anything that kills a run."""
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_an_interrupted_run_ends_as_one_that_was_not(
+def test_an_interrupted_run_ends_as_an_uninterrupted_run(
     method: str, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [{"prompt": "The film", "completion": f" was {word}"} for word in map(str, range(22))]
@@ -273,14 +274,14 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 
     def train(out: Path, options: RunOptions) -> Path:
         if method == "sft":
-            return train_sft(data, out, PolicyTraining(**fields), options, holdout=0)
+            return train_sft(data, out, SFTTraining(**fields), options, holdout=0)
         return train_dpo(data, out, DPOTraining(**fields), options, holdout=0)
 
-    through = train(tmp_path / "through", options)
+    uninterrupted = train(tmp_path / "uninterrupted", options)
     compute_loss = trainer.compute_loss
 
     def compute(running: Any, *arguments: Any, **more: Any) -> Any:
-        if running.state.global_step == 15:  # 11 steps an epoch: in the second, after the checkpoint of step 10
+        if running.state.global_step == 15:  # 11 steps per epoch: in the second epoch, after the checkpoint of step 10
             raise PowerCutError
         return compute_loss(running, *arguments, **more)
 
@@ -292,20 +293,20 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
         train(tmp_path / "cut", options)
     resumed = train(tmp_path / "cut", RunOptions(checkpoint_every=10, resume=True, progress=False))
     weights = "adapter_model.safetensors"
-    assert (resumed / weights).read_bytes() == (through / weights).read_bytes()
-    assert logged(tmp_path / "cut", "loss") == logged(tmp_path / "through", "loss")
+    assert (resumed / weights).read_bytes() == (uninterrupted / weights).read_bytes()
+    assert logged(tmp_path / "cut", "loss") == logged(tmp_path / "uninterrupted", "loss")
 
 
-def test_a_run_that_diverged_writes_no_weights(tmp_path: Path, base: Path) -> None:
+def test_a_run_that_diverges_writes_no_weights(tmp_path: Path, base: Path) -> None:
     data = write(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}] * 16)
     with pytest.raises(TrainingError, match="training diverged"):
-        train_sft(data, tmp_path / "out", PolicyTraining(**small(base, learning_rate=1e30)), QUIET, holdout=0)
+        train_sft(data, tmp_path / "out", SFTTraining(**small(base, learning_rate=1e30)), QUIET, holdout=0)
     assert not (tmp_path / "out" / "adapter").exists()
 
 
 def test_micro_batches_that_do_not_fit_the_batch_are_refused(tmp_path: Path, base: Path) -> None:
     data = write(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}])
-    settings = PolicyTraining(**small(base, micro_batch_size=3))
+    settings = SFTTraining(**small(base, micro_batch_size=3))
     with pytest.raises(TrainingError, match="a batch of 4 does not divide into micro batches of 3"):
         train_sft(data, tmp_path / "out", settings, QUIET, holdout=0)
 
@@ -313,11 +314,11 @@ def test_micro_batches_that_do_not_fit_the_batch_are_refused(tmp_path: Path, bas
 @pytest.mark.parametrize(
     ("method", "line"),
     [
-        ("sft", {"prompt": CHAT, "completion": said("great")}),
-        ("dpo", {"prompt": CHAT, "chosen": said("great"), "rejected": said("dull")}),
+        ("sft", {"prompt": CHAT, "completion": assistant("great")}),
+        ("dpo", {"prompt": CHAT, "chosen": assistant("great"), "rejected": assistant("dull")}),
     ],
 )
-def test_the_command_tells_how_to_serve_what_it_wrote(method: str, line: Any, tmp_path: Path, base: Path) -> None:
+def test_the_command_prints_how_to_serve_the_weights(method: str, line: Any, tmp_path: Path, base: Path) -> None:
     data = write(tmp_path / "data.jsonl", [line] * 4)
     options = ["--data", str(data), "--model", str(base), "--dtype", "float32", "--holdout", "0"]
     result = CliRunner().invoke(train_app, [method, *options, "--out", str(tmp_path / "a")])

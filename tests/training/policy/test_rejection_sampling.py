@@ -1,7 +1,8 @@
-"""`nbest improve`: its rounds over a tiny policy that is really trained, and a scripted engine in place of vLLM."""
+"""`nbest improve`: rounds over a tiny policy that is really trained, with a scripted engine in place of vLLM."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from tests.support.tiny_models import save_tiny_policy
 from training.checkpoints import CheckpointError
 from training.data.preferences import DataError
 from training.errors import TrainingError
-from training.policy.rejection_sampling import Improvement, improve, table_lines
-from training.policy.subcommands import Command, commands_in
+from training.policy.config import RejectionSamplingTraining
+from training.policy.rejection_sampling import improve, table_lines
+from training.policy.subcommands import Command, locked_commands
 
 RESULTS = (
     "prompts/train.jsonl",
@@ -28,11 +30,11 @@ RESULTS = (
 
 
 class PowerCutError(Exception):
-    """Stands for whatever ends a run."""
+    """Stands for anything that kills a run."""
 
 
 def in_process(arguments: Sequence[str]) -> None:
-    """The command of these arguments in this process, with the scripted engine."""
+    """Runs the nbest command in this process, with the scripted engine."""
     with scripted(SeededGenerator()):
         result = CliRunner().invoke(app, list(arguments))
     if result.exit_code:
@@ -40,7 +42,7 @@ def in_process(arguments: Sequence[str]) -> None:
 
 
 def cut_at(step: int) -> Command:
-    """A command that works until the one of that number is to begin."""
+    """Runs commands until the command with that number, counted from 0, is about to start."""
     numbers = count()
 
     def run(arguments: Sequence[str]) -> None:
@@ -52,9 +54,9 @@ def cut_at(step: int) -> Command:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Improvement:
+def settings(tmp_path: Path) -> RejectionSamplingTraining:
     base = save_tiny_policy(tmp_path / "base")
-    return Improvement(
+    return RejectionSamplingTraining(
         str(base), "length=logprob", best_of=3, max_tokens=8, evaluation_samples=2, batch_size=4, epochs=1
     )
 
@@ -70,20 +72,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_round_samples_from_the_policy_of_the_one_before_and_learns_its_winners(
-    prompts: Path, settings: Improvement, tmp_path: Path
+def test_a_round_samples_from_the_policy_of_the_round_before_and_learns_its_winners(
+    prompts: Path, settings: RejectionSamplingTraining, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     table = improve(prompts, out, settings, 2, command=in_process)
-    drawn_by = {
-        (number, what): json.loads((out / f"round-{number}" / what / "run.json").read_text())["runs"][-1]
-        for number, what in [(0, "evaluation"), (1, "samples"), (1, "evaluation"), (2, "samples"), (2, "evaluation")]
+    runs = {
+        (number, step): json.loads((out / f"round-{number}" / step / "run.json").read_text())["runs"][-1]
+        for number, step in [(0, "evaluation"), (1, "samples"), (1, "evaluation"), (2, "samples"), (2, "evaluation")]
     }
     first, second = (str(out / f"round-{number}" / "sft" / "model") for number in (1, 2))
-    models = [run["model"] for run in drawn_by.values()]
+    models = [run["model"] for run in runs.values()]
     assert models == [settings.model, settings.model, first, first, second]
-    assert drawn_by[1, "samples"]["seed"] != drawn_by[2, "samples"]["seed"]
-    assert drawn_by[0, "evaluation"]["seed"] == drawn_by[2, "evaluation"]["seed"]
+    assert runs[1, "samples"]["seed"] != runs[2, "samples"]["seed"]
+    assert runs[0, "evaluation"]["seed"] == runs[2, "evaluation"]["seed"]
     trained = lines(out / "round-1" / "winners.jsonl")
     held_out = {line["prompt"] for line in lines(out / "prompts" / "held-out.jsonl")}
     assert {line["prompt"] for line in trained} == {f"film {n}" for n in range(10)} - held_out
@@ -95,63 +97,67 @@ def test_every_round_samples_from_the_policy_of_the_one_before_and_learns_its_wi
     assert f"{table[0]['held_out_reward']['mean']:.2f}" in shown[1]
 
 
-def test_a_run_killed_between_any_two_steps_goes_on_to_the_same_end(
-    prompts: Path, settings: Improvement, tmp_path: Path
+def test_a_run_that_is_killed_between_any_two_steps_resumes_to_the_same_results(
+    prompts: Path, settings: RejectionSamplingTraining, tmp_path: Path
 ) -> None:
-    def ends(out: Path, command: Command) -> list[bytes]:
+    def results(out: Path, command: Command) -> list[bytes]:
         improve(prompts, out, settings, 1, command=command)
         return [(out / name).read_bytes() for name in RESULTS if "summary" not in name]
 
-    whole = ends(tmp_path / "whole", in_process)
-    for step in range(1, 5):  # an evaluation, samples, winners, training, an evaluation
+    whole = results(tmp_path / "whole", in_process)
+    for step in range(1, 5):  # evaluation, samples, winners, training, evaluation
         out = tmp_path / f"cut-{step}"
         with pytest.raises(PowerCutError):
             improve(prompts, out, settings, 1, command=cut_at(step))
-        assert ends(out, in_process) == whole
+        assert results(out, in_process) == whole
 
 
-def test_what_is_done_is_not_done_again_and_more_rounds_go_on(
-    prompts: Path, settings: Improvement, tmp_path: Path
+def test_a_finished_step_is_not_repeated_and_more_rounds_continue_the_run(
+    prompts: Path, settings: RejectionSamplingTraining, tmp_path: Path
 ) -> None:
-    called: list[Sequence[str]] = []
+    commands: list[Sequence[str]] = []
 
     def counted(arguments: Sequence[str]) -> None:
-        called.append(arguments)
+        commands.append(arguments)
         in_process(arguments)
 
     improve(prompts, tmp_path / "out", settings, 1, command=counted)
-    done = len(called)
+    finished = len(commands)
     improve(prompts, tmp_path / "out", settings, 1, command=counted)
-    assert len(called) == done
+    assert len(commands) == finished
     improve(prompts, tmp_path / "out", settings, 2, command=counted)
-    assert all("round-2" in " ".join(arguments) for arguments in called[done:])
+    assert all("round-2" in " ".join(arguments) for arguments in commands[finished:])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        (lambda one: Improvement(one.model, one.reward_model, best_of=4), "another batch_size, best_of"),
-        (lambda one: Improvement(one.model, "other=logprob"), "reward_model"),
+        ({"best_of": 4, "batch_size": 16}, "another batch_size, best_of"),
+        ({"reward_model": "other=logprob"}, "another reward_model"),
     ],
 )
 def test_a_directory_of_another_run_is_refused(
-    change: Callable[[Improvement], Improvement], told: str, prompts: Path, settings: Improvement, tmp_path: Path
+    change: dict[str, Any], message: str, prompts: Path, settings: RejectionSamplingTraining, tmp_path: Path
 ) -> None:
     def stop(_: Sequence[str]) -> None:
         raise PowerCutError
 
     with pytest.raises(PowerCutError):
         improve(prompts, tmp_path / "out", settings, 1, command=stop)
-    with pytest.raises(CheckpointError, match=told):
-        improve(prompts, tmp_path / "out", change(settings), 1, command=stop)
+    with pytest.raises(CheckpointError, match=message):
+        improve(prompts, tmp_path / "out", replace(settings, **change), 1, command=stop)
 
 
-def test_a_second_run_on_a_directory_is_refused(prompts: Path, settings: Improvement, tmp_path: Path) -> None:
-    with commands_in(tmp_path / "out"), pytest.raises(TrainingError, match="a run works in"):
+def test_a_second_run_in_a_directory_is_refused(
+    prompts: Path, settings: RejectionSamplingTraining, tmp_path: Path
+) -> None:
+    with locked_commands(tmp_path / "out"), pytest.raises(TrainingError, match="another run is using"):
         improve(prompts, tmp_path / "out", settings, 1, command=in_process)
 
 
-def test_equal_prompts_stay_on_one_side(tmp_path: Path, prompts: Path, settings: Improvement) -> None:
+def test_equal_prompts_stay_in_one_part_of_the_split(
+    tmp_path: Path, prompts: Path, settings: RejectionSamplingTraining
+) -> None:
     with pytest.raises(PowerCutError):
         improve(prompts, tmp_path / "out", settings, 1, holdout=0.5, command=cut_at(0))
     train, held_out = (
@@ -162,12 +168,14 @@ def test_equal_prompts_stay_on_one_side(tmp_path: Path, prompts: Path, settings:
     assert len(train) + len(held_out) == 12
 
 
-def test_bad_prompts_are_told_with_their_numbers_before_anything_runs(tmp_path: Path, settings: Improvement) -> None:
+def test_bad_prompts_are_reported_with_their_lines_before_anything_runs(
+    tmp_path: Path, settings: RejectionSamplingTraining
+) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"text": "b"}\n{\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2: a line has a prompt or messages\n.*bad\.jsonl:3: "):
         improve(bad, tmp_path / "out", settings, 1, command=in_process)
-    one = tmp_path / "one.jsonl"
-    one.write_text('{"prompt": "a"}\n')
+    single = tmp_path / "single.jsonl"
+    single.write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match="no prompt is left for"):
-        improve(one, tmp_path / "out", settings, 1, command=in_process)
+        improve(single, tmp_path / "out", settings, 1, command=in_process)

@@ -16,7 +16,8 @@ from tests.support.tiny_models import save_tiny_reward_model
 from training.data.preferences import Example
 from training.reward.train import bradley_terry_loss, collate
 
-ONE, NONE = torch.tensor([0]), torch.tensor([], dtype=torch.long)
+FIRST, SECOND, NONE = torch.tensor([0]), torch.tensor([1]), torch.tensor([], dtype=torch.long)
+"""Indexes of the better or worse text of each comparison."""
 
 
 def test_the_loss_is_bradley_and_terrys() -> None:
@@ -26,20 +27,20 @@ def test_the_loss_is_bradley_and_terrys() -> None:
     assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
 
 
-def test_a_margin_is_asked_for_on_top() -> None:
-    # The lead is ln 3 and so is the margin: the better one wins by what is asked for with probability 1/2.
+def test_a_margin_is_subtracted_from_the_lead() -> None:
+    # The lead is ln 3 and so is the margin: the better text wins by the margin with probability 1/2.
     rewards = torch.tensor([math.log(3), 0.0])
-    loss = bradley_terry_loss(rewards, ONE, ONE + 1, margins_K=torch.tensor([math.log(3)]))
+    loss = bradley_terry_loss(rewards, FIRST, SECOND, margins_K=torch.tensor([math.log(3)]))
     assert loss.item() == pytest.approx(math.log(2))
 
 
-def test_centring_punishes_rewards_that_lie_beside_zero() -> None:
-    leads = (bradley_terry_loss(torch.tensor([r + 1, r]), ONE, ONE + 1, center=0.5).item() for r in (-0.5, 2.0))
-    around_zero, beside = leads
-    assert beside - around_zero == pytest.approx(0.5 * (3.0 + 2.0) ** 2)
+def test_centring_penalises_rewards_far_from_zero() -> None:
+    losses = (bradley_terry_loss(torch.tensor([r + 1, r]), FIRST, SECOND, center=0.5).item() for r in (-0.5, 2.0))
+    around_zero, far_from_zero = losses
+    assert far_from_zero - around_zero == pytest.approx(0.5 * (3.0 + 2.0) ** 2)
 
 
-def test_a_batch_without_a_comparison_teaches_nothing() -> None:
+def test_a_batch_without_a_comparison_has_no_gradient() -> None:
     rewards = torch.tensor([1.0, 2.0], requires_grad=True)
     loss = bradley_terry_loss(rewards, NONE, NONE, center=1.0)
     torch.autograd.backward([loss])
@@ -83,25 +84,25 @@ def test_the_loss_and_its_gradient_equal_trls(center: float, tmp_path: Path) -> 
         torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_noisy_choices_give_back_the_scores_they_were_made_with() -> None:
-    # 40,000 choices among 8 items: each item stands in 10,000 of them, so a score's standard error is about
-    # 1 / sqrt(10,000 * p(1 - p)), some .022 for scores this close. The seed is fixed.
+def test_the_loss_recovers_the_scores_from_which_noisy_choices_were_drawn() -> None:
+    # 40,000 choices among 8 items: each item is in 10,000 of them, so the standard error of a score is about
+    # 1 / sqrt(10,000 * p(1 - p)), or .022 for scores this close. The seed is fixed.
     scores_N = torch.tensor([-1.5, -1.0, -0.4, -0.1, 0.2, 0.5, 0.9, 1.4])
-    numbers = np.random.default_rng(0)  # the same on every CPU
-    first_K = torch.from_numpy(numbers.integers(8, size=40_000))
-    second_K = (first_K + torch.from_numpy(numbers.integers(1, 8, size=40_000))) % 8
-    wins_K = torch.from_numpy(numbers.random(40_000)) < torch.sigmoid(scores_N[first_K] - scores_N[second_K])
+    rng = np.random.default_rng(0)  # the same on every CPU
+    first_K = torch.from_numpy(rng.integers(8, size=40_000))
+    second_K = (first_K + torch.from_numpy(rng.integers(1, 8, size=40_000))) % 8
+    wins_K = torch.from_numpy(rng.random(40_000)) < torch.sigmoid(scores_N[first_K] - scores_N[second_K])
     better_K, worse_K = torch.where(wins_K, first_K, second_K), torch.where(wins_K, second_K, first_K)
 
-    found_N = torch.zeros(8, requires_grad=True)
-    optimizer = torch.optim.LBFGS([found_N], line_search_fn="strong_wolfe")
+    fitted_N = torch.zeros(8, requires_grad=True)
+    optimizer = torch.optim.LBFGS([fitted_N], line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = bradley_terry_loss(found_N, better_K, worse_K)
+        value = bradley_terry_loss(fitted_N, better_K, worse_K)
         torch.autograd.backward([value])
         return value
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    centred_N = found_N.detach() - found_N.detach().mean()
+    centred_N = fitted_N.detach() - fitted_N.detach().mean()
     assert (centred_N - (scores_N - scores_N.mean())).abs().max() < 0.06

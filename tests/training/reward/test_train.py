@@ -18,8 +18,9 @@ from reranker.models.reward_model import RewardConfig, RewardModel, RewardModelE
 from tests.support.tiny_models import save_tiny_policy, save_tiny_reward_model
 from training.cli import evaluate_app, train_app
 from training.data.preferences import DataError
+from training.reward.config import RewardMethod, RewardTraining
 from training.reward.evaluate import evaluate_reward
-from training.reward.train import Method, RewardTraining, _trainable, train_reward
+from training.reward.train import _trainable, train_reward
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -28,7 +29,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def ratings(count: int, seed: int) -> list[dict[str, Any]]:
-    """Texts that are good if they say great and bad if they say dull, among words that mean nothing."""
+    """Rated texts: good with the word great, bad with the word dull, among words that do not matter."""
     rng = random.Random(seed)
     lines: list[dict[str, Any]] = []
     for _ in range(count):
@@ -45,18 +46,18 @@ def settings(base: Path, **more: Any) -> RewardTraining:
 
 
 @pytest.mark.parametrize("method", ["lora", "head", "full"])
-def test_training_learns_what_people_prefer_and_what_is_saved_holds_it(method: Method, tmp_path: Path) -> None:
+def test_training_learns_the_ratings_and_the_saved_model_reproduces_them(method: RewardMethod, tmp_path: Path) -> None:
     base = save_tiny_policy(tmp_path / "base")
     train, test = write(tmp_path / "train.jsonl", ratings(200, 0)), write(tmp_path / "test.jsonl", ratings(60, 1))
     out = tmp_path / "out"
     validated = train_reward(train, out, settings(base, method=method), validation_data=test, progress=False)
     saved = str(out / {"lora": "adapter", "head": "adapter", "full": "model"}[method])
     model = RewardModel.load(saved, device="cpu", dtype="float32")
-    assert model.renderer.style == "document"  # the tiny tokenizer has a chat template: it is what was trained in
+    assert model.renderer.style == "document"  # the style of training, although the tokenizer has a chat template
     loaded = evaluate_reward(model, test).overall
     assert validated is not None
     assert loaded.accuracy == pytest.approx(validated.accuracy, abs=0.01)
-    # A random trunk shows its head little more than chance; adapters make the trunk look for the word that matters.
+    # The head reads little from a random trunk; adapters make the trunk detect the word that matters.
     assert loaded.accuracy > {"head": 0.6, "lora": 0.95, "full": 0.95}[method]
     with (out / "metrics.csv").open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
@@ -67,7 +68,7 @@ def test_training_learns_what_people_prefer_and_what_is_saved_holds_it(method: M
     assert [event.value for event in logged] == pytest.approx(losses)
 
 
-def test_the_mean_and_deviation_of_trained_rewards_are_saved(tmp_path: Path) -> None:
+def test_the_mean_and_deviation_of_the_training_rewards_are_saved(tmp_path: Path) -> None:
     base = save_tiny_policy(tmp_path / "base")
     lines = ratings(40, 0)
     data = write(tmp_path / "train.jsonl", lines)
@@ -80,7 +81,7 @@ def test_the_mean_and_deviation_of_trained_rewards_are_saved(tmp_path: Path) -> 
     assert config.reward_std == pytest.approx(statistics.stdev(rewards), rel=1e-3)
 
 
-def test_the_trunk_stays_as_it_was_and_only_the_adapter_is_written(tmp_path: Path) -> None:
+def test_the_base_model_is_unchanged_and_only_the_adapter_is_written(tmp_path: Path) -> None:
     base = save_tiny_policy(tmp_path / "base")
     before = (base / "model.safetensors").read_bytes()
     data = write(tmp_path / "train.jsonl", ratings(40, 0))
@@ -100,7 +101,7 @@ def test_the_same_seed_gives_the_same_adapter(tmp_path: Path) -> None:
     assert adapters[0] == adapters[1] != adapters[2]
 
 
-def test_pairs_with_prompts_train_through_the_command(tmp_path: Path) -> None:
+def test_the_command_trains_on_pairs_with_prompts(tmp_path: Path) -> None:
     base = save_tiny_policy(tmp_path / "base")
     pairs = [
         {"prompt": f"film {i}", "chosen": [{"role": "assistant", "content": f"great {i % 7}"}],
@@ -109,7 +110,7 @@ def test_pairs_with_prompts_train_through_the_command(tmp_path: Path) -> None:
     ]  # fmt: skip
     data = write(tmp_path / "pairs.jsonl", pairs)
     out = tmp_path / "out"
-    # --resume starts a run that has not begun, so a job that may be killed is always started by one command.
+    # --resume starts a run without checkpoints, so one command both starts and resumes a job that may be killed.
     options = [
         "--resume",
         "--checkpoint-every",
@@ -133,12 +134,12 @@ def test_pairs_with_prompts_train_through_the_command(tmp_path: Path) -> None:
     )
     assert evaluated.exit_code == 0, evaluated.output
     model = RewardModel.load(str(out / "adapter"), device="cpu", dtype="float32")
-    asked = Prompt(text="film 3")
+    prompt = Prompt(text="film 3")
     assert model.renderer.style == "chat"
-    assert len(model.score([model.render(asked, "great 3"), model.render(asked, "dull 3")])) == 2
+    assert len(model.score([model.render(prompt, "great 3"), model.render(prompt, "dull 3")])) == 2
 
 
-def test_bad_lines_are_all_told_before_any_training(tmp_path: Path) -> None:
+def test_all_bad_lines_are_reported_before_any_training(tmp_path: Path) -> None:
     data = write(tmp_path / "bad.jsonl", [*ratings(3, 0), {"text": 5, "rating": 1}, {"chosen": "a"}])
     result = CliRunner().invoke(train_app, ["reward", "--data", str(data), "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
@@ -153,7 +154,7 @@ def test_the_commands_import_nothing_heavy_before_they_run() -> None:
     assert run.stdout.strip() == "[]"
 
 
-def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     data = write(tmp_path / "train.jsonl", ratings(20, 0))
     encoder = save_tiny_reward_model(tmp_path / "bert", "bert")
     with pytest.raises(RewardModelError, match="is an encoder"):
@@ -163,7 +164,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         train_reward(data, tmp_path / "out", settings(policy, num_layers=3), holdout=0, progress=False)
 
 
-def test_a_run_that_diverged_saves_no_model(tmp_path: Path) -> None:
+def test_a_run_that_diverges_saves_no_model(tmp_path: Path) -> None:
     data = write(tmp_path / "train.jsonl", ratings(64, 0))
     run = settings(save_tiny_policy(tmp_path / "base"), learning_rate=1e30, epochs=1)
     with pytest.raises(RewardModelError, match="training diverged"):
@@ -171,25 +172,25 @@ def test_a_run_that_diverged_saves_no_model(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_batches_that_can_never_compare_are_refused_before_training(tmp_path: Path) -> None:
+def test_a_batch_size_without_comparisons_is_refused_before_training(tmp_path: Path) -> None:
     data = write(tmp_path / "train.jsonl", ratings(20, 0))
-    with pytest.raises(DataError, match="a batch of 1 has nothing to compare"):
+    with pytest.raises(DataError, match="a batch of 1 has no comparison"):
         train_reward(data, tmp_path / "out", settings(tmp_path, batch_size=1), holdout=0, progress=False)
 
 
-def test_the_head_starts_so_that_first_rewards_are_of_order_one(tmp_path: Path) -> None:
+def test_the_initial_head_gives_rewards_of_order_one(tmp_path: Path) -> None:
     base = save_tiny_policy(tmp_path / "base")
     classifier = load_classifier(str(base), new_head=True)
     heads = torch.stack(
         [_trainable(classifier, settings(base, method="full")).score.weight.detach().clone() for _ in range(64)]
     )
-    # 64 heads of d = 32 weights: 2,048 numbers, whose deviation is known to 1.6%; 10% away is six of those.
+    # 64 heads of d = 32 weights: 2,048 numbers, whose deviation is known to 1.6%; 10% is six times that.
     assert heads.numel() == 2048
     assert float(heads.std()) == pytest.approx(1 / math.sqrt(32 + 1), rel=0.1)
     assert float(heads.mean()) == pytest.approx(0.0, abs=0.02)
 
 
-def test_texts_too_alike_to_compare_are_refused_before_training(tmp_path: Path) -> None:
+def test_texts_with_equal_ratings_are_refused_before_training(tmp_path: Path) -> None:
     data = write(tmp_path / "flat.jsonl", [{"text": f"film {i}", "rating": 1.0} for i in range(9)])
-    with pytest.raises(DataError, match="no two texts of the rows trained on compare"):
+    with pytest.raises(DataError, match="the rows trained on give no comparison"):
         train_reward(data, tmp_path / "out", settings(tmp_path), holdout=0, progress=False)

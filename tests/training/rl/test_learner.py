@@ -1,4 +1,4 @@
-"""The learner reads what transformers reads, begins as its reference, and learns the same however a batch is cut."""
+"""The learner computes what transformers computes, starts as its reference, and learns alike from all micro batches."""
 
 import copy
 import random
@@ -15,7 +15,7 @@ from tests.support.tiny_models import save_tiny_policy
 from training.rl.config import PPOTraining, ReinforceTraining, RLTraining
 from training.rl.learner import Learner
 from training.rl.memory_report import num_bytes
-from training.rl.trajectories import Completion, Rows
+from training.rl.trajectories import Completion, PaddedBatch
 from training.rl.update import update
 
 CPU = torch.device("cpu")
@@ -37,153 +37,153 @@ def learner_of(settings: RLTraining) -> Learner:
     return Learner(settings, CPU, optimiser_steps=100)
 
 
-def drawn(base: Path, temperature: float = 1.0) -> list[Completion]:
-    """Three completions of different lengths, with the log-probabilities that transformers gives each token alone."""
+def sampled(base: Path, temperature: float = 1.0) -> list[Completion]:
+    """Three completions of different lengths, with their log-probabilities by transformers without padding."""
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    found = []
-    for place, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+    completions = []
+    for index, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         prompt_ids = tokenizer(prompt)["input_ids"]
         token_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
             logits = model(torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1] / temperature
         logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
-        score = float(place)
-        found.append(Completion(prompt_ids, token_ids, logprobs, answer, score, score, 0, is_cut=False))
-    return found
+        score = float(index)
+        completions.append(Completion(prompt_ids, token_ids, logprobs, answer, score, score, 0, is_cut=False))
+    return completions
 
 
 def test_prompts_are_padded_on_the_left_and_completions_on_the_right() -> None:
-    one = Completion([5, 6], [7], [-1.0], "", 0, 0, 0, is_cut=False)
-    other = Completion([8], [9, 4], [-1.0, -1.0], "", 0, 0, 0, is_cut=False)
-    rows = Rows.of([one, other], CPU)
-    assert rows.input_ids_N_L.tolist() == [[5, 6, 7, 0], [0, 8, 9, 4]]
-    assert rows.attention_mask_N_L.tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
-    assert rows.mask_N_T.tolist() == [[1.0, 0.0], [1.0, 1.0]]
+    short = Completion([5, 6], [7], [-1.0], "", 0, 0, 0, is_cut=False)
+    long = Completion([8], [9, 4], [-1.0, -1.0], "", 0, 0, 0, is_cut=False)
+    batch = PaddedBatch.of([short, long], CPU)
+    assert batch.input_ids_N_L.tolist() == [[5, 6, 7, 0], [0, 8, 9, 4]]
+    assert batch.attention_mask_N_L.tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
+    assert batch.mask_N_T.tolist() == [[1.0, 0.0], [1.0, 1.0]]
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 2])
-def test_in_padded_rows_policy_and_reference_say_what_transformers_says_of_each_completion_alone(
+def test_policy_and_reference_give_padded_completions_the_log_probabilities_of_unpadded_ones(
     base: Path, micro_batch_size: int | None
 ) -> None:
     """At temperature .7, which divides the logits of both."""
-    completions = drawn(base, temperature=0.7)
+    completions = sampled(base, temperature=0.7)
     settings = PPOTraining(**fields(base, temperature=0.7, micro_batch_size=micro_batch_size))
-    measured = learner_of(settings).measure(completions)
-    for row, one in enumerate(completions):
-        length = len(one.token_ids)
-        for logprobs_N_T in (measured.logprobs_N_T, measured.ref_logprobs_N_T):
-            assert logprobs_N_T[row, :length].tolist() == pytest.approx(one.drawn_logprobs, abs=1e-5)
+    measures = learner_of(settings).measure(completions)
+    for row, completion in enumerate(completions):
+        length = len(completion.token_ids)
+        for logprobs_N_T in (measures.logprobs_N_T, measures.ref_logprobs_N_T):
+            assert logprobs_N_T[row, :length].tolist() == pytest.approx(completion.drawn_logprobs, abs=1e-5)
             assert logprobs_N_T[row, length:].eq(0).all() or micro_batch_size != 1
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_the_reference_stays_when_the_policy_moves(full: bool, base: Path) -> None:
-    learner = learner_of(ReinforceTraining(**fields(base, full=full, baseline="batch")))
-    before = learner.measure(drawn(base))
-    update(learner, drawn(base), 0.1, ReinforceTraining(**fields(base, full=full, baseline="batch")), random.Random(0))
-    after = learner.measure(drawn(base))
+def test_the_reference_is_unchanged_by_an_update_of_the_policy(full: bool, base: Path) -> None:
+    settings = ReinforceTraining(**fields(base, full=full, baseline="batch"))
+    learner = learner_of(settings)
+    before = learner.measure(sampled(base))
+    update(learner, sampled(base), 0.1, settings, random.Random(0))
+    after = learner.measure(sampled(base))
     assert torch.equal(before.ref_logprobs_N_T, after.ref_logprobs_N_T)
     assert not torch.allclose(before.logprobs_N_T, after.logprobs_N_T, atol=1e-3)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
-def test_in_the_first_minibatch_the_ratio_is_1_and_nothing_is_clipped(base: Path, micro_batch_size: int | None) -> None:
+def test_the_ratio_is_1_and_nothing_is_clipped_in_the_first_minibatch(base: Path, micro_batch_size: int | None) -> None:
     settings = PPOTraining(**fields(base, epochs=1, minibatches=1, micro_batch_size=micro_batch_size))
-    learnt = update(learner_of(settings), drawn(base), 0.1, settings, random.Random(0))
-    assert learnt["first_ratio_error"] == pytest.approx(0.0, abs=1e-5)
-    assert learnt["ratio"] == pytest.approx(1.0, abs=1e-5)
-    assert learnt["clip_fraction"] == 0.0
-    assert learnt["mismatch"] == pytest.approx(0.0, abs=1e-5)
+    metrics = update(learner_of(settings), sampled(base), 0.1, settings, random.Random(0))
+    assert metrics["first_ratio_error"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["clip_fraction"] == 0.0
+    assert metrics["mismatch"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_later_minibatches_are_off_the_policy_that_drew(base: Path) -> None:
+def test_ratios_are_clipped_in_later_minibatches(base: Path) -> None:
     settings = PPOTraining(**fields(base, epochs=4, minibatches=3))
-    learnt = update(learner_of(settings), drawn(base), 0.1, settings, random.Random(0))
-    assert learnt["first_ratio_error"] == pytest.approx(0.0, abs=1e-5)
-    assert learnt["clip_fraction"] > 0
+    metrics = update(learner_of(settings), sampled(base), 0.1, settings, random.Random(0))
+    assert metrics["first_ratio_error"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["clip_fraction"] > 0
 
 
 @pytest.mark.parametrize("kind", [PPOTraining, ReinforceTraining])
-def test_a_batch_computed_in_parts_teaches_what_it_teaches_at_once(base: Path, kind: Any) -> None:
-    """By the tokens of the whole batch: completions of 2 to 9 tokens would weigh differently in a mean of means."""
-    alike = {"epochs": 1, "minibatches": 1} if kind is PPOTraining else {"baseline": "batch"}
-    read = []
+def test_micro_batches_give_the_gradient_of_the_whole_batch(base: Path, kind: Any) -> None:
+    """The mean is over all tokens of the batch; a mean of means would weigh completions of 2 to 9 tokens unequally."""
+    single_step = {"epochs": 1, "minibatches": 1} if kind is PPOTraining else {"baseline": "batch"}
+    results = []
     for micro_batch_size in (None, 1):
-        settings = kind(**fields(base, micro_batch_size=micro_batch_size, **alike))
+        settings = kind(**fields(base, micro_batch_size=micro_batch_size, **single_step))
         learner = learner_of(settings)
-        norm = update(learner, drawn(base), 0.1, settings, random.Random(0))["gradient_norm"]
-        read.append((norm, learner.measure(drawn(base)).logprobs_N_T[0, :2].tolist()))
-    assert read[0][0] == pytest.approx(read[1][0], rel=1e-3)
-    assert read[0][1] == pytest.approx(read[1][1], abs=1e-2)
+        norm = update(learner, sampled(base), 0.1, settings, random.Random(0))["gradient_norm"]
+        results.append((norm, learner.measure(sampled(base)).logprobs_N_T[0, :2].tolist()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-2)
 
 
-def test_what_the_engine_drew_with_weighs_the_loss_and_nothing_else(base: Path) -> None:
-    """A token that the engine thought half as likely counts twice, and no more than that."""
+def test_the_engines_log_probabilities_change_only_the_importance_weights(base: Path) -> None:
+    """A token that was half as likely in the engine has the weight 2, which is also the largest weight."""
     settings = ReinforceTraining(**fields(base, baseline="batch", largest_importance=2.0))
-    completions = drawn(base)
+    completions = sampled(base)
     assert update(learner_of(settings), completions, 0.1, settings, random.Random(0))["importance"] == pytest.approx(1)
     unlikely = [
         Completion(
-            one.prompt_ids,
-            one.token_ids,
-            [p - 5 for p in one.drawn_logprobs],
-            one.text,
-            one.score,
-            one.score,
+            completion.prompt_ids,
+            completion.token_ids,
+            [logprob - 5 for logprob in completion.drawn_logprobs],
+            completion.text,
+            completion.score,
+            completion.score,
             0,
             is_cut=False,
         )
-        for one in completions
+        for completion in completions
     ]
-    learnt = update(learner_of(settings), unlikely, 0.1, settings, random.Random(0))
-    assert learnt["importance"] == pytest.approx(2.0)
-    assert learnt["mismatch"] == pytest.approx(5.0, abs=1e-4)
-    assert learnt["kl"] == pytest.approx(0.0, abs=1e-4)
+    metrics = update(learner_of(settings), unlikely, 0.1, settings, random.Random(0))
+    assert metrics["importance"] == pytest.approx(2.0)
+    assert metrics["mismatch"] == pytest.approx(5.0, abs=1e-4)
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_the_values_do_not_move_the_policy(base: Path) -> None:
-    """All rewards alike and no price of KL: nothing to learn for the policy, whatever the value head has to."""
+def test_the_value_loss_has_no_gradient_in_the_policy(base: Path) -> None:
     settings = PPOTraining(**fields(base, epochs=1, minibatches=1, gae_lambda=1.0))
     learner = learner_of(settings)
-    reading = learner.read(drawn(base))
-    (reading.values_N_T - 1).square().sum().backward()  # type: ignore[no-untyped-call]
+    outputs = learner.forward(sampled(base))
+    (outputs.values_N_T - 1).square().sum().backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in learner.model.parameters())
 
 
-def test_restored_a_learner_takes_the_same_step(base: Path) -> None:
+def test_a_restored_learner_takes_the_same_step(base: Path) -> None:
     settings = PPOTraining(**fields(base, epochs=2, minibatches=2))
     learner, other = learner_of(settings), learner_of(settings)
-    update(learner, drawn(base), 0.1, settings, random.Random(0))
+    update(learner, sampled(base), 0.1, settings, random.Random(0))
     other.restore(copy.deepcopy(learner.state()))
-    for one in (learner, other):
-        update(one, drawn(base), 0.1, settings, random.Random(1))
-    assert torch.equal(learner.measure(drawn(base)).logprobs_N_T, other.measure(drawn(base)).logprobs_N_T)
-    assert torch.equal(learner.measure(drawn(base)).values_N_T, other.measure(drawn(base)).values_N_T)
+    for trained in (learner, other):
+        update(trained, sampled(base), 0.1, settings, random.Random(1))
+    assert torch.equal(learner.measure(sampled(base)).logprobs_N_T, other.measure(sampled(base)).logprobs_N_T)
+    assert torch.equal(learner.measure(sampled(base)).values_N_T, other.measure(sampled(base)).values_N_T)
 
 
-def test_with_an_adapter_the_learner_holds_one_model_and_the_little_that_learns(base: Path) -> None:
-    """Rank 1 in the 2 * 7 linear layers of 32 states, 64 inner ones and 16 of two heads; and a head of 32 + 1."""
-    of_base = sum(weights.numel() for weights in AutoModelForCausalLM.from_pretrained(base).parameters())
-    of_layer = (32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64)
+def test_with_an_adapter_the_learner_holds_one_model_and_few_trained_parameters(base: Path) -> None:
+    """Rank 1 in 2 * 7 linear layers with widths 32 (hidden), 64 (inner) and 16 (two heads); a value head of 32 + 1."""
+    base_size = sum(weights.numel() for weights in AutoModelForCausalLM.from_pretrained(base).parameters())
+    layer_size = (32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64)
     learner = learner_of(PPOTraining(**fields(base, lora_rank=1)))
     parts = {name: num_bytes(tensors) // 4 for name, tensors in learner.parameters.items()}
-    assert parts == {"base": of_base, "policy": 2 * of_layer, "values": 33, "reference": 0}
+    assert parts == {"base": base_size, "policy": 2 * layer_size, "values": 33, "reference": 0}
     full = learner_of(PPOTraining(**fields(base, full=True)))
     parts = {name: num_bytes(tensors) // 4 for name, tensors in full.parameters.items()}
-    assert parts == {"base": of_base, "policy": 0, "values": 33, "reference": of_base}
+    assert parts == {"base": base_size, "policy": 0, "values": 33, "reference": base_size}
 
 
-def test_a_base_stored_in_bfloat16_is_held_in_it_and_rounded_once_when_it_is_merged(base: Path, tmp_path: Path) -> None:
-    """Where products are taken in bfloat16. What learns is float32 all the same."""
+def test_a_base_stored_in_bfloat16_is_held_in_bfloat16_and_rounded_once_when_merged(base: Path, tmp_path: Path) -> None:
+    """Products are in bfloat16 here. Trained parameters are float32 in any case."""
     stored = tmp_path / "stored"
     AutoTokenizer.from_pretrained(base).save_pretrained(stored)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(stored)
     settings = PPOTraining(**fields(stored, dtype="bfloat16"))
     learner = learner_of(settings)
-    assert {one.dtype for one in learner.parameters["base"]} == {torch.bfloat16}
-    assert {one.dtype for one in learner.learning} == {torch.float32}
-    update(learner, drawn(stored), 0.1, settings, random.Random(0))
+    assert {parameter.dtype for parameter in learner.parameters["base"]} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in learner.trained_parameters} == {torch.float32}
+    update(learner, sampled(stored), 0.1, settings, random.Random(0))
     learner.write_result(tmp_path / "out", merge=True)
     plain: Any = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
     expected = PeftModel.from_pretrained(plain, tmp_path / "out" / "adapter").merge_and_unload().state_dict()
@@ -191,4 +191,4 @@ def test_a_base_stored_in_bfloat16_is_held_in_it_and_rounded_once_when_it_is_mer
     for name, weights in written.items():
         assert torch.equal(weights, expected[name].bfloat16()), name
     held_in_float32 = learner_of(PPOTraining(**fields(stored)))
-    assert {one.dtype for one in held_in_float32.parameters["base"]} == {torch.float32}
+    assert {parameter.dtype for parameter in held_in_float32.parameters["base"]} == {torch.float32}

@@ -1,4 +1,4 @@
-"""`nbest train` with replicas on Ray, over doubles: it learns what it learns in one process."""
+"""`nbest train` with replicas on Ray, over test doubles: the result equals that of one process."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -17,25 +17,25 @@ from server.generation.weight_store import WEIGHTS
 from tests.support.doubles import ScriptedScorer
 from tests.support.tiny_models import save_tiny_policy
 from tests.support.torch_generator import TorchGenerator
-from tests.training.rl.test_train import QUIET, World, logged, save_prompts, settings_of
+from tests.training.rl.test_train import QUIET, RecordedBackend, logged, save_prompts, settings_of
 from training.cli import train_app
 from training.errors import TrainingError
-from training.rl.backend import on_ray
+from training.rl.backend import ray_backend
 from training.rl.train import train_rl
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of Ray
 
 
 @asynccontextmanager
 async def torch_generator(settings: Settings, *, tempered_logprobs: bool) -> AsyncIterator[Generator]:
-    """In a replica."""
+    """Runs in a replica."""
     assert tempered_logprobs
     yield TorchGenerator(Path(settings.model), settings.adapter)
 
 
 @asynccontextmanager
 async def scripted_scorers(*_: Any) -> AsyncIterator[Mapping[str, Scorer]]:
-    """In a replica."""
+    """Runs in a replica."""
     yield {"reward": ScriptedScorer()}
 
 
@@ -48,7 +48,7 @@ async def cannot_start(settings: Settings, **_: Any) -> AsyncIterator[Generator]
 
 @pytest.fixture(autouse=True)
 def doubles_in_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two generators; and of this process not all children are Ray's: others are the engines of other tests."""
+    """Uses two generator replicas. Children of this process are not killed: some are engines of other tests."""
     monkeypatch.setattr(cluster, "kill_children", lambda: None)
     monkeypatch.setattr(factory, "started_generator", torch_generator)
     monkeypatch.setattr(factory, "started_scorers", scripted_scorers)
@@ -56,26 +56,27 @@ def doubles_in_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NBEST_GENERATOR_CPUS", "0.5")
 
 
-def test_two_replicas_draw_each_version_and_teach_what_one_generator_does(tmp_path: Path) -> None:
-    """A replica that had not loaded a version would draw with another, which ends a run."""
+def test_two_replicas_sample_with_each_version_and_train_the_same_weights_as_one_generator(tmp_path: Path) -> None:
+    """A replica that has not loaded a version would sample with another, which ends the run."""
     base, prompts = save_tiny_policy(tmp_path / "base"), save_prompts(tmp_path / "prompts.jsonl")
-    settings, here, there = settings_of("reinforce", base, steps=3, overlap=True), tmp_path / "here", tmp_path / "there"
-    expected = train_rl(prompts, here, settings, QUIET, start=World(base).start)
-    found = train_rl(prompts, there, settings, QUIET, start=on_ray(None))
-    assert (found / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
-    assert logged(there, "reward") == logged(here, "reward")
+    settings = settings_of("reinforce", base, steps=3, overlap=True)
+    local, on_ray = tmp_path / "local", tmp_path / "ray"
+    expected = train_rl(prompts, local, settings, QUIET, start=RecordedBackend(base).start)
+    written = train_rl(prompts, on_ray, settings, QUIET, start=ray_backend(None))
+    assert (written / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
+    assert logged(on_ray, "reward") == logged(local, "reward")
 
 
-def test_a_replica_that_does_not_come_up_ends_the_run_with_the_reason(
+def test_a_replica_that_does_not_start_ends_the_run_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, prompts = save_tiny_policy(tmp_path / "base"), save_prompts(tmp_path / "prompts.jsonl")
     monkeypatch.setattr(factory, "started_generator", cannot_start)
     with pytest.raises(TrainingError, match=r"does not start: .*generator: no such model"):
-        train_rl(prompts, tmp_path / "out", settings_of("ppo", base), QUIET, start=on_ray(None))
+        train_rl(prompts, tmp_path / "out", settings_of("ppo", base), QUIET, start=ray_backend(None))
 
 
-def test_a_cluster_without_ray_is_a_mistake_that_is_told(tmp_path: Path) -> None:
+def test_a_ray_address_without_ray_is_refused(tmp_path: Path) -> None:
     options = ["--prompts", str(tmp_path), "--out", str(tmp_path), "--ray-address", "10.0.0.5:6379"]
     result = CliRunner().invoke(train_app, ["ppo", *options])
     assert result.exit_code == 1

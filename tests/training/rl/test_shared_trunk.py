@@ -1,6 +1,6 @@
-"""Policy, reference and reward read one base, and none of them notices the others.
+"""Policy, reference and reward model share one base without any influence on each other.
 
-The policy's adapter has learnt before anything is compared, so that it would be seen wherever it leaked to.
+The policy's adapter is trained before anything is compared, so that its influence would be visible.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path, base: Path) -> Path:
-    """Reads two layers of three."""
+    """A reward adapter over two of the three layers."""
     return save_tiny_reward_adapter(tmp_path / "adapter", base, num_layers=2)
 
 
@@ -50,12 +50,12 @@ def settings(base: Path, **more: Any) -> PPOTraining:
 
 def completions(learner: Learner) -> list[Completion]:
     prompt_ids = learner.tokenizer(PROMPT.text)["input_ids"]
-    drawn = []
-    for place, text in enumerate(TEXTS):
+    sampled = []
+    for index, text in enumerate(TEXTS):
         token_ids = learner.tokenizer(text, add_special_tokens=False)["input_ids"]
-        nats, score = [-1.0] * len(token_ids), float(place)
-        drawn.append(Completion(prompt_ids, token_ids, nats, text, score, score, 0, is_cut=False))
-    return drawn
+        logprobs, score = [-1.0] * len(token_ids), float(index)
+        sampled.append(Completion(prompt_ids, token_ids, logprobs, text, score, score, 0, is_cut=False))
+    return sampled
 
 
 def learn(learner: Learner, base: Path, *, times: int = 1) -> None:
@@ -65,11 +65,11 @@ def learn(learner: Learner, base: Path, *, times: int = 1) -> None:
 
 @pytest.fixture
 def learner(base: Path) -> Learner:
-    """One whose policy is far from its reference."""
+    """A learner whose policy is far from its reference."""
     learner = Learner(settings(base), CPU, optimiser_steps=100)
     learn(learner, base)
-    measured = learner.measure(completions(learner))
-    assert (measured.logprobs_N_T - measured.ref_logprobs_N_T).abs().max() > 0.1
+    measures = learner.measure(completions(learner))
+    assert (measures.logprobs_N_T - measures.ref_logprobs_N_T).abs().max() > 0.1
     return learner
 
 
@@ -80,14 +80,14 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 
 async def scorer_of(adapter: Path, held: SharedTrunk | None, stack: AsyncExitStack) -> Scorer:
-    """As a server makes it."""
+    """The scorer as the server builds it."""
     settings = load_settings({"reward_models": [f"reward={adapter}"], "device": "cpu", "reward_dtype": "float32"})
-    nobody: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    return (await stack.enter_async_context(started_scorers(settings, nobody, held=held)))["reward"]
+    no_policy: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    return (await stack.enter_async_context(started_scorers(settings, no_policy, held=held)))["reward"]
 
 
 async def rewards_of(scorer: Scorer) -> list[float]:
-    candidates = [Candidate(place, text, 1) for place, text in enumerate(TEXTS)]
+    candidates = [Candidate(index, text, 1) for index, text in enumerate(TEXTS)]
     return list((await scorer.score(PROMPT, candidates)).rewards_N)
 
 
@@ -98,50 +98,50 @@ def own_tensors(model: RewardModel, learner: Learner) -> list[str]:
     return [name for name, weights in named if weights.untyped_storage().data_ptr() not in held]
 
 
-async def test_a_reward_over_the_learners_trunk_is_the_one_that_serves(
+async def test_rewards_over_the_learners_trunk_equal_those_in_serving(
     adapter: Path, base: Path, learner: Learner, stack: AsyncExitStack
 ) -> None:
     serving = await rewards_of(await scorer_of(adapter, None, stack))
     assert max(serving) - min(serving) > 0.1
-    shared = await scorer_of(adapter, learner.held_trunk, stack)
+    shared = await scorer_of(adapter, learner.shared_trunk, stack)
     assert await rewards_of(shared) == pytest.approx(serving, abs=1e-4)
     learn(learner, base)
     assert await rewards_of(shared) == pytest.approx(serving, abs=1e-4)
 
 
-async def test_the_reward_moves_neither_policy_nor_reference(
+async def test_scoring_changes_neither_policy_nor_reference(
     adapter: Path, base: Path, learner: Learner, stack: AsyncExitStack
 ) -> None:
-    """Another learner learns the same where nothing is scored."""
+    """A learner without scoring learns the same."""
     alone = Learner(settings(base), CPU, optimiser_steps=100)
     learn(alone, base)
-    shared = await scorer_of(adapter, learner.held_trunk, stack)
-    for one in (learner, alone):
+    shared = await scorer_of(adapter, learner.shared_trunk, stack)
+    for trained in (learner, alone):
         await rewards_of(shared)
-        learn(one, base)
-    found, expected = learner.measure(completions(learner)), alone.measure(completions(alone))
-    assert torch.equal(found.logprobs_N_T, expected.logprobs_N_T)
-    assert torch.equal(found.ref_logprobs_N_T, expected.ref_logprobs_N_T)
+        learn(trained, base)
+    measures, expected = learner.measure(completions(learner)), alone.measure(completions(alone))
+    assert torch.equal(measures.logprobs_N_T, expected.logprobs_N_T)
+    assert torch.equal(measures.ref_logprobs_N_T, expected.ref_logprobs_N_T)
 
 
-async def test_scoring_while_the_learner_learns_gives_what_either_gives_alone(
+async def test_scoring_during_learning_changes_neither_rewards_nor_weights(
     adapter: Path, base: Path, learner: Learner, stack: AsyncExitStack
 ) -> None:
     alone = Learner(settings(base), CPU, optimiser_steps=100)
     learn(alone, base)
-    shared = await scorer_of(adapter, learner.held_trunk, stack)
+    shared = await scorer_of(adapter, learner.shared_trunk, stack)
     expected = await rewards_of(shared)
     async with asyncio.TaskGroup() as group:
         learning = group.create_task(asyncio.to_thread(learn, learner, base, times=3))
         while not learning.done():
             assert await rewards_of(shared) == pytest.approx(expected, abs=1e-5)
     learn(alone, base, times=3)
-    found, kept = learner.measure(completions(learner)), alone.measure(completions(alone))
-    assert found.logprobs_N_T[0] == pytest.approx(kept.logprobs_N_T[0], abs=1e-5)
+    measures, reference = learner.measure(completions(learner)), alone.measure(completions(alone))
+    assert measures.logprobs_N_T[0] == pytest.approx(reference.logprobs_N_T[0], abs=1e-5)
 
 
-def test_beside_the_trunk_a_reward_takes_its_adapter_and_head_alone(adapter: Path, learner: Learner) -> None:
-    model = RewardModel.load(str(adapter), device="cpu", dtype="float32", held=learner.held_trunk)
+def test_a_reward_model_over_the_shared_trunk_owns_only_its_adapter_and_head(adapter: Path, learner: Learner) -> None:
+    model = RewardModel.load(str(adapter), device="cpu", dtype="float32", shared_trunk=learner.shared_trunk)
     own = own_tensors(model, learner)
     assert own
     assert all("lora_" in name or "score" in name for name in own)
@@ -150,10 +150,11 @@ def test_beside_the_trunk_a_reward_takes_its_adapter_and_head_alone(adapter: Pat
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_second_copy_of_the_base_would_be_counted(shared: bool, adapter: Path, learner: Learner) -> None:
-    """Other tests leave weights of their own in this process, so what is told is what one reward model adds."""
+def test_the_memory_report_counts_a_second_copy_of_the_base(shared: bool, adapter: Path, learner: Learner) -> None:
+    """Other tests leave weights in this process, so the test compares the report before and after loading the model."""
     before = held_bytes(learner)
-    model = RewardModel.load(str(adapter), device="cpu", dtype="float32", held=learner.held_trunk if shared else None)
+    trunk = learner.shared_trunk if shared else None
+    model = RewardModel.load(str(adapter), device="cpu", dtype="float32", shared_trunk=trunk)
     after = held_bytes(learner)
     own = num_bytes(weights for name, weights in model._model.named_parameters() if name in own_tensors(model, learner))
     assert after["reward"] - before["reward"] == own
@@ -161,31 +162,31 @@ def test_a_second_copy_of_the_base_would_be_counted(shared: bool, adapter: Path,
     assert before["optimiser"] > 2 * before["policy"]
 
 
-def test_another_base_is_loaded_as_ever(tmp_path: Path, learner: Learner) -> None:
+def test_a_reward_model_over_another_base_loads_its_own_base(tmp_path: Path, learner: Learner) -> None:
     other = save_tiny_policy(tmp_path / "other", num_layers=3, seed=5)
     adapter = save_tiny_reward_adapter(tmp_path / "of-other", other)
-    held, loaded = (
-        RewardModel.load(str(adapter), device="cpu", dtype="float32", held=trunk)
-        for trunk in (learner.held_trunk, None)
+    with_trunk, without_trunk = (
+        RewardModel.load(str(adapter), device="cpu", dtype="float32", shared_trunk=trunk)
+        for trunk in (learner.shared_trunk, None)
     )
-    assert len(own_tensors(held, learner)) == len(list(held._model.parameters()))
-    rendered = [held.render(PROMPT, text) for text in TEXTS]
-    assert held.score(rendered) == loaded.score(rendered)
+    assert len(own_tensors(with_trunk, learner)) == len(list(with_trunk._model.parameters()))
+    rendered = [with_trunk.render(PROMPT, text) for text in TEXTS]
+    assert with_trunk.score(rendered) == without_trunk.score(rendered)
 
 
-def test_where_all_weights_learn_there_is_no_trunk_to_be_shared(base: Path) -> None:
-    assert Learner(settings(base, full=True), CPU, optimiser_steps=1).held_trunk is None
+def test_with_full_training_there_is_no_shared_trunk(base: Path) -> None:
+    assert Learner(settings(base, full=True), CPU, optimiser_steps=1).shared_trunk is None
 
 
-def test_the_default_models_are_one_base_and_little_more() -> None:
-    """And the reward over a policy that has moved is the one that serves."""
+def test_the_default_models_take_one_base_and_few_more_parameters() -> None:
+    """The rewards over a changed policy also equal those in serving."""
     learner = Learner(PPOTraining(dtype="float32"), CPU, optimiser_steps=1)
     with torch.no_grad():
-        for weights in learner.learning:
+        for weights in learner.trained_parameters:
             weights.add_(torch.randn_like(weights) / 10)
     shared, serving = (
-        RewardModel.load("movie-sentiment", device="cpu", dtype="float32", held=held)
-        for held in (learner.held_trunk, None)
+        RewardModel.load("movie-sentiment", device="cpu", dtype="float32", shared_trunk=held)
+        for held in (learner.shared_trunk, None)
     )
     texts = (" a delight, warm and superbly acted.", " dull and far too long.", " fine.")
     rendered = [shared.render(PROMPT, text) for text in texts]

@@ -1,8 +1,8 @@
-"""Measures the policy on prompts that nothing is learnt from, while it learns.
+"""Evaluates the policy on held-out prompts during training.
 
-At step 0, every `evaluate_every` steps and at the end it answers each held-out prompt once, always with the same seeds,
-at the temperature of the run. The scorer and the judge say what they think, and the learner computes what policy and
-reference thought of each token. What becomes of it is in OUT (`training.rl.evaluation.log`).
+At step 0, every `evaluate_every` steps and at the end, the policy answers each held-out prompt once, always with the
+same seeds and at the temperature of the run. The scorer and the judge score the answers, and the learner computes the
+log-probabilities of policy and reference. The results are written to OUT (`training.rl.evaluation.log`).
 """
 
 import asyncio
@@ -14,28 +14,28 @@ from pathlib import Path
 from reranker.candidate import Prompt
 from training.errors import TrainingError
 from training.policy.tokens import TokenisedRow
-from training.rl.backend import Actors
+from training.rl.backend import Backend
 from training.rl.config import RLTraining
 from training.rl.evaluation.log import EvaluationLog
-from training.rl.evaluation.measures import Evaluation, EvaluationSample, repetition
+from training.rl.evaluation.metrics import Evaluation, EvaluationSample, repetition
 from training.rl.learner import Learner
-from training.rl.prompts import of_step, seeds_of_step
+from training.rl.prompts import prompts_of_step, seeds_of_step
 from training.rl.rewards import ScoreScale
 from training.rl.rollout import RolloutWorker
 from training.rl.trajectories import Completion
 
 MOST_PROMPTS = 64
-"""Evaluating then costs as much drawing as one step of the default batch."""
+"""With these, an evaluation samples as many completions as a step with the default batch."""
 ORDER_SEED = 0
-"""Whatever the seed of the run, the same prompts are taken: runs can be compared."""
+"""Fixed, so that runs with different seeds are evaluated on the same prompts and can be compared."""
 
 
 class Evaluator:
-    """Answers the held-out prompts whenever it is due; where there are none, it never is."""
+    """Evaluates the policy whenever an evaluation is due; without held-out prompts it does nothing."""
 
     def __init__(
         self,
-        actors: Actors,
+        backend: Backend,
         learner: Learner,
         held_out: Sequence[TokenisedRow],
         settings: RLTraining,
@@ -43,71 +43,73 @@ class Evaluator:
         *,
         after_step: int,
     ) -> None:
-        """Goes on after the step that the run goes on after.
+        """A resumed run continues after `after_step`.
 
         Raises:
-            TrainingError: the judge can say nothing of a completion alone.
+            TrainingError: the judge cannot score a single completion.
         """
-        if actors.judge and actors.judge.needs.all_candidates:
-            raise TrainingError(f"{actors.judge.name} compares candidates and an evaluation draws one; choose another")
+        if backend.judge and backend.judge.needs.all_candidates:
+            raise TrainingError(
+                f"{backend.judge.name} compares candidates, but an evaluation samples one per prompt; choose another"
+            )
         self._learner = learner
         self._settings = settings
-        self._prompts = of_step([*held_out], 0, min(len(held_out), MOST_PROMPTS), ORDER_SEED)
+        self._prompts = prompts_of_step([*held_out], 0, min(len(held_out), MOST_PROMPTS), ORDER_SEED)
         self._seeds = seeds_of_step("evaluation", len(self._prompts), settings.seed)
         self._worker = RolloutWorker(
-            actors.generator,
-            actors.scorer,
+            backend.generator,
+            backend.scorer,
             samples=1,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             truncation_penalty=0.0,
-            judge=actors.judge,
+            judge=backend.judge,
         )
-        judge = actors.judge.name if actors.judge else None
-        self._log = EvaluationLog(out, actors.scorer.name, judge, after_step=after_step) if held_out else None
+        judge = backend.judge.name if backend.judge else None
+        self._log = EvaluationLog(out, backend.scorer.name, judge, after_step=after_step) if held_out else None
 
     async def __call__(self, step: int, version: str, warn: Callable[[str], None]) -> None:
-        """Evaluates the weights of that version, if it is due after so many steps; what is odd, `warn` is told.
+        """Evaluates the weights of that version if an evaluation is due after `step` steps; calls `warn` with warnings.
 
         Raises:
-            TrainingError: not one completion has a reward.
+            TrainingError: no completion has a reward.
         """
         is_due = step % self._settings.evaluate_every == 0 or step == self._settings.steps
         if not (self._log and is_due):
             return
-        rollouts = await self._worker.draw(self._prompts, self._seeds, version, ScoreScale())
-        if rollouts.lost:
-            warn(f"{rollouts.lost} of {len(self._prompts)} held-out completions have no reward: {rollouts.reason}")
-        if rollouts.judge_failure:
-            warn(f"the judge has nothing to say of some held-out completions: {rollouts.judge_failure}")
-        samples = await asyncio.to_thread(self._samples, rollouts.completions)
+        batch = await self._worker.sample(self._prompts, self._seeds, version, ScoreScale())
+        if batch.lost:
+            warn(f"{batch.lost} of {len(self._prompts)} held-out completions have no reward: {batch.reason}")
+        if batch.judge_failure:
+            warn(f"the judge gave some held-out completions no reward: {batch.judge_failure}")
+        samples = await asyncio.to_thread(self._samples, batch.completions)
         for alarm in self._log.add(Evaluation(step, tuple(samples))):
-            warn(f"{alarm.told}; read {self._log.samples_of(step)}")
+            warn(f"{alarm.message}; read {self._log.samples_path(step)}")
 
     def close(self) -> None:
         if self._log:
             self._log.close()
 
     def _samples(self, completions: Sequence[Completion]) -> list[EvaluationSample]:
-        measured = self._learner.measure(completions)
+        measures = self._learner.measure(completions)
         reference_N, policy_N = (
-            (logprobs * measured.mask_N_T).sum(-1).tolist()
-            for logprobs in (measured.ref_logprobs_N_T, measured.logprobs_N_T)
+            (logprobs_N_T * measures.mask_N_T).sum(-1).tolist()
+            for logprobs_N_T in (measures.ref_logprobs_N_T, measures.logprobs_N_T)
         )
         return [
             EvaluationSample(
-                place=one.group,
-                prompt=_plain(self._prompts[one.group].row.prompt),
-                completion=one.text,
-                reward=one.reward,
-                judge=one.judged if math.isfinite(one.judged) else None,
+                prompt_index=completion.group,
+                prompt=_plain(self._prompts[completion.group].row.prompt),
+                completion=completion.text,
+                reward=completion.reward,
+                judge=completion.judged if math.isfinite(completion.judged) else None,
                 kl=policy - reference,
-                length=len(one.token_ids),
-                cut=one.is_cut,
-                repetition=repetition(one.token_ids),
+                length=len(completion.token_ids),
+                cut=completion.is_cut,
+                repetition=repetition(completion.token_ids),
                 reference_nats=reference,
             )
-            for one, policy, reference in zip(completions, policy_N, reference_N, strict=True)
+            for completion, policy, reference in zip(completions, policy_N, reference_N, strict=True)
         ]
 
 

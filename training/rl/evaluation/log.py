@@ -1,11 +1,11 @@
-"""What is kept of the evaluations of a run, in OUT.
+"""The files of a run's evaluations, in OUT.
 
-    evaluations.csv             a line of figures for each, and the same for TensorBoard
-    evaluations.png             the same as curves
-    evaluations/step-K.jsonl    the samples
+    evaluations.csv             a row of metrics for each evaluation, written to TensorBoard too
+    evaluations.png             the same metrics as curves
+    evaluations/step-K.jsonl    the samples of the evaluation at step K
     alarms.jsonl                the alarms (`training.rl.evaluation.reward_hacking`)
 
-A run that goes on from a checkpoint keeps what was there up to its step and writes the rest anew.
+A run that resumes from a checkpoint keeps the evaluations up to its step and makes the later ones again.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from training.metrics_log import MetricsTable
-from training.rl.evaluation.measures import Evaluation
+from training.rl.evaluation.metrics import Evaluation
 from training.rl.evaluation.plot import plot_evaluations
 from training.rl.evaluation.reward_hacking import Alarm, alarms
 
@@ -24,10 +24,10 @@ COLUMNS = (
 
 
 class EvaluationLog:
-    """The evaluations of a run, from its first step on; `judge` is the judge's name, if there is one."""
+    """Writes the evaluations of a run; `reward` and `judge` are the names of the scorers."""
 
     def __init__(self, out: Path, reward: str, judge: str | None, *, after_step: int) -> None:
-        """Keeps those of an earlier run up to `after_step`, from where this one goes on; at 0 it begins anew."""
+        """Keeps the evaluations of the interrupted run up to `after_step`; with 0 it starts anew."""
         self._out = out
         self._names = {"reward": reward} | ({"judge": judge} if judge else {})
         columns = [column for column in COLUMNS if judge or not column.startswith("judge")]
@@ -36,29 +36,30 @@ class EvaluationLog:
         self._alarms: list[Alarm] = []
         self._samples = out / "evaluations"
         self._samples.mkdir(parents=True, exist_ok=True)
-        found = {int(path.stem.partition("-")[2]): path for path in self._samples.glob("step-*.jsonl")}
-        for step, path in sorted(found.items()):
+        paths = {int(path.stem.partition("-")[2]): path for path in self._samples.glob("step-*.jsonl")}
+        for step, path in sorted(paths.items()):
             if after_step and step <= after_step:
-                self._remember(Evaluation.of_lines(step, path.read_text()))
+                self._append(Evaluation.of_lines(step, path.read_text()))
             else:
                 path.unlink()
 
-    def samples_of(self, step: int) -> Path:
+    def samples_path(self, step: int) -> Path:
+        """The file of the samples at that step."""
         return self._samples / f"step-{step}.jsonl"
 
     def add(self, evaluation: Evaluation) -> list[Alarm]:
-        """Writes down all that is made of it; the alarms it raises."""
-        self.samples_of(evaluation.step).write_text(evaluation.lines())
-        raised = self._remember(evaluation)
-        (self._out / "alarms.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in self._alarms))
-        self._table.add(evaluation.step, evaluation.figures() | {"alarms": float(len(raised))})
+        """Writes an evaluation to all files; returns the alarms that it raises."""
+        self.samples_path(evaluation.step).write_text(evaluation.lines())
+        raised = self._append(evaluation)
+        (self._out / "alarms.jsonl").write_text("".join(json.dumps(asdict(alarm)) + "\n" for alarm in self._alarms))
+        self._table.add(evaluation.step, evaluation.metrics() | {"alarms": float(len(raised))})
         plot_evaluations(self._table.rows, self._alarms, self._names, self._out / "evaluations.png")
         return raised
 
     def close(self) -> None:
         self._table.close()
 
-    def _remember(self, evaluation: Evaluation) -> list[Alarm]:
+    def _append(self, evaluation: Evaluation) -> list[Alarm]:
         self._evaluations.append(evaluation)
         raised = alarms(self._evaluations)
         self._alarms += raised
