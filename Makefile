@@ -12,7 +12,7 @@ TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 .PHONY: help setup models serve test check docs site bench lock clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(READY) models  ## make .venv, install the pinned packages, prepare the embedded models
 
