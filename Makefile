@@ -7,9 +7,11 @@ READY := $(VENV)/.installed
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) $(NEW_ENOUGH) && echo $(name))))
 PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-deps
+# How the tests are divided: tests/conftest.py
+TWO_PROCESSES = --quiet --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 
-.PHONY: help setup models serve test check docs site bench lock clean
+.PHONY: help setup models serve test test-fast check docs site bench lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,14 +37,18 @@ models: $(READY)
 serve: setup  ## serve on 127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/nbest serve
 
-test: setup  ## run every test
-	@$(BIN)/python -m pytest
+test: setup  ## run every test, in two processes
+	@$(BIN)/python -m pytest $(TWO_PROCESSES)
 
-check: $(READY)  ## style, types, import fences, generated pages, links of the documentation
+test-fast: setup  ## run the tests without real engines, Ray clusters and browsers, and without the slowest of the others
+	@$(BIN)/python -m pytest $(TWO_PROCESSES) -m "not engine and not ray and not browser and not slow"
+
+check: $(READY)  ## style, types, import fences, words, generated pages, links of the documentation
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest --quiet tests/test_layering.py
+	@$(BIN)/python -m scripts.words
 	@$(BIN)/python -m scripts.docs --check
 	@$(BIN)/python -m scripts.site --check
 

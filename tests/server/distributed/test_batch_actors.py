@@ -19,7 +19,7 @@ from server.pipeline.best_of_n import BestOfN
 from tests.support.doubles import ScriptedGeneration
 from tests.support.offline_runs import QUIET, SETTINGS, SeededGenerator, records, run, scripted, write_lines
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # warnings of Ray
 ON_RAY = SETTINGS.model_copy(update={"ray": True, "generator_replicas": "2", "generator_cpus": 0.5})
 LINES = 60
 

@@ -25,7 +25,7 @@ from tests.support.doubles import ScriptedGenerator
 from tests.support.scripted_servers import MODES, TIMEOUT_S, Server, generator_handle
 from tests.support.waiting import eventually
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # warnings of Ray
 
 
 @pytest.fixture(scope="module", params=list(MODES))

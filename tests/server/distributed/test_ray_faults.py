@@ -20,7 +20,7 @@ from tests.support.pausable_replicas import PausePoints, started_generator, star
 from tests.support.ray_nodes import TIMEOUT_S, RayNodes
 from tests.support.waiting import eventually
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # warnings of Ray
 
 NUM_REQUESTS = 20
 SETTINGS = Settings(ray=True, generator_replicas="2", generator_cpus=2, scorer_replicas="2", scorer_cpus=0.5)

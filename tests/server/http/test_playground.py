@@ -24,6 +24,8 @@ from tests.support.browser import CHROMIUM, Page, chromium
 from tests.support.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
 from tests.support.serving import HELLO, address_of, app_over, client_over, pipeline
 
+pytestmark = pytest.mark.browser
+
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; on Debian: apt-get install chromium")
 
 TEXTS = ("a dull film", None, "a great film", "a fine film")

@@ -23,7 +23,7 @@ from training.errors import TrainingError
 from training.rl.backend import ray_backend
 from training.rl.train import train_rl
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of Ray
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # warnings of Ray
 
 
 @asynccontextmanager
