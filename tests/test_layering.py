@@ -127,12 +127,12 @@ def violations(root: Path) -> list[str]:
 
 
 def test_every_import_respects_the_order_and_the_fences() -> None:
-    found = violations(ROOT)
-    assert not found, "\n" + "\n".join(found)
+    violated = violations(ROOT)
+    assert not violated, "\n" + "\n".join(violated)
 
 
 @pytest.mark.parametrize(
-    ("file", "line", "told"),
+    ("file", "line", "reason"),
     [
         ("reranker/a.py", "import server.errors", "stands after it"),
         ("server/generation/a.py", "from server import pipeline", "stands after it"),
@@ -166,12 +166,12 @@ def test_every_import_respects_the_order_and_the_fences() -> None:
         ("examples/a.py", "import vllm", "only server.generation.vllm_engine may import vllm"),
     ],
 )
-def test_a_forbidden_import_is_found(file: str, line: str, told: str, tmp_path: Path) -> None:
+def test_a_forbidden_import_is_found(file: str, line: str, reason: str, tmp_path: Path) -> None:
     """The checker itself is tried on trees that break one rule each."""
     planted = tmp_path / file
     planted.parent.mkdir(parents=True)
     planted.write_text(line)
-    assert [told in violation for violation in violations(tmp_path)] == [True]
+    assert [reason in violation for violation in violations(tmp_path)] == [True]
 
 
 @pytest.mark.parametrize(
