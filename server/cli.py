@@ -1,7 +1,7 @@
-"""The `nbest` command.
+"""The `nbest` command line.
 
-Nothing heavy is imported before a command needs it, so that `nbest --help` answers at once. The flags of `serve`,
-`doctor`, `batch` and `rerank` are made from the fields of `Settings`: there is no second list of them.
+Large libraries are imported only by the commands that need them, so `nbest --help` responds at once. The flags of
+`serve`, `doctor`, `batch` and `rerank` are generated from the fields of `Settings`.
 """
 
 import sys
@@ -18,20 +18,20 @@ from server.config import ConfigError, Settings
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
-"""128 + SIGINT, as a shell reports a command ended by Ctrl-C."""
+"""128 + SIGINT: the exit code by which shells report that Ctrl-C ended a command."""
 
 OFFLINE = "server.offline.cli"
 TRAINING = "training.cli"
 DEFERRED = (
     DeferredCommand("batch", OFFLINE, "app", "Answer every line of a file with the best of N."),
     DeferredCommand("rerank", OFFLINE, "app", "Score and rank the candidates that each line of a file brings."),
-    DeferredCommand("export", OFFLINE, "app", "Make training data of a run: files that TRL's trainers load."),
-    DeferredCommand("calibrate", OFFLINE, "app", "Recommend how many candidates to draw and when to stop."),
+    DeferredCommand("export", OFFLINE, "app", "Make training data of the results: files that TRL's trainers load."),
+    DeferredCommand("calibrate", OFFLINE, "app", "Recommend how many candidates to draw, and when to stop."),
     DeferredCommand("train", TRAINING, "train_app", "Train a reward model or a policy."),
     DeferredCommand("improve", TRAINING, "improve_app", "Train a policy on its own best-of-n winners, in rounds."),
-    DeferredCommand("evaluate", TRAINING, "evaluate_app", "Measure a model on held-out data."),
+    DeferredCommand("evaluate", TRAINING, "evaluate_app", "Measure models on held-out data."),
 )
-"""Commands of other modules, which are imported when the command is called."""
+"""Commands of other modules, which are imported only when the command is called."""
 
 
 class Commands(TyperGroup):
@@ -66,8 +66,8 @@ app.add_typer(keys_app, name="keys")
 def serve(settings: Settings) -> None:
     """Serve best-of-N over HTTP until Ctrl-C.
 
-    Every option is also a key of the TOML file and, in capitals after NBEST_, an environment variable. Flags win over
-    the environment, and the environment over the file.
+    Every option is also a key of the TOML file and, in capitals after NBEST_, an environment variable. Flags override
+    the environment, and the environment overrides the file.
     """
     from server import launch
     from server.doctor import require_models
@@ -89,18 +89,18 @@ def serve(settings: Settings) -> None:
 def doctor(
     settings: Settings, as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False
 ) -> None:
-    """Report what would be served and what is wrong.
+    """Check the installation, and report what would be served and what is wrong.
 
-    Checks what is installed and prepared, the device, memory, disk and port, and names the remedy for every problem.
-    The exit code is 1 if `nbest serve` with the same options would not start.
+    Checks the packages, models, device, memory, disk and port, and names the remedy for every problem. The exit code is
+    1 if `nbest serve` with the same options would not start.
     """
-    from server import doctor as examination
+    from server import doctor as checks
 
-    report = examination.examine(settings)
+    report = checks.run_checks(settings)
     if as_json:
         typer.echo(report.as_json())
     else:
-        examination.show(report, Console())
+        checks.show(report, Console())
     raise typer.Exit(int(not report.can_serve))
 
 
@@ -108,9 +108,10 @@ def doctor(
 def prepare(
     names: Annotated[list[str] | None, typer.Argument(help="Embedded models; default: all of them.")] = None,
 ) -> None:
-    """Unpack the embedded models, once.
+    """Unpack the embedded models.
 
-    They are written to the user's cache, or to NBEST_CACHE, and `nbest serve` needs no network for them.
+    They are written to the user's cache, or to NBEST_CACHE; this needs no network. `nbest serve` unpacks missing models
+    on first use.
     """
     from reranker.models import bundled
 
@@ -156,7 +157,7 @@ def version() -> None:
 
 
 def main() -> None:
-    """The entry point: an expected error is one sentence on stderr and an exit code, never a traceback."""
+    """The entry point. An expected error becomes one sentence on stderr and an exit code, without a traceback."""
     try:
         app()
     except (ConfigError, CommandError) as error:

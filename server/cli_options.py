@@ -1,7 +1,7 @@
-"""What the modules with commands share.
+"""Shared parts of the command line.
 
-Options made from `Settings`, commands that are imported when they are called, and the error that becomes one sentence
-on stderr.
+Options generated from `Settings`, commands that are imported only when they are called, and the error that becomes one
+sentence on stderr.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 from server.config import CONFIG_VARIABLE, Settings, flag_of, is_secret, load_settings
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-"""For messages to a person; results go to stdout."""
+"""Prints messages for the user to stderr; results go to stdout."""
 
 
 class CommandError(Exception):
@@ -25,9 +25,9 @@ class CommandError(Exception):
 
 
 class DeferredCommand(TyperCommand):
-    """A command that is imported when it is called, and not for `nbest --help`.
+    """A command that is imported when it is called, but not for `nbest --help`.
 
-    It is the command of this name in the Typer app, or the whole app where that has no such command.
+    It is the command of this name in the Typer app, or the whole app if the app has no command of this name.
     """
 
     def __init__(self, name: str, module: str, app: str, help_text: str) -> None:
@@ -38,7 +38,7 @@ class DeferredCommand(TyperCommand):
     def load(self) -> Any:
         """The command itself."""
         app: typer.Typer = getattr(import_module(self._module), self._app)
-        app.rich_markup_mode = None  # the look of the other commands
+        app.rich_markup_mode = None  # plain help texts, like those of the other commands
         group = typer.main.get_group(app)
         return group.commands.get(str(self.name), group)
 
@@ -54,7 +54,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(ctx: typer.Context, config: _Config = None, **options: Any) -> None:
         values = {name: options.pop(name) for name in list(options) if name in Settings.model_fields}
-        # The defaults of the options are for --help only: the environment and the file take precedence over them.
+        # The defaults of the options are for --help only: the environment and the file override them.
         sources = {name: ctx.get_parameter_source(name) for name in values}
         given = {name: value for name, value in values.items() if getattr(sources[name], "name", "") == "COMMANDLINE"}
         command(load_settings(given, config), **options)

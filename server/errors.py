@@ -1,23 +1,23 @@
-"""Every error a client can meet.
+"""All errors that a client can receive, with their HTTP status.
 
-    NbestError
-    ├── BadRequestError             400  the request cannot be honoured; `param` names the field
-    │   └── ContextLengthError      400  code context_length_exceeded
-    ├── AuthenticationError         401  no key, or none that is known here
-    ├── ForbiddenError              403  the key may not do this
+    NbestError                      500  an unexpected error
+    ├── BadRequestError             400  the request is invalid; `param` names the field
+    │   └── ContextLengthError      400  the prompt does not fit into the context
+    ├── AuthenticationError         401  no API key, or an unknown key
+    ├── ForbiddenError              403  the key lacks the rights
     ├── NotFoundError               404  no such model or path
-    ├── ClientTimeoutError          408  the body did not arrive in time
+    ├── ClientTimeoutError          408  the request did not arrive in time
     ├── TooLargeError               413  the body is over the limit
-    ├── OverloadedError             429  shed; Retry-After says when to come back
-    │   └── RateLimitError          429  the key's budget is spent
+    ├── OverloadedError             429  too many requests in flight; Retry-After says when to retry
+    │   └── RateLimitError          429  the budget of the key is used up
     ├── HeadersTooLargeError        431  the headers are over the limit
-    ├── NotReadyError               503  starting, draining, or the engine died; worth a retry
-    │   ├── EngineDiedError         503  the engine died under the request
-    │   ├── GenerationError         503  no candidate survived
-    │   └── RewardError             503  the reward model failed and the request asked for no fallback
-    └── DeadlineError               504  the deadline passed with nothing finished
+    ├── NotReadyError               503  starting, stopping, or the engine died; a retry may succeed
+    │   ├── EngineDiedError         503  the engine died while it worked on the request
+    │   ├── GenerationError         503  all candidates failed
+    │   └── RewardError             503  the reward model failed and the request has no fallback
+    └── DeadlineError               504  the deadline passed before a candidate finished
 
-The message is a sentence that says what to do. `STATUS` below is the one table from error to HTTP status.
+The message is a sentence that says what to do. `STATUS` maps the classes to the HTTP status.
 """
 
 import copyreg
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 
 class NbestError(Exception):
-    """An error with a message meant for the client."""
+    """An error whose message is for the client."""
 
     type = "server_error"
     code: str | None = None
@@ -36,31 +36,31 @@ class NbestError(Exception):
         self.param = param
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes the fields travel, whatever the constructor of the kind asks for."""
+        """Pickles the attributes instead of constructor arguments, so that all subclasses can cross processes."""
         return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class BadRequestError(NbestError):
-    """The request cannot be honoured as it stands."""
+    """The request is invalid."""
 
     type = "invalid_request_error"
 
 
 class ContextLengthError(BadRequestError):
-    """The prompt leaves no room in the model's context."""
+    """The prompt does not fit into the model's context."""
 
     code = "context_length_exceeded"
 
 
 class AuthenticationError(NbestError):
-    """No key was sent, or none that is known here."""
+    """No API key was sent, or an unknown key."""
 
     type = "invalid_request_error"
     code = "invalid_api_key"
 
 
 class ForbiddenError(NbestError):
-    """The key is known and may not do this."""
+    """The key is known and lacks the rights."""
 
     type = "invalid_request_error"
     code = "forbidden"
@@ -74,7 +74,7 @@ class NotFoundError(NbestError):
 
 
 class ClientTimeoutError(NbestError):
-    """The client took too long to send its body."""
+    """The client took too long to send its headers or its body."""
 
     type = "timeout_error"
     code = "request_timeout"
@@ -98,7 +98,7 @@ ShedReason = Literal["queue", "connections", "requests_budget", "tokens_budget",
 
 
 class OverloadedError(NbestError):
-    """Shed because too much is in flight."""
+    """Refused because too many requests are in flight; `retry_after_s` says when to retry."""
 
     type = "rate_limit_error"
     code = "overloaded"
@@ -110,7 +110,7 @@ class OverloadedError(NbestError):
 
 
 class RateLimitError(OverloadedError):
-    """The budget of the key is spent for now; the type is its unit, as OpenAI has it."""
+    """The budget of the key is used up for now; the type is the unit of the budget, as in OpenAI's API."""
 
     code = "rate_limit_exceeded"
 
@@ -121,30 +121,30 @@ class RateLimitError(OverloadedError):
 
 
 class NotReadyError(NbestError):
-    """Starting, draining, or broken; worth a retry."""
+    """The server is starting, stopping, or its engine died; a retry may succeed."""
 
     type = "service_unavailable"
     code = "not_ready"
 
 
 class EngineDiedError(NotReadyError):
-    """The engine died while it was answering."""
+    """The engine died while it worked on the request."""
 
 
 class GenerationError(NotReadyError):
-    """No candidate survived."""
+    """All candidates failed."""
 
     code = "generation_failed"
 
 
 class RewardError(NotReadyError):
-    """The reward model failed and the request asked for no fallback."""
+    """The reward model failed and the request has no fallback."""
 
     code = "reward_failed"
 
 
 class DeadlineError(NbestError):
-    """The deadline passed with nothing finished."""
+    """The deadline passed before a candidate finished."""
 
     type = "timeout_error"
     code = "deadline_exceeded"
@@ -166,5 +166,5 @@ STATUS: dict[type[NbestError], int] = {
 
 
 def http_status(error: NbestError) -> int:
-    """The status of the nearest ancestor in the table."""
-    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    """The HTTP status of the error: that of its own class in `STATUS`, or of its nearest base class there."""
+    return next(STATUS[base] for base in type(error).__mro__ if base in STATUS)

@@ -1,4 +1,4 @@
-"""Puts a server together from its settings: the generator, the scorers, and the pipeline over both."""
+"""Builds the generator, the scorers and the pipeline from the settings."""
 
 import asyncio
 import importlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reranker.models.shared_trunk import SharedTrunk
 
 DEFAULT_LORA_RANK = 16
-"""PEFT's examples have 8 or 16."""
+"""PEFT's examples use 8 or 16."""
 
 
 @asynccontextmanager
@@ -33,20 +33,20 @@ async def start(
     on_lookup: Callable[[int, int], None] | None = None,
     *,
     tempered_logprobs: bool = False,
-    held: "SharedTrunk | None" = None,
+    shared_trunk: "SharedTrunk | None" = None,
 ) -> AsyncIterator[BestOfN]:
-    """Loads every model, yields the running pipeline, and frees everything on the way out.
+    """Loads all models and yields the running pipeline; frees everything on leaving.
 
-    `on_batch` hears the number of sequences and of padded tokens of every scoring batch, `on_restart` the seconds
-    without an engine whenever one has died and the next is ready, `on_lookup` how many candidates of a scorer call the
-    score cache knew and did not know. For training are `tempered_logprobs` (see `EngineOptions`) and the trunk
-    that is `held` (see `reranker.models.shared_trunk`). torch, transformers and vllm are imported here and not
-    before, so that the command line answers at once.
+    `on_batch` is called with the number of sequences and of tokens, including padding, of each scoring batch;
+    `on_restart` with the seconds without an engine, each time a new engine has replaced one that died; `on_lookup` with
+    the number of hits and of misses of each call of the score cache. `tempered_logprobs` (see `EngineOptions`) and
+    `shared_trunk`, an already loaded trunk (see `reranker.models.shared_trunk`), are for training. torch, transformers
+    and vllm are imported here and not earlier, so that the command line responds at once.
     """
     own_policy: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
-    # The scorers first: a misspelt reward model is told in seconds, an engine takes half a minute.
+    # Scorers start first: a misspelt reward model is reported within seconds, while an engine takes half a minute.
     async with (
-        started_scorers(settings, own_policy, on_batch, on_lookup, held) as scorers,
+        started_scorers(settings, own_policy, on_batch, on_lookup, shared_trunk) as scorers,
         started_generator(settings, on_restart, tempered_logprobs=tempered_logprobs) as generator,
     ):
         own_policy.set_result(generator)
@@ -57,7 +57,7 @@ async def start(
 async def started_generator(
     settings: Settings, on_restart: Callable[[float], None] | None = None, *, tempered_logprobs: bool = False
 ) -> AsyncIterator[Generator]:
-    """The generator alone, until the block is left."""
+    """The generator without scorers; closed when the block is left."""
     if settings.generator == "vllm":
         await asyncio.to_thread(_import_library, "server.generation.vllm_engine")
     generator = await _generator(settings, on_restart, tempered_logprobs)
@@ -73,13 +73,17 @@ async def started_scorers(
     own_policy: Generator | Awaitable[Generator],
     on_batch: Callable[[int, int], None] | None = None,
     on_lookup: Callable[[int, int], None] | None = None,
-    held: "SharedTrunk | None" = None,
+    shared_trunk: "SharedTrunk | None" = None,
 ) -> AsyncIterator[dict[str, Scorer]]:
-    """The scorers alone, by name, until the block is left; `own_policy` is there before the first judge asks it."""
+    """The scorers by name; closed when the block is left.
+
+    `own_policy` is the generator of judges that use the served policy; a future of it must be set before their first
+    call.
+    """
     if any(isinstance(spec, RewardModelSpec) for spec in parse_all(settings.reward_models).values()):
         await asyncio.to_thread(_import_library, "reranker.scorers.reward_model")
     async with AsyncExitStack() as stack:
-        surroundings = ScorerContext(
+        context = ScorerContext(
             judge_model=lambda model: _judge(settings, model, own_policy, stack),
             device=settings.device,
             reward_dtype=settings.reward_dtype,
@@ -90,21 +94,21 @@ async def started_scorers(
             verifier_timeout_s=settings.verifier_timeout_s,
             on_batch=on_batch,
             on_lookup=on_lookup,
-            shared_trunk=held,
+            shared_trunk=shared_trunk,
         )
-        yield await make_scorers(settings.reward_models, surroundings, stack)
+        yield await make_scorers(settings.reward_models, context, stack)
 
 
 def _import_library(module: str) -> None:
-    """Imports a module of ours that brings torch, transformers or vllm: for seconds, in which the loop must answer."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else vLLM's memory binding is told at every start
+    """Imports a module that imports torch, transformers or vllm; runs in a thread, since this takes seconds."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise vLLM prints its memory binding at every start
     importlib.import_module(module)
 
 
 def _judge(
     settings: Settings, model: str, own_policy: Generator | Awaitable[Generator], stack: AsyncExitStack
 ) -> JudgeClient:
-    """The way to ask a judge; the served policy itself answers once it is there."""
+    """The client of a judge model: of the served policy, or of a model at `judge_base_url`."""
     if model == OWN_POLICY:
         return JudgeClient(own_policy)
     from server.generation.openai_upstream import OpenAIGenerator
@@ -128,7 +132,7 @@ async def _generator(
     if settings.adapter is not None:
         weight_store.adapter = await asyncio.to_thread(weight_store.copy_adapter, settings.adapter)
     start = partial(_engine, settings, name, weight_store, _max_lora_rank(settings, weight_store), tempered_logprobs)
-    if settings.ray:  # there Serve replaces the whole replica of an engine that has died
+    if settings.ray:  # on Ray, Serve replaces the whole replica of an engine that died
         return await start()
     return await SupervisedGenerator.create(start, on_restart=on_restart)
 
@@ -159,7 +163,7 @@ async def _engine(
 
 
 def _max_lora_rank(settings: Settings, weight_store: WeightStore) -> int | None:
-    """None where no adapter can come: what makes room for them costs every step of the engine something."""
+    """The maximum rank; None where no adapter can be loaded, since support for adapters slows every engine step."""
     if settings.adapter is None and settings.adapter_root is None:
         return None
     if settings.max_lora_rank is not None:

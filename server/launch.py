@@ -1,12 +1,13 @@
-"""Runs one server in this process, from the free port to the last child process.
+"""Runs a server in this process: listens, loads the models, serves until a signal, and ends all child processes.
 
-The port is taken before any model is loaded: a port in use is told at once, and the HTTP server answers from then on.
-A signal while the models are loading ends everything on the spot: there is no work to finish, and neither an import nor
-the thread that waits for the engine could be interrupted otherwise. Once they are loaded a signal lets the requests
-under way finish (server/http/graceful_shutdown.py), and closes the engine.
+The port is opened before any model is loaded: a port in use is reported at once, and HTTP answers from the start. A
+signal while models are loading ends all processes at once: there is no work to finish, and neither an import nor the
+thread that waits for the engine could be interrupted otherwise. After loading, a signal lets the requests in flight
+finish (server/http/graceful_shutdown.py) and then closes the engine.
 
-Ctrl-C in a terminal goes to every process of ours. The engine's must not act on it, or it would be gone before the
-requests are finished; a process is born with the signals blocked that the thread which starts it has blocked.
+Ctrl-C in a terminal sends SIGINT to every process of the server. The engine's processes must ignore it, or they would
+end before the requests are finished. A process inherits the blocked signals of the thread that starts it, so the
+threads that start the engine block SIGINT.
 """
 
 import asyncio
@@ -45,11 +46,11 @@ BACKLOG = 2048
 """Connections that may wait to be accepted; uvicorn's own default."""
 
 RESOURCE_TRACKER = "from multiprocessing.resource_tracker import main"
-"""How the program of multiprocessing's own process begins."""
+"""Start of the command-line argument by which multiprocessing's resource tracker is recognised."""
 
-OPEN_TO_ALL = (
-    "Warning: whoever reaches this address may use the server; make keys with `nbest keys new` and give --keys-file, "
-    "or listen on 127.0.0.1."
+NO_KEYS_WARNING = (
+    "Warning: everyone who can reach this address may use the server; make keys with `nbest keys new` and give "
+    "--keys-file, or listen on 127.0.0.1."
 )
 
 log = logging.getLogger("nbest")
@@ -58,22 +59,23 @@ Started = TypeVar("Started")
 
 
 class StartError(Exception):
-    """The server did not come up; the message says why."""
+    """The server did not start; the message says why."""
 
 
 def serve(settings: Settings, console: Console) -> None:
-    """Serves until a signal ends it; Ctrl-C comes out as KeyboardInterrupt after everything is closed.
+    """Serves until a signal ends it.
 
     Raises:
-        ConfigError: the address cannot be listened on.
-        StartError: a model could not be loaded or the engine did not start.
+        ConfigError: the server cannot listen on the address.
+        StartError: a model could not be loaded, or the engine did not start.
+        KeyboardInterrupt: Ctrl-C; raised after everything is closed.
     """
-    console = prepared_console(settings, console)
+    console = configure_output(settings, console)
     listener = listen(settings.host, settings.port)
     listeners = [listener]
     if settings.metrics_port is not None:
         listeners.append(listen(settings.metrics_host, settings.metrics_port))
-    warn_if_open_to_all(settings, listener, console)
+    warn_without_keys(settings, listener, console)
     metrics = Metrics()
     tracing = tracing_of(settings)
     failures: list[BaseException] = []
@@ -104,7 +106,7 @@ def serve(settings: Settings, console: Console) -> None:
             lifespan="on",
             log_config=None,
             log_level=settings.log_level,
-            access_log=False,  # the app writes a line of its own
+            access_log=False,  # the app writes its own access log
             server_header=False,
         ),
         drain_s=settings.drain_s,
@@ -119,43 +121,44 @@ def serve(settings: Settings, console: Console) -> None:
         raise StartError(f"The server did not start: {failures[0]}") from failures[0]
 
 
-def prepared_console(settings: Settings, console: Console) -> Console:
-    """Sets up the log lines; the console is a silent one where people's words would be in a machine's way."""
+def configure_output(settings: Settings, console: Console) -> Console:
+    """Configures logging; returns the console for messages, which prints nothing if the log is for machines (JSON)."""
     logs.configure(settings.log_level, settings.log_format)
     return Console(quiet=True) if settings.log_format == "json" else console
 
 
-def warn_if_open_to_all(settings: Settings, listener: socket.socket, console: Console) -> None:
+def warn_without_keys(settings: Settings, listener: socket.socket, console: Console) -> None:
+    """Warns if the server has no keys and other machines can reach it."""
     if settings.keys_file is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        console.print(OPEN_TO_ALL, style="yellow")
+        console.print(NO_KEYS_WARNING, style="yellow")
 
 
 def tracing_of(settings: Settings) -> "Tracing | None":
-    """The traces that the settings ask for, if they do."""
+    """The tracing that the settings configure, or None."""
     if settings.otlp_endpoint is None:
-        return None  # and OpenTelemetry is not even imported
+        return None  # without importing OpenTelemetry
     from server.observability.tracing import Tracing
 
     return Tracing.to_collector(settings.otlp_endpoint, settings.trace_sample_ratio)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """A socket that listens on this address.
 
     Raises:
-        ConfigError: with the way out.
+        ConfigError: the address cannot be used; the message says what to do.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
-        way_out = "choose another with --host or --port, or stop the program that has it"
+        remedy = "choose another with --host or --port, or stop the program that uses it"
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise ConfigError(f"Cannot listen on {host}:{port}: {reason}; {way_out}.") from error
+        raise ConfigError(f"Cannot listen on {host}:{port}: {reason}; {remedy}.") from error
 
 
 def address_of(listener: socket.socket) -> str:
-    """HOST:PORT by which a client on this machine reaches the socket."""
+    """HOST:PORT at which a client on this machine reaches the socket."""
     host, port = listener.getsockname()[:2]
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # every address includes this one
     host = loopback.get(host, host)
@@ -166,11 +169,11 @@ def address_of(listener: socket.socket) -> str:
 async def announced(
     started: AbstractAsyncContextManager[BestOfN], settings: Settings, url: str, console: Console
 ) -> AsyncIterator[BestOfN]:
-    """`loaded`, and then what is served, where, and one command to try it with."""
+    """Like `loaded`, and then prints what is served, its address, and a command to try it."""
     models = f"{settings.model} and {', '.join(settings.reward_models)}"
     async with loaded(started, models, console) as best_of_n:
         log.info("Serving %s at %s.", settings.model, url)
-        console.print(invitation(settings, url))
+        console.print(welcome(settings, url))
         yield best_of_n
 
 
@@ -178,10 +181,13 @@ async def announced(
 async def loaded(
     started: AbstractAsyncContextManager[Started], models: str, console: Console
 ) -> AsyncIterator[Started]:
-    """Shows that these models are loading, which a signal ends on the spot; later ones are the caller's to heed."""
-    # It would tell of the shared memory it frees after killed processes as if that were a mistake.
+    """Enters `started` while showing that these models are loading.
+
+    During loading a signal ends all processes at once; afterwards the caller handles signals.
+    """
+    # The resource tracker would warn about the shared memory that it frees after processes are killed.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    resource_tracker.ensure_running()  # now: in the thread that first needs it, it would leave SIGINT unblocked
+    resource_tracker.ensure_running()  # now, since it unblocks SIGINT in the thread that starts it
     block_ctrl_c = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=block_ctrl_c))
     begun_s = time.perf_counter()
@@ -189,22 +195,22 @@ async def loaded(
     if not console.is_terminal:
         console.print(loading)
     async with contextlib.AsyncExitStack() as stack:
-        with console.status(loading) as status, ended_by_signals(status.stop):
+        with console.status(loading) as status, exit_on_signals(status.stop):
             opened = await stack.enter_async_context(started)
         console.print(f"Ready after {time.perf_counter() - begun_s:.0f} s.")
         yield opened
 
 
 @contextlib.contextmanager
-def ended_by_signals(before_the_end: Callable[[], None]) -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM end this process and its children without delay."""
+def exit_on_signals(before_exit: Callable[[], None]) -> Iterator[None]:
+    """Inside of the block, SIGINT and SIGTERM end this process and its children at once."""
 
-    def end(number: int, _: FrameType | None) -> None:
-        before_the_end()
+    def exit_now(number: int, _: FrameType | None) -> None:
+        before_exit()
         kill_children()
         os._exit(128 + number)
 
-    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, exit_now) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -212,8 +218,8 @@ def ended_by_signals(before_the_end: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def invitation(settings: Settings, url: str) -> str:
-    """What is served, and a request to copy."""
+def welcome(settings: Settings, url: str) -> str:
+    """The message of a server that has started: what it serves, its address, and a request to copy."""
     model = settings.served_model_name or settings.model
     return f"""\
 Serving {model}, best of {settings.default_best_of} by {next(iter(settings.reward_models))}, at {url}
@@ -226,10 +232,11 @@ Ctrl-C stops it."""
 
 
 def kill_children() -> None:
-    """Kills every process below this one, but for multiprocessing's resource tracker.
+    """Kills all descendants of this process except multiprocessing's resource tracker.
 
-    That one ends by itself with us, and frees the shared memory that the others leave. It is told by what it runs: the
-    word alone can stand in the command line of any child, by way of PYTHONWARNINGS.
+    The resource tracker ends on its own after this process, and frees the shared memory of the killed processes. It is
+    recognised by the program it runs; a search for its name would also match other children, which have it in
+    PYTHONWARNINGS on their command line.
     """
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):

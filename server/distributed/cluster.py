@@ -28,7 +28,7 @@ from rich.console import Console
 from server import factory
 from server.config import ConfigError, Settings
 from server.distributed import deployments
-from server.launch import address_of, invitation, kill_children, listen, prepared_console, warn_if_open_to_all
+from server.launch import address_of, configure_output, kill_children, listen, warn_without_keys, welcome
 from server.pipeline.best_of_n import BestOfN
 
 NAME_WITHOUT_ROUTER = "nbest-models"
@@ -50,10 +50,10 @@ def serve(settings: Settings, console: Console) -> None:
         ConfigError: the address cannot be bound, the settings do not fit Ray, or the cluster cannot be joined.
         StartError: a replica did not start.
     """
-    console = prepared_console(settings, console)
+    console = configure_output(settings, console)
     with listen(settings.host, settings.port) as listener:  # a port in use is reported before anything is started
         port, url = listener.getsockname()[1], f"http://{address_of(listener)}"
-        warn_if_open_to_all(settings, listener, console)
+        warn_without_keys(settings, listener, console)
     application = deployments.application(settings)
     started_s = time.perf_counter()
     loading = f"Starting generator, scorer and router on Ray, loading {settings.model} …"
@@ -66,7 +66,7 @@ def serve(settings: Settings, console: Console) -> None:
                 stack.enter_context(joined_cluster(settings))
                 set_signal_handlers(_raise_signal_received)  # replaces Ray's own handler of SIGTERM
                 stack.enter_context(deployments.deployed(application, settings, port))
-            console.print(f"Ready after {time.perf_counter() - started_s:.0f} s.\n{invitation(settings, url)}")
+            console.print(f"Ready after {time.perf_counter() - started_s:.0f} s.\n{welcome(settings, url)}")
             while True:
                 signal.pause()
     except _SignalReceived as received:

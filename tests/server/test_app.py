@@ -1,4 +1,4 @@
-"""Whole answers: OpenAI's objects, the rewards and the account, with numbers worked by hand."""
+"""Whole replies: OpenAI's objects, the rewards and the account, with expected numbers computed by hand."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ FILMS = ["dull", "a fine film", "great fun"]
 TASTE = {"dull": -2.0, "a fine film": 1.0, "great fun": 2.5}
 
 
-async def ask(path: str, body: dict[str, Any], *scorers: ScriptedScorer, texts: Any = FILMS) -> Any:
+async def post(path: str, body: dict[str, Any], *scorers: ScriptedScorer, texts: Any = FILMS) -> Any:
     async with client_over(ScriptedGenerator(texts), *(scorers or [ScriptedScorer(TASTE)])) as client:
         reply = await client.post(path, json=body)
         assert reply.status_code == 200, reply.text
@@ -24,10 +24,10 @@ async def ask(path: str, body: dict[str, Any], *scorers: ScriptedScorer, texts: 
 
 
 async def chat(*scorers: ScriptedScorer, texts: Any = FILMS, **fields: Any) -> Any:
-    return await ask("/v1/chat/completions", HELLO | {"best_of": 3} | fields, *scorers, texts=texts)
+    return await post("/v1/chat/completions", HELLO | {"best_of": 3} | fields, *scorers, texts=texts)
 
 
-async def test_the_best_comes_back_in_openais_shape() -> None:
+async def test_the_best_candidate_is_returned_in_the_format_of_openai() -> None:
     reply = await chat()
     assert reply["id"].startswith("chatcmpl-")
     assert (reply["object"], reply["model"], reply["system_fingerprint"]) == ("chat.completion", "scripted", None)
@@ -47,12 +47,15 @@ async def test_usage_counts_the_prompt_once_and_all_candidates() -> None:
     assert reply["usage"] == {"prompt_tokens": 7, "completion_tokens": 1 + 3 + 2, "total_tokens": 13}
 
 
-async def test_n_choices_come_back_best_first() -> None:
+async def test_n_choices_are_returned_best_first() -> None:
     reply = await chat(n=2)
-    assert [(c["index"], c["message"]["content"]) for c in reply["choices"]] == [(0, "great fun"), (1, "a fine film")]
+    assert [(choice["index"], choice["message"]["content"]) for choice in reply["choices"]] == [
+        (0, "great fun"),
+        (1, "a fine film"),
+    ]
 
 
-async def test_the_account() -> None:
+async def test_the_account_has_the_counts_ranking_timings_and_kl_bound() -> None:
     account = (await chat())["nbest"]
     timings = account.pop("timings_s")
     assert account.pop("kl_upper_bound") == pytest.approx(math.log(3) - 2 / 3)
@@ -77,9 +80,9 @@ async def test_the_account() -> None:
     assert 0 < timings["generate"] < timings["total"]
 
 
-async def test_all_candidates_come_back_if_asked_for_in_the_order_of_drawing() -> None:
+async def test_return_candidates_returns_all_candidates_in_the_order_of_sampling() -> None:
     candidates = (await chat(nbest={"return_candidates": True}))["nbest"]["candidates"]
-    assert [(one["index"], one["text"], one["reward"]) for one in candidates] == [
+    assert [(candidate["index"], candidate["text"], candidate["reward"]) for candidate in candidates] == [
         (0, "dull", -2.0),
         (1, "a fine film", 1.0),
         (2, "great fun", 2.5),
@@ -94,7 +97,7 @@ async def test_all_candidates_come_back_if_asked_for_in_the_order_of_drawing() -
     }
 
 
-async def test_a_failed_candidate_is_counted_and_was_never_compared() -> None:
+async def test_a_failed_candidate_is_counted_and_is_not_part_of_the_kl_bound() -> None:
     account = (await chat(texts=["dull", None, "great fun"]))["nbest"]
     assert (account["completed"], account["failed"]) == (2, 1)
     assert account["kl_upper_bound"] == pytest.approx(math.log(2) - 1 / 2)
@@ -105,27 +108,27 @@ async def test_a_missing_reward_is_null() -> None:
     assert [choice["reward"] for choice in reply["choices"]] == [2.5, 1.0, None]
 
 
-async def test_a_fallback_is_labelled() -> None:
+async def test_ranked_by_names_the_fallback_after_a_reward_failure() -> None:
     reply = await chat(ScriptedScorer(fails=True), nbest={"on_reward_failure": "first"})
     assert (reply["choices"][0]["message"]["content"], reply["choices"][0]["reward"]) == ("dull", None)
     assert reply["nbest"]["ranked_by"] == "first"
 
 
-async def test_votes_are_counted_without_rewards() -> None:
+async def test_majority_counts_votes_without_using_the_reward_model() -> None:
     texts = ['{"stars": 3}', '{"stars": 5}', '{"stars": 5.0}']
     options = {"strategy": "majority", "selection": {"answer_json_pointer": "/stars"}, "return_candidates": True}
     reply = await chat(ScriptedScorer(fails=True), texts=texts, nbest=options, n=2)
-    assert [(one["message"]["content"], one["reward"]) for one in reply["choices"]] == [
+    assert [(choice["message"]["content"], choice["reward"]) for choice in reply["choices"]] == [
         (texts[1], None),
         (texts[2], None),
     ]
     account = reply["nbest"]
     assert (account["strategy"], account["ranked_by"], account["reward_model"]) == ("majority", "answer", None)
-    assert [one["reward"] for one in account["candidates"]] == [None, None, None]
+    assert [candidate["reward"] for candidate in account["candidates"]] == [None, None, None]
     assert account["scored_tokens"] == 0
 
 
-async def test_a_deadline_is_labelled_and_what_it_cut_off_was_compared() -> None:
+async def test_candidates_cancelled_by_a_deadline_are_part_of_the_kl_bound() -> None:
     generator = ScriptedGenerator(FILMS, delays_s={2: 60})
     async with client_over(generator, ScriptedScorer(TASTE)) as client:
         body = HELLO | {"best_of": 3, "nbest": {"deadline_s": 0.05}}
@@ -135,21 +138,21 @@ async def test_a_deadline_is_labelled_and_what_it_cut_off_was_compared() -> None
     assert generator.cancelled == [2]
 
 
-async def test_what_a_stopping_policy_spared_is_told() -> None:
+async def test_the_account_counts_the_candidates_that_a_stopping_policy_did_not_draw() -> None:
     stopping = {"policy": "adaptive", "target_reward": 1.0, "wave": 2}
     account = (await chat(ScriptedScorer(TASTE), best_of=5, nbest={"stopping": stopping}))["nbest"]
     assert (account["stopped_by"], account["completed"], account["not_drawn"]) == ("adaptive", 2, 3)
     assert account["kl_upper_bound"] == pytest.approx(math.log(5) - 4 / 5)
 
 
-async def test_a_deadline_with_nothing_finished_is_504() -> None:
+async def test_a_deadline_before_any_candidate_finished_is_504() -> None:
     generator = ScriptedGenerator(FILMS, delays_s=dict.fromkeys(range(4), 60))
     async with client_over(generator) as client:
         reply = await client.post("/v1/chat/completions", json=HELLO | {"nbest": {"deadline_s": 0.05}})
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
 
 
-async def test_a_reward_failure_is_an_error_and_no_answer() -> None:
+async def test_a_reward_failure_without_a_fallback_is_503_without_an_answer() -> None:
     async with client_over(ScriptedGenerator(FILMS), ScriptedScorer(fails=True)) as client:
         reply = await client.post("/v1/chat/completions", json=HELLO)
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "reward_failed")
@@ -164,16 +167,16 @@ async def test_the_request_chooses_its_reward_model() -> None:
     assert (reply["choices"][0]["message"]["content"], reply["nbest"]["reward_model"]) == ("a fine film", "contrary")
 
 
-async def test_max_tokens_is_honoured_and_the_cut_is_told() -> None:
+async def test_max_tokens_cuts_the_text_and_finish_reason_is_length() -> None:
     choice = (await chat(texts=["one two three"], best_of=1, max_completion_tokens=2))["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("one two", "length")
 
 
-async def test_chat_logprobs() -> None:
+async def test_chat_logprobs_have_the_format_of_openai() -> None:
     reply = await chat(texts=["so good"], best_of=1, logprobs=True, top_logprobs=2)
     first, second = reply["choices"][0]["logprobs"]["content"]
     assert first["top_logprobs"][1] == {"token": "other-1", "logprob": -2.0, "bytes": list(b"other-1")}
-    assert {k: v for k, v in second.items() if k != "top_logprobs"} == {
+    assert {name: value for name, value in second.items() if name != "top_logprobs"} == {
         "token": " good",
         "logprob": -1.0,
         "bytes": [32, 103, 111, 111, 100],
@@ -181,17 +184,17 @@ async def test_chat_logprobs() -> None:
 
 
 class TestCompletions:
-    async def test_a_text_is_continued(self) -> None:
-        reply = await ask("/v1/completions", {"model": "scripted", "prompt": "It was", "best_of": 3})
+    async def test_the_best_continuation_is_returned_in_the_format_of_openai(self) -> None:
+        reply = await post("/v1/completions", {"model": "scripted", "prompt": "It was", "best_of": 3})
         assert reply["id"].startswith("cmpl-")
         assert reply["object"] == "text_completion"
         assert reply["choices"] == [
             {"index": 0, "finish_reason": "stop", "reward": 2.5, "text": "great fun", "logprobs": None}
         ]
 
-    async def test_logprobs_run_side_by_side_and_the_chosen_token_is_always_among_the_top(self) -> None:
+    async def test_logprobs_are_lists_of_equal_length_and_top_logprobs_include_the_generated_token(self) -> None:
         body = {"model": "scripted", "prompt": "It was", "best_of": 1, "logprobs": 0}
-        choice = (await ask("/v1/completions", body, texts=["so very good"]))["choices"][0]
+        choice = (await post("/v1/completions", body, texts=["so very good"]))["choices"][0]
         assert choice["logprobs"] == {
             "tokens": ["so", " very", " good"],
             "token_logprobs": [-1.0, -1.0, -1.0],
@@ -203,7 +206,7 @@ class TestCompletions:
 class TestScore:
     async def test_scores_are_in_the_order_of_the_candidates(self) -> None:
         body = {"prompt": "How was it?", "candidates": ["great fun", "dull"]}
-        assert await ask("/v1/score", body) == {
+        assert await post("/v1/score", body) == {
             "model": "scripted-reward",
             "data": [{"index": 0, "score": 2.5}, {"index": 1, "score": -2.0}],
             "usage": {"prompt_tokens": 3, "total_tokens": 3, "prompt_tokens_cut": 0},
@@ -211,7 +214,7 @@ class TestScore:
 
     async def test_a_candidate_that_cannot_be_scored_is_null(self) -> None:
         body = {"messages": HELLO["messages"], "candidates": ["dull"]}
-        assert (await ask("/v1/score", body, ScriptedScorer({"dull": math.nan})))["data"][0]["score"] is None
+        assert (await post("/v1/score", body, ScriptedScorer({"dull": math.nan})))["data"][0]["score"] is None
 
     async def test_a_reward_model_that_fails_is_503(self) -> None:
         async with client_over(ScriptedGenerator(FILMS), ScriptedScorer(fails=True)) as client:
@@ -219,7 +222,7 @@ class TestScore:
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "reward_failed")
 
 
-async def test_the_official_client_understands_every_answer() -> None:
+async def test_the_official_client_parses_every_reply() -> None:
     app = app_over(pipeline(ScriptedGenerator(FILMS), ScriptedScorer(TASTE)))
     async with (
         address_of(app) as address,
@@ -246,13 +249,13 @@ async def test_the_official_client_understands_every_answer() -> None:
         assert refusal.value.param == "suffix"
 
 
-async def test_models_names_the_policy_and_its_reward_models() -> None:
+async def test_models_lists_the_policy_and_its_reward_models() -> None:
     async with client_over(ScriptedGenerator(FILMS)) as client:
         [model] = (await client.get("/v1/models")).json()["data"]
     assert (model["id"], model["object"], model["reward_models"]) == ("scripted", "model", ["scripted-reward"])
 
 
-async def test_metrics_after_three_requests() -> None:
+async def test_metrics_count_requests_candidates_tokens_and_rewards() -> None:
     metrics = Metrics()
     app = app_over(pipeline(ScriptedGenerator(["dull", None, "great fun"]), ScriptedScorer(TASTE)), metrics)
     async with client_of(app) as client:
@@ -280,7 +283,7 @@ async def test_metrics_after_three_requests() -> None:
         assert line in exposition
 
 
-async def test_reward_failures_are_counted_by_what_became_of_the_request() -> None:
+async def test_reward_failures_are_counted_by_how_the_request_ended() -> None:
     metrics = Metrics()
     app = app_over(pipeline(ScriptedGenerator(FILMS), ScriptedScorer(fails=True)), metrics)
     async with client_of(app) as client:
@@ -295,30 +298,30 @@ async def test_reward_failures_are_counted_by_what_became_of_the_request() -> No
     assert counted == {"error": 2, "first": 2, "logprob": 1}
 
 
-async def test_a_scrape_tells_whether_the_engine_is_ready() -> None:
+async def test_a_scrape_of_the_metrics_reports_whether_the_engine_is_ready() -> None:
     generator = ScriptedGenerator(FILMS)
     async with client_over(generator) as client:
         generator.ready = False
         assert "nbest_ready 0.0" in (await client.get("/metrics")).text.splitlines()
 
 
-async def test_a_plain_answer_asks_the_engine_for_no_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+async def test_the_engine_streams_partial_candidates_only_for_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[bool] = []
     generator = ScriptedGenerator(FILMS)
     generate = generator.generate
 
-    def noting(*args: Any, stream_partial: bool) -> Any:
-        asked.append(stream_partial)
+    def recording_generate(*args: Any, stream_partial: bool) -> Any:
+        requested.append(stream_partial)
         return generate(*args, stream_partial=stream_partial)
 
-    monkeypatch.setattr(generator, "generate", noting)
+    monkeypatch.setattr(generator, "generate", recording_generate)
     async with client_over(generator) as client:
         for stream in (False, True):
             await client.post("/v1/chat/completions", json=HELLO | {"best_of": 1, "stream": stream})
-    assert asked == [False, True]
+    assert requested == [False, True]
 
 
-async def test_health_and_ready() -> None:
+async def test_when_the_engine_is_down_health_is_200_and_ready_is_503() -> None:
     generator = ScriptedGenerator(FILMS)
     async with client_over(generator) as client:
         assert (await client.get("/health")).json() == {"status": "ok"}

@@ -1,11 +1,14 @@
-"""Where settings come from, which source wins, and what a user is told about a bad one."""
+"""The sources of settings and their precedence, the errors for invalid settings, and that every setting is used."""
 
+import ast
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from server.config import ConfigError, flag_of, load_settings, replica_range, unknown_variables
+from server.config import ConfigError, Settings, flag_of, load_settings, replica_range, unknown_variables
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,7 @@ def test_defaults_serve_the_embedded_models_on_localhost() -> None:
     assert settings.reward_models == {"movie-sentiment": "movie-sentiment"}
 
 
-def test_file_beats_default_environment_beats_file_flag_beats_environment(
+def test_the_file_overrides_defaults_the_environment_the_file_and_flags_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = toml(tmp_path, "port = 1001\nmax_best_of = 11\nblock_size = 64\n")
@@ -37,7 +40,7 @@ def test_file_beats_default_environment_beats_file_flag_beats_environment(
     assert (settings.block_size, settings.max_best_of, settings.port) == (64, 12, 1003)
 
 
-def test_the_environment_may_name_the_file_and_the_flag_overrules_it(
+def test_the_environment_may_name_the_file_and_the_flag_overrides_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NBEST_CONFIG", str(toml(tmp_path, "port = 1001")))
@@ -47,7 +50,7 @@ def test_the_environment_may_name_the_file_and_the_flag_overrules_it(
     assert load_settings({}, other).port == 1002
 
 
-def test_reward_models_keep_their_order_in_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_models_keep_their_order_from_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = toml(tmp_path, '[reward_models]\nz = "dir/z"\na = "a=b"\n')
     assert list(load_settings({}, file).reward_models.items()) == [("z", "dir/z"), ("a", "a=b")]
     monkeypatch.setenv("NBEST_REWARD_MODELS", "y=1 b=2")
@@ -55,13 +58,13 @@ def test_reward_models_keep_their_order_in_every_source(tmp_path: Path, monkeypa
     assert load_settings({"reward_models": ["x=3"]}, file).reward_models == {"x": "3"}
 
 
-def test_an_empty_variable_is_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_sets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NBEST_BASE_URL", "")
     assert load_settings({}).base_url is None
 
 
 @pytest.mark.parametrize(
-    ("flags", "variables", "text", "told"),
+    ("flags", "variables", "text", "message"),
     [
         ({"port": 70000}, {}, "", "--port is 70000, but: input should be less than or equal to 65535; change it or"),
         ({}, {"NBEST_PORT": "http"}, "", "NBEST_PORT is 'http', but: input should be a valid integer"),
@@ -73,15 +76,15 @@ def test_an_empty_variable_is_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"reward_models": ["a=1", "a=2"]}, {}, "", "the name 'a' is given twice"),
         ({"max_best_of": 2}, {}, "", "default_best_of (4) is above max_best_of (2); lower the first or raise"),
         ({"generator": "openai"}, {}, "", "generator openai needs the server's address; give --base-url"),
-        ({"base_url": "http://x/v1"}, {}, "", "base_url is only used by --generator openai"),
+        ({"base_url": "http://x/v1"}, {}, "", "base_url is only used with --generator openai"),
         ({"kv_cache_gib": float("nan")}, {}, "", "--kv-cache-gib is nan, but: input should be"),
     ],
 )
-def test_a_bad_value_is_told_with_its_setting_its_source_and_the_way_out(
+def test_the_error_for_an_invalid_value_names_the_setting_the_source_and_the_remedy(
     flags: dict[str, object],
     variables: dict[str, str],
     text: str,
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -90,22 +93,22 @@ def test_a_bad_value_is_told_with_its_setting_its_source_and_the_way_out(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
         load_settings(flags, file)
-    assert told.format(file=file) in str(caught.value)
+    assert message.format(file=file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_every_bad_value_has_its_own_line() -> None:
+def test_every_invalid_value_has_its_own_line() -> None:
     with pytest.raises(ConfigError) as caught:
         load_settings({"port": -1, "block_size": 0})
     assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == ["--port", "--block-size"]
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.toml does not exist; correct --config or NBEST_CONFIG"):
         load_settings({}, tmp_path / "nowhere.toml")
 
 
-def test_the_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_secret_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NBEST_API_KEY", "sk-secret")
     settings = load_settings({})
     assert settings.api_key is not None
@@ -119,7 +122,7 @@ def test_the_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "271828" not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
-def test_a_flag_repeated_for_each_item_is_singular() -> None:
+def test_a_flag_that_is_repeated_for_each_item_is_in_the_singular() -> None:
     assert [flag_of(name) for name in ("reward_models", "max_num_seqs", "port")] == [
         "--reward-model",
         "--max-num-seqs",
@@ -127,26 +130,26 @@ def test_a_flag_repeated_for_each_item_is_singular() -> None:
     ]
 
 
-def test_variables_that_set_nothing_are_reported_with_the_nearest_that_does() -> None:
+def test_variables_that_set_nothing_are_reported_with_the_most_similar_known_one() -> None:
     environment = {"NBEST_MAX_BESTOF": "9", "NBEST_PORT": "1", "NBEST_CONFIG": "x", "HOME": "/root"}
     assert unknown_variables(environment) == {"NBEST_MAX_BESTOF": "NBEST_MAX_BEST_OF"}
 
 
 @pytest.mark.parametrize(
-    ("specs", "told"),
+    ("specs", "message"),
     [
         (["a=judge:large"], "the judge a needs its server's address; give --judge-base-url https://HOST/v1"),
         (["a=ensemble:min:b,c"], "no scorer 'b' is served"),
         (["a=vllm:gpu"], "a=vllm:gpu needs an address"),
     ],
 )
-def test_scorers_that_cannot_be_are_refused(specs: list[str], told: str) -> None:
+def test_invalid_scorers_are_refused(specs: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_settings({"reward_models": specs})
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_judge_needs_an_address_unless_it_is_the_policy_itself() -> None:
+def test_a_judge_needs_an_address_unless_the_served_policy_judges() -> None:
     flags = {"reward_models": ["a=judge:large"], "judge_base_url": "https://judge/v1"}
     assert load_settings(flags).reward_models == {"a": "judge:large"}
     assert load_settings({"reward_models": ["a=pairwise:judge:self"]}).judge_base_url is None
@@ -158,16 +161,61 @@ def test_replicas_are_a_number_or_a_range(replicas: str | int, bounds: tuple[int
 
 
 @pytest.mark.parametrize("replicas", ["0", "4-1", "many", "1-", "-2", ""])
-def test_other_numbers_of_replicas_are_refused(replicas: str) -> None:
+def test_other_values_for_replicas_are_refused(replicas: str) -> None:
     with pytest.raises(ConfigError, match=r"--router-replicas .* should read N or MIN-MAX .*, such as 2 or 1-4"):
         load_settings({"router_replicas": replicas})
 
 
-def test_a_cluster_to_join_needs_ray() -> None:
+def test_a_ray_address_without_ray_is_refused() -> None:
     with pytest.raises(ConfigError, match="add --ray or leave ray_address out"):
         load_settings({"ray_address": "auto"})
 
 
-def test_a_port_of_its_own_for_metrics_is_refused_on_ray() -> None:
-    with pytest.raises(ConfigError, match="metrics stands on the main port there"):
+def test_a_metrics_port_is_refused_on_ray() -> None:
+    with pytest.raises(ConfigError, match="/metrics is on the main port there"):
         load_settings({"ray": True, "metrics_port": 9000})
+
+
+def settings_read_in(source: str) -> Iterator[str]:
+    """The attributes that a module reads from a variable or attribute named `settings` or `_settings`.
+
+    A module that does not import `Settings` from server.config reads none: its settings are something else.
+    """
+    tree = ast.parse(source)
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "server.config")
+    if not any(alias.name == "Settings" for node in imports for alias in node.names):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+            if name.removeprefix("_") == "settings":
+                yield node.attr
+
+
+@pytest.fixture(scope="module")
+def settings_read_by_the_server() -> set[str]:
+    """config.py checks settings and doctor.py reports them; reading a setting there has no effect on the server."""
+    modules = set((ROOT / "server").rglob("*.py")) - {ROOT / "server" / "config.py", ROOT / "server" / "doctor.py"}
+    return {name for module in modules for name in settings_read_in(module.read_text())}
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_read_by_the_server(name: str, settings_read_by_the_server: set[str]) -> None:
+    assert name in settings_read_by_the_server, f"nothing reads settings.{name}, so the setting has no effect"
+
+
+@pytest.mark.parametrize(
+    ("statement", "read"),
+    [
+        ("print(settings.port)", ["port"]),
+        ("print(self._settings.port + server.settings.host)", ["port", "host"]),
+        ("# settings.port", []),
+        ("print('settings.port')", []),
+        ("settings.port = 1", []),
+        ("print(address.port, port)", []),
+    ],
+)
+def test_only_a_read_of_the_attribute_counts_as_reading_a_setting(statement: str, read: list[str]) -> None:
+    assert sorted(settings_read_in(f"from server.config import Settings\n{statement}")) == sorted(read)
+    assert list(settings_read_in(statement)) == []

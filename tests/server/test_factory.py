@@ -1,4 +1,4 @@
-"""A server put together from its settings, with an upstream generator so that no engine starts."""
+"""Building the pipeline from the settings; the generator is an upstream server, so no engine starts."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from reranker.candidate import Message, Prompt
 from server import factory
 from server.config import Settings
 from server.generation.base import SamplingParams
-from server.pipeline.best_of_n import BestOfNRequest
+from server.pipeline.types import BestOfNRequest
 from tests.support.doubles import ScriptedGenerator
 from tests.support.serving import address_of, app_over, pipeline
 
@@ -22,8 +22,8 @@ def check(tmp_path: Path) -> str:
     return f"python:{tmp_path}/check.py:short"
 
 
-async def test_policy_and_judge_elsewhere_and_a_function_here(check: str) -> None:
-    """Two servers of ours stand for the policy's and the judge's; both answer by their script."""
+async def test_an_upstream_policy_an_upstream_judge_and_a_local_function_are_served_together(check: str) -> None:
+    """Two scripted servers act as the upstream servers of the policy and of the judge."""
     policy = app_over(pipeline(ScriptedGenerator(["Paris it is", "Paris"])), default_best_of=2)
     judge = app_over(pipeline(ScriptedGenerator([json.dumps({"grade": 7})])))
     async with address_of(policy) as policy_url, address_of(judge) as judge_url:
@@ -38,10 +38,10 @@ async def test_policy_and_judge_elsewhere_and_a_function_here(check: str) -> Non
             assert list(served.scorers) == ["short", "judge", "both"]
             for name, rewards in {"short": [-5.0, -11.0], "judge": [7.0, 7.0], "both": [0.5, -0.5]}.items():
                 result = await served.run(BestOfNRequest(PROMPT, SamplingParams(), 2, reward_model=name))
-                assert [one.reward for one in result.selection.ranking] == rewards
+                assert [scored.reward for scored in result.selection.ranking] == rewards
 
 
-async def test_the_served_policy_judges_itself() -> None:
+async def test_the_served_policy_can_be_the_judge() -> None:
     policy = app_over(pipeline(ScriptedGenerator(['{"grade":3}'])))
     async with address_of(policy) as url:
         settings = Settings(

@@ -64,7 +64,7 @@ async def local_backend(settings: Settings, shared_trunk: SharedTrunk | None) ->
     Raises:
         TrainingError: the generator or a scorer does not start.
     """
-    async with _backend_of(factory.start(settings, tempered_logprobs=True, held=shared_trunk)) as backend:
+    async with _backend_of(factory.start(settings, tempered_logprobs=True, shared_trunk=shared_trunk)) as backend:
         yield backend
 
 

@@ -79,11 +79,11 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
         yield stack
 
 
-async def scorer_of(adapter: Path, held: SharedTrunk | None, stack: AsyncExitStack) -> Scorer:
+async def scorer_of(adapter: Path, trunk: SharedTrunk | None, stack: AsyncExitStack) -> Scorer:
     """The scorer as the server builds it."""
     settings = load_settings({"reward_models": [f"reward={adapter}"], "device": "cpu", "reward_dtype": "float32"})
     no_policy: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    return (await stack.enter_async_context(started_scorers(settings, no_policy, held=held)))["reward"]
+    return (await stack.enter_async_context(started_scorers(settings, no_policy, shared_trunk=trunk)))["reward"]
 
 
 async def rewards_of(scorer: Scorer) -> list[float]:
@@ -185,8 +185,8 @@ def test_the_default_models_take_one_base_and_few_more_parameters() -> None:
         for weights in learner.trained_parameters:
             weights.add_(torch.randn_like(weights) / 10)
     shared, serving = (
-        RewardModel.load("movie-sentiment", device="cpu", dtype="float32", shared_trunk=held)
-        for held in (learner.shared_trunk, None)
+        RewardModel.load("movie-sentiment", device="cpu", dtype="float32", shared_trunk=trunk)
+        for trunk in (learner.shared_trunk, None)
     )
     texts = (" a delight, warm and superbly acted.", " dull and far too long.", " fine.")
     rendered = [shared.render(PROMPT, text) for text in texts]
