@@ -43,12 +43,12 @@ from server import factory
 from server.config import Settings
 from server.generation.base import SamplingParams
 from server.generation.engine_arguments import pick_dtype
-from server.offline.batch import drawing_models
+from server.offline.batch import pipeline_backend
 from server.offline.custom_ids import CustomIds
 from server.offline.records import Failure, Result
 from server.offline.run_directory import RunDirectory
-from server.offline.scheduler import Run
-from server.offline.tasks import BatchTasks, read_task
+from server.offline.scheduler import BatchScheduler
+from server.offline.tasks import BatchTaskParser, read_task
 from server.pipeline.best_of_n import BestOfN
 
 PROBLEMS_SEED = 1
@@ -83,7 +83,7 @@ class TokenCounter:
     def __init__(self) -> None:
         self.generated = 0
 
-    def wrote(self, record: Result | Failure) -> None:
+    def count(self, record: Result | Failure) -> None:
         assert isinstance(record, Result), record
         self.generated += record.generated_tokens
 
@@ -122,20 +122,17 @@ class Ways:
         }
 
         async def run(seed: int) -> int:
-            kind, names, tokens = (
-                BatchTasks(self._settings, self._settings.model, seed, body),
-                CustomIds(),
-                TokenCounter(),
-            )
+            parser = BatchTaskParser(self._settings, self._settings.model, seed, body)
+            custom_ids, tokens = CustomIds(), TokenCounter()
             rows = (
-                read_task(line, {"prompt": prompt}, kind, names, self._settings.max_body_bytes)
+                read_task(line, {"prompt": prompt}, parser, custom_ids, self._settings.max_body_bytes)
                 for line, prompt in enumerate(self._work.prompts, start=1)
             )
-            models = drawing_models(self._pipeline)
+            backend = pipeline_backend(self._pipeline)
             with tempfile.TemporaryDirectory() as out:
                 records = RunDirectory(Path(out))
                 in_flight = self._settings.max_num_seqs * 3 // 2
-                await Run(models.answer, models.check_ready, records, tokens, in_flight=in_flight).through(rows)
+                await BatchScheduler(backend, records, tokens.count, in_flight=in_flight).run(rows)
                 records.close()
             return tokens.generated
 

@@ -59,7 +59,7 @@ async def score_prefixes(result: Result, tokenizer: Any, scorer: Scorer) -> dict
             Candidate(index, tokenizer.decode(ids_N[index][:length]), length, finish_reason="length")
             for index in longer
         ]
-        rewards = dict(zip(longer, (await scorer.score(result.asked, cut)).rewards_N, strict=True))
+        rewards = dict(zip(longer, (await scorer.score(result.to_prompt(), cut)).rewards_N, strict=True))
         prefixes[str(length)] = [
             round(rewards[index], 4) if index in rewards else None for index in range(len(result.candidates))
         ]

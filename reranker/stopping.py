@@ -145,7 +145,7 @@ class Stopping:
     stragglers: StragglerCut | None = None
 
     @property
-    def gives_up(self) -> bool:
+    def cancels_running(self) -> bool:
         """Whether running candidates may be cancelled."""
         return self.rejection is not None or self.stragglers is not None
 

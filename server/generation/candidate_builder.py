@@ -9,10 +9,6 @@ from typing import Any, Protocol
 from reranker.candidate import Candidate, FinishReason, TokenLogprob
 from server.generation.base import SamplingParams
 from server.generation.stop_strings import cut_at_spanning_stop
-from server.generation.stop_strings import cut_at_spanning_stop as stopped_across
-from server.generation.stop_strings import text_before_possible_stop as certain_text
-
-__all__ = ["CandidateBuilder", "certain_text", "stopped_across"]
 
 FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 EMPTY = Candidate(index=0, text="", num_tokens=0)

@@ -1,8 +1,8 @@
-"""`nbest batch` and `nbest rerank`: an input file in, a directory of results out.
+"""`nbest batch` and `nbest rerank`: read an input file and write a directory of results.
 
-An input is looked through, compared with what the directory was begun with, and gone through from the first row that
-has no record; what goes on meanwhile is in `server.offline`. Models are loaded only where something is left to do, and
-to rerank no engine is started. A signal stops the run between two writes: what is done is kept.
+The input is read once for its digest and its number of rows, and compared with the run that the directory already
+holds. Then every row without a record is answered. Models are loaded only if such a row is left, and `rerank` starts no
+engine. SIGINT and SIGTERM stop the run between two writes; finished rows keep their records.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +34,9 @@ from server.offline.plot import plot_summary
 from server.offline.progress import BatchProgress
 from server.offline.records import Failure, Result
 from server.offline.run_directory import FAILED, RESULTS, SUMMARY, RunDirectory
-from server.offline.scheduler import Answer, Run
+from server.offline.scheduler import BatchBackend, BatchScheduler
 from server.offline.summary import summarise
-from server.offline.tasks import BatchTasks, Kind, RerankTasks, Task, read_task
+from server.offline.tasks import BatchTaskParser, RerankTaskParser, Task, TaskParser, read_task
 from server.pipeline.best_of_n import BestOfN
 from server.pipeline.types import BestOfNResult, RunObserver
 
@@ -53,23 +53,25 @@ RESULT_SETTINGS = (
     "reward_dtype",
     "max_model_len",
 )
-"""Settings that results depend on; a run does not go on under others unasked."""
+"""Settings that the results depend on. If one has changed, a run continues only with --accept-changes."""
+
+StartBackend = Callable[[], AbstractAsyncContextManager[BatchBackend]]
 
 
 class RunInterruptedError(Exception):
-    """A signal has stopped the run. The message says how to go on."""
+    """A signal has stopped the run; the message says how to continue it."""
 
-    def __init__(self, number: int, done: int, rows: int) -> None:
-        super().__init__(f"Stopped with {done:,} of {rows:,} lines done; the same command goes on with the rest.")
-        self.number = number
+    def __init__(self, signal_number: int, done: int, rows: int) -> None:
+        super().__init__(f"Stopped with {done:,} of {rows:,} lines done; the same command continues with the rest.")
+        self.signal_number = signal_number
 
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """What is said about a run beside the settings. `defaults` stand beneath the fields of each line.
+    """The options of a run besides the settings.
 
-    `in_flight` is how many candidates are drawn at once; by default half as many again as the engine advances, so that
-    some always wait for a place.
+    `defaults` are request fields for the lines that leave them out. `in_flight` is how many candidates run at once; by
+    default 1.5 times as many as the engine advances, so that some always wait for a slot.
     """
 
     source: str
@@ -81,41 +83,39 @@ class BatchOptions:
     retry_failed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Models:
-    """What answers tasks, while it is there."""
-
-    answer: Answer
-    check_ready: Callable[[], Awaitable[None]]
-
-
 def batch(settings: Settings, options: BatchOptions, console: Console) -> dict[str, Any]:
-    """Draws, scores and selects for every line; the summary of the directory, also of earlier runs.
+    """Samples, scores and selects for every line; returns the summary of the directory, earlier runs included.
 
     Raises:
-        OfflineError: it cannot go on; what is done is kept.
-        RunInterruptedError: a signal came.
+        OfflineError: the run cannot continue; finished lines are kept.
+        RunInterruptedError: SIGINT or SIGTERM arrived.
     """
-    kind = BatchTasks(settings, settings.served_model_name or settings.model, options.seed, options.defaults)
-    return _run("batch", settings, options, kind, lambda: _drawing(settings, console), console)
+    model = settings.served_model_name or settings.model
+    parser = BatchTaskParser(settings, model, options.seed, options.defaults)
+    return _run("batch", settings, options, parser, lambda: _batch_backend(settings, console), console)
 
 
 def rerank(settings: Settings, options: BatchOptions, console: Console) -> dict[str, Any]:
-    """Scores and selects among the candidates that every line brings; no engine is started.
+    """Scores the candidates of every line and selects among them; starts no engine.
 
     Raises:
-        ConfigError: the judge would be the policy.
-        OfflineError: it cannot go on; what is done is kept.
-        RunInterruptedError: a signal came.
+        ConfigError: a reward model is a judge that is the policy.
+        OfflineError: the run cannot continue; finished lines are kept.
+        RunInterruptedError: SIGINT or SIGTERM arrived.
     """
     for name, spec in parse_all(settings.reward_models).items():
         if isinstance(spec, JudgeSpec) and spec.model == OWN_POLICY:
-            raise ConfigError(f"{name} asks the policy, which is not started to rerank; give judge:MODEL another one.")
-    return _run("rerank", settings, options, RerankTasks(settings), lambda: _reranking(settings, console), console)
+            raise ConfigError(
+                f"{name} uses the policy as the judge, and rerank does not start the policy; name another model in "
+                "judge:MODEL."
+            )
+    parser = RerankTaskParser(settings)
+    return _run("rerank", settings, options, parser, lambda: _rerank_backend(settings, console), console)
 
 
 @asynccontextmanager
-async def _drawing(settings: Settings, console: Console) -> AsyncIterator[Models]:
+async def _batch_backend(settings: Settings, console: Console) -> AsyncIterator[BatchBackend]:
+    """The engine and the reward models: in this process, or in workers on a Ray cluster."""
     models = f"{settings.model} and {', '.join(settings.reward_models)}"
     if settings.ray:
         from server.distributed.batch_actors import started_workers
@@ -125,67 +125,55 @@ async def _drawing(settings: Settings, console: Console) -> AsyncIterator[Models
             async def answer(task: Task, _: RunObserver) -> BestOfNResult:
                 return await workers.answer(task.request)
 
-            yield Models(answer, workers.check_ready)
+            yield BatchBackend(answer, workers.check_ready)
         return
     async with loaded(factory.start(settings), models, console) as pipeline:
-        yield drawing_models(pipeline)
+        yield pipeline_backend(pipeline)
 
 
-def drawing_models(pipeline: BestOfN) -> Models:
-    """Tasks are requests to the pipeline."""
+def pipeline_backend(pipeline: BestOfN) -> BatchBackend:
+    """Answers each task with a run of the pipeline in this process."""
 
     async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
         return await pipeline.run(task.request, observer)
 
-    return Models(answer, pipeline.generator.check_ready)
+    return BatchBackend(answer, pipeline.generator.check_ready)
 
 
 @asynccontextmanager
-async def _reranking(settings: Settings, console: Console) -> AsyncIterator[Models]:
-    nobody: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()
-    scorers_alone = factory.started_scorers(settings, nobody)
-    async with loaded(scorers_alone, ", ".join(settings.reward_models), console) as scorers:
+async def _rerank_backend(settings: Settings, console: Console) -> AsyncIterator[BatchBackend]:
+    """The reward models alone; the candidates come from the tasks."""
+    no_generator: asyncio.Future[Generator] = asyncio.get_running_loop().create_future()  # never set
+    starting = factory.started_scorers(settings, no_generator)
+    async with loaded(starting, ", ".join(settings.reward_models), console) as scorers:
 
         async def answer(task: Task, observer: RunObserver) -> BestOfNResult:
-            return await BestOfN(FixedCandidates(task.given), scorers).run(task.request, observer)
+            return await BestOfN(FixedCandidates(task.candidates), scorers).run(task.request, observer)
 
-        yield Models(answer, FixedCandidates(()).check_ready)
+        yield BatchBackend(answer, FixedCandidates(()).check_ready)
 
 
 def _run(
-    command: str,
-    settings: Settings,
-    options: BatchOptions,
-    kind: Kind,
-    start: Callable[[], AbstractAsyncContextManager[Models]],
-    console: Console,
+    command: str, settings: Settings, options: BatchOptions, parser: TaskParser, start: StartBackend, console: Console
 ) -> dict[str, Any]:
-    logs.configure(settings.log_level, settings.log_format)  # keeps prompts out of the lines of libraries
-    begun_s = time.perf_counter()
+    logs.configure(settings.log_level, settings.log_format)  # keeps prompts out of the log lines of libraries
+    start_s = time.perf_counter()
     with run_directory.locked(options.out):
         spooled = options.source == STDIN
         path = inputs.spool(sys.stdin.buffer, options.out) if spooled else Path(options.source)
         source = inputs.examine(path)
-        identity = {
-            "command": command,
-            "source": str(path),
-            "input": {"sha256": source.sha256, "rows": source.rows},
-            **settings.model_dump(mode="json", include=set(RESULT_SETTINGS)),
-            "seed": options.seed,
-            "defaults": {
-                **dict(options.defaults),
-                "best_of": options.defaults.get("best_of", settings.default_best_of),
-            },
-        }
         with run_directory.opened(
-            options.out, identity, accept_changes=options.accept_changes, retry_failed=options.retry_failed
+            options.out,
+            _identity(command, settings, options, source),
+            accept_changes=options.accept_changes,
+            retry_failed=options.retry_failed,
         ) as records:
             progress = BatchProgress(console, source.rows, len(records.done))
             if len(records.done) < source.rows:
                 in_flight = options.in_flight or _in_flight(settings)
-                tasks = _tasks(source, kind, settings.max_body_bytes)
-                _until_done(_answer(start, tasks, records, progress, in_flight), records, source.rows)
-            account = {
+                tasks = _tasks(source, parser, settings.max_body_bytes)
+                _run_until_signal(_answer(start, tasks, records, progress, in_flight), records, source.rows)
+            counts = {
                 "lines": source.rows,
                 "answered": records.answered,
                 "failed": records.failed,
@@ -193,50 +181,63 @@ def _run(
                     "answered": progress.results,
                     "failed": progress.failures,
                     "generated_tokens": progress.generated_tokens,
-                    "seconds": round(time.perf_counter() - begun_s, 3),
+                    "seconds": round(time.perf_counter() - start_s, 3),
                 },
             }
-        summary = account | summarise(recover(options.out / RESULTS, Result))
-        run_directory.write_whole(options.out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        summary = counts | summarise(recover(options.out / RESULTS, Result))
+        run_directory.write_text(options.out / SUMMARY, json.dumps(summary, indent=1) + "\n")
         if summary["reward_at_n"]:
             plot_summary(summary, options.out / PLOT)
-    _tell(summary, options.out, console)
+    _print_summary(summary, options.out, console)
     return summary
 
 
-def _in_flight(settings: Settings) -> int:
-    """Half as many again as the engines advance, so that some always wait for a place.
+def _identity(command: str, settings: Settings, options: BatchOptions, source: inputs.Source) -> dict[str, Any]:
+    """What the results depend on; stored in run.json and compared when the run is continued."""
+    return {
+        "command": command,
+        "source": str(source.path),
+        "input": {"sha256": source.sha256, "rows": source.rows},
+        **settings.model_dump(mode="json", include=set(RESULT_SETTINGS)),
+        "seed": options.seed,
+        "defaults": {**options.defaults, "best_of": options.defaults.get("best_of", settings.default_best_of)},
+    }
 
-    Workers on Ray answer whole lines, so a place is free when its line has ended and not its candidate: twice as many.
+
+def _in_flight(settings: Settings) -> int:
+    """Candidates that run at once: 1.5 times as many as the engine advances, so that some always wait for a slot.
+
+    Workers on Ray answer whole lines, so a slot is released when its line ends and not when its candidate ends. There
+    the factor is 2.
     """
     if settings.ray:
         return settings.max_num_seqs * 2 * replica_range(settings.generator_replicas)[1]
     return settings.max_num_seqs * 3 // 2
 
 
-def _tasks(source: inputs.Source, kind: Kind, max_line_bytes: int) -> Iterator[Task | Failure]:
-    names = CustomIds()
+def _tasks(source: inputs.Source, parser: TaskParser, max_line_bytes: int) -> Iterator[Task | Failure]:
+    custom_ids = CustomIds()
     for line, row in source.read(max_line_bytes):
-        yield read_task(line, row, kind, names, max_line_bytes)
+        yield read_task(line, row, parser, custom_ids, max_line_bytes)
 
 
 async def _answer(
-    start: Callable[[], AbstractAsyncContextManager[Models]],
+    start: StartBackend,
     tasks: Iterator[Task | Failure],
     records: RunDirectory,
     progress: BatchProgress,
     in_flight: int,
 ) -> None:
-    async with start() as models:
+    async with start() as backend:
         with progress:
-            await Run(models.answer, models.check_ready, records, progress, in_flight=in_flight).through(tasks)
+            await BatchScheduler(backend, records, progress.count, in_flight=in_flight).run(tasks)
 
 
-def _until_done(work: Coroutine[Any, Any, None], records: RunDirectory, rows: int) -> None:
-    """Runs the work, which SIGINT and SIGTERM cancel.
+def _run_until_signal(work: Coroutine[Any, Any, None], records: RunDirectory, rows: int) -> None:
+    """Runs the coroutine; SIGINT and SIGTERM cancel it.
 
     Raises:
-        RunInterruptedError: one of them came.
+        RunInterruptedError: one of the two signals arrived.
     """
     signals: list[int] = []
 
@@ -258,10 +259,10 @@ def _until_done(work: Coroutine[Any, Any, None], records: RunDirectory, rows: in
         raise RunInterruptedError(signals[0], len(records.done), rows)
 
 
-def _tell(summary: dict[str, Any], out: Path, console: Console) -> None:
-    told = f"{summary['answered']:,} of {summary['lines']:,} lines answered, in {out / RESULTS}"
+def _print_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
+    message = f"{summary['answered']:,} of {summary['lines']:,} lines answered, in {out / RESULTS}"
     if reward := summary["winner_reward"]:
-        told += f"; mean reward {reward['mean']:.2f} ({reward['low']:.2f} … {reward['high']:.2f})"
-    console.print(f"{told}.")
+        message += f"; mean reward {reward['mean']:.2f} ({reward['low']:.2f} … {reward['high']:.2f})"
+    console.print(f"{message}.")
     if summary["failed"]:
-        console.print(f"{summary['failed']:,} lines failed; {out / FAILED} tells why.", style="yellow")
+        console.print(f"{summary['failed']:,} lines failed; {out / FAILED} has the reasons.", style="yellow")

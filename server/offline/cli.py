@@ -105,7 +105,7 @@ def _offline(command: str, settings: Settings, **options: Any) -> None:
         raise CommandError(str(error)) from error
     except offline.RunInterruptedError as error:
         console.print(str(error), style="yellow")
-        raise typer.Exit(128 + error.number) from error
+        raise typer.Exit(128 + error.signal_number) from error
     finally:
         kill_children()
 
@@ -178,9 +178,10 @@ def calibrate(
     adaptive stopping would have made of the run's candidates; the best setting that reaches the target is written as
     a settings file: nbest serve --config DIR/settings.toml.
     """
-    from server.offline.calibrate_command import Goal, calibrate_run
+    from server.offline.calibrate_command import calibrate_run
 
+    path = out or directory / "settings.toml"
     try:
-        calibrate_run(directory, Goal(quality, tokens, seconds), out or directory / "settings.toml", Console())
+        calibrate_run(directory, path, Console(), quality=quality, tokens=tokens, seconds=seconds)
     except OfflineError as error:
         raise CommandError(f"{error}.") from error

@@ -1,4 +1,4 @@
-"""Which lines of an input are meant, and under which names: in a bit a line, and a short digest a name."""
+"""The custom_ids and line numbers of an input that have been used, in a bounded number of bytes per line."""
 
 import hashlib
 
@@ -7,47 +7,47 @@ DIGEST_BYTES = 16
 
 
 class LineSet:
-    """A set of line numbers, a bit each: a million of them are 125 kB."""
+    """A set of line numbers, as one flag byte for each line up to the highest: a megabyte for a million lines."""
 
     def __init__(self) -> None:
-        self._bits = bytearray()
-        self._count = 0
+        self._flags = bytearray()
 
     def __contains__(self, line: int) -> bool:
-        place, bit = divmod(line, 8)
-        return place < len(self._bits) and bool(self._bits[place] >> bit & 1)
+        return line < len(self._flags) and bool(self._flags[line])
 
     def __len__(self) -> int:
-        return self._count
+        return self._flags.count(True)
 
     def add(self, line: int) -> None:
-        if line in self:
-            return
-        place, bit = divmod(line, 8)
-        self._bits.extend(bytes(max(0, place + 1 - len(self._bits))))
-        self._bits[place] |= 1 << bit
-        self._count += 1
+        self._flags.extend(bytes(max(0, line + 1 - len(self._flags))))
+        self._flags[line] = True
 
 
 class CustomIds:
-    """The names taken so far. A line without a custom_id is called by its number."""
+    """The names of the lines so far. A line without a custom_id has its line number as its name.
+
+    Holds a digest of `DIGEST_BYTES` for each custom_id, and a flag for each line that has none.
+    """
 
     def __init__(self) -> None:
-        self._given: set[bytes] = set()
+        self._digests: set[bytes] = set()
         self._numbered = LineSet()
 
-    def take(self, custom_id: str | None, line: int) -> bool:
-        """Takes a name for a line; False if an earlier line has it."""
-        name = _digest(custom_id or str(line))
+    def claim(self, custom_id: str | None, line: int) -> bool:
+        """Gives the line its name; False if an earlier line has that name."""
+        digest = _digest(custom_id or str(line))
         if custom_id is None:
             self._numbered.add(line)
-            return name not in self._given
-        if name in self._given or (custom_id.isdecimal() and len(custom_id) < 16 and self._is_numbered(custom_id)):
+            return digest not in self._digests
+        if digest in self._digests or self._is_number_of_line(custom_id):
             return False
-        self._given.add(name)
+        self._digests.add(digest)
         return True
 
-    def _is_numbered(self, custom_id: str) -> bool:
+    def _is_number_of_line(self, custom_id: str) -> bool:
+        """Whether it is the number of an earlier line that has no custom_id."""
+        if not custom_id.isdecimal() or len(custom_id) >= 16:  # longer ones are no line numbers, and int() is slow
+            return False
         return custom_id == str(int(custom_id)) and int(custom_id) in self._numbered
 
 

@@ -1,4 +1,4 @@
-"""The card beside an export: where its rows come from, and how to tell that they are those."""
+"""The data card beside an export: where its rows come from, and the digests by which that can be checked."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from reranker.fsio import sha256_of
-from server.offline.run_directory import write_whole
+from server.offline.run_directory import write_text
 
 
 def path_of(export: Path) -> Path:
-    """FILE.jsonl has FILE.card.md."""
+    """The path of the card: FILE.card.md for FILE.jsonl."""
     return export.with_suffix(".card.md")
 
 
@@ -25,9 +25,13 @@ def write(
     answered: int,
     failed: int,
 ) -> None:
-    """Writes the card; `runs` are the identities of the runs that the results come from, the latest last."""
+    """Writes the card. `runs` are the identities of the runs that wrote the results, the latest last.
+
+    Raises:
+        OfflineError: it cannot be written.
+    """
     filters = options["filters"]
-    chosen = {name: value for name, value in options.items() if name != "filters"}
+    contents = {name: value for name, value in options.items() if name != "filters"}
     text = f"""\
 # {export.name}
 
@@ -35,18 +39,18 @@ Written by `nbest export` (nbest {metadata.version("nbest")}) from {answered:,} 
 
 ## Contents
 
-{_table(chosen | {"rows": counts["written"], "sha256": sha256_of(export)})}
+{_table(contents | {"rows": counts["written"], "sha256": sha256_of(export)})}
 ## Filters
 
 {_table(filters)}
 | | rows |
 |---|---|
-{"".join(f"| {_COUNTS.get(name, f'taken by {name}')} | {count:,} |" + chr(10) for name, count in counts.items())}
+{"".join(f"| {_COUNTS.get(name, f'removed by {name}')} | {count:,} |" + chr(10) for name, count in counts.items())}
 ## Source
 
 {_table({"results": results, "sha256": sha256_of(results)})}
 {"".join(_run(number, run) for number, run in enumerate(runs, start=1))}"""
-    write_whole(path, text.rstrip() + "\n")
+    write_text(path, text.rstrip() + "\n")
 
 
 _COUNTS = {"rows": "before the filters", "written": "written"}

@@ -1,5 +1,5 @@
-"""What ends an offline run: said in one sentence that tells the way out. What is done stays done."""
+"""The error that ends an offline command. Records that were written before it are kept."""
 
 
 class OfflineError(Exception):
-    """The command cannot go on; the message is for the user."""
+    """The command cannot continue. The message, without a final period, tells the user why and what to do."""

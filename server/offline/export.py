@@ -1,17 +1,16 @@
-"""From the results of a run to a file that TRL's trainers load, with a card beside it.
+"""Converts the results of a run to a file that TRL's trainers load, and writes a data card beside it.
 
     sft          prompt, completion, finish_reason                                        the winners
     preference   prompt, chosen, rejected, chosen_score, rejected_score, margin, …        pairs of candidates
     raw          custom_id, prompt, completion, reward, index, num_tokens, …              every candidate
 
-Rows stand in the order of the input, whichever order they were answered in, so the same results give the same bytes.
-The rows are made twice: to find which of them stay (`server.offline.filters`), and to write those. So only numbers are
-held, a few bytes a row.
+Rows are in the order of the input, whatever the order in which they were answered, so the same results give the same
+bytes. The rows are generated twice: for the filters (`server.offline.filters`), and to write those that stay. So only a
+few bytes per row are held in memory.
 """
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -21,7 +20,7 @@ from typing import Any, Literal
 
 from reranker.candidate import Prompt
 from reranker.fsio import atomic_write
-from reranker.scorers.prompt_text import prompt_text
+from reranker.prompt_text import prompt_text
 from server.offline import data_card
 from server.offline.errors import OfflineError
 from server.offline.filters import Filters, RowFilter
@@ -37,9 +36,10 @@ Form = Literal["as-asked", "conversational", "plain"]
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """What is exported. `form` as-asked keeps messages as messages and text as text; the others make all alike.
+    """What is exported.
 
-    `seed` decides which candidate a best-random pair has beside the best.
+    `form` as-asked keeps conversations as messages and text prompts as text; the others convert all prompts to one
+    form. `seed` decides which candidate is the rejected one of a best-random pair.
     """
 
     format: Format
@@ -51,9 +51,9 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class ExportRow:
-    """A row before the filters. `reward` is that of the completion or of the chosen one, `margin` that of a pair.
+    """A row before the filters. `reward` is that of the completion or of the chosen completion; pairs have a `margin`.
 
-    `longer` is 1 where the chosen text is longer than the rejected one, -1 where it is shorter, else 0.
+    `longer` is 1 if the chosen text is longer than the rejected text, -1 if it is shorter, else 0.
     """
 
     columns: dict[str, Any]
@@ -63,37 +63,37 @@ class ExportRow:
 
 
 def run_export(directory: Path, out: Path, options: ExportOptions) -> dict[str, int]:
-    """Writes the file and its card; how many rows there were, what each filter took, and how many were written.
+    """Writes the file and its card; returns the number of rows, of those each filter removed, and of those written.
 
     Raises:
-        OfflineError: the directory holds no results, a run is writing to it, or nothing is left by the filters.
+        OfflineError: the directory holds no results, a run is writing to it, or the filters remove every row.
     """
     if options.filters.balance_length and options.format != "preference":
-        raise OfflineError("--balance-length compares the two texts of a pair; it goes with --format preference")
+        raise OfflineError("--balance-length compares the two texts of a pair; use it with --format preference")
     if options.filters.min_margin is not None and options.format != "preference":
-        raise OfflineError("--min-margin is about pairs; it goes with --format preference")
+        raise OfflineError("--min-margin is about pairs; use it with --format preference")
     runs = manifest(directory)["runs"]
-    with locked(directory):  # a run that goes on meanwhile would be seen in the middle of a line
+    with locked(directory):  # so that no run appends to the results while they are read
         return _export(directory, out, options, runs)
 
 
 def _export(directory: Path, out: Path, options: ExportOptions, runs: list[dict[str, Any]]) -> dict[str, int]:
     results = _Results(directory / RESULTS)
-    choice = RowFilter(options.filters)
-    forms: Counter[str] = Counter()
+    row_filter = RowFilter(options.filters)
+    prompt_types = set[type]()
     for row in _rows(results, options):
-        forms[type(row.columns["prompt"]).__name__] += 1
-        choice.see(row.reward, row.margin, row.longer, _digest(row.columns))
-    if len(forms) > 1:
+        prompt_types.add(type(row.columns["prompt"]))
+        row_filter.add(row.reward, row.margin, row.longer, _digest(row.columns))
+    if len(prompt_types) > 1:
         raise OfflineError(
-            "Some prompts are conversations and some are texts, which no trainer takes in one file; give "
+            "Some prompts are conversations and some are texts, and no trainer reads both from one file; give "
             "--form conversational or --form plain"
         )
-    kept = choice.made()
-    if not kept.any():
-        raise OfflineError(f"Nothing of {directory} is left by the filters ({choice.told()}); loosen them")
-    _write(out, (row.columns for stays, row in zip(kept, _rows(results, options), strict=True) if stays))
-    counts = {**choice.counts, "written": int(kept.sum())}
+    is_kept = row_filter.kept()
+    if not is_kept.any():
+        raise OfflineError(f"The filters remove every row of {directory} ({row_filter.describe_counts()}); loosen them")
+    _write(out, (row.columns for kept, row in zip(is_kept, _rows(results, options), strict=True) if kept))
+    counts = {**row_filter.counts, "written": int(is_kept.sum())}
     failures = sum(1 for _ in recover(directory / FAILED, Failure))
     data_card.write(
         data_card.path_of(out), out, directory / RESULTS, runs, asdict(options), counts, len(results), failures
@@ -102,54 +102,54 @@ def _export(directory: Path, out: Path, options: ExportOptions, runs: list[dict[
 
 
 class _Results:
-    """The results of a file in the order of the input; where each begins is all that is held."""
+    """The results of a file in the order of the input; only the byte offset of each is held in memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        places: list[tuple[int, int]] = []
-        place = 0
+        lines_and_offsets: list[tuple[int, int]] = []
+        offset = 0
         if path.exists():
             with path.open("rb") as file:
                 for line in file:
-                    if line.endswith(b"\n"):  # the last may be torn
-                        places.append((Result.model_validate_json(line).line, place))
-                    place += len(line)
-        self._places = [place for _, place in sorted(places)]
-        if not self._places:
+                    if line.endswith(b"\n"):  # the last line may be incomplete
+                        lines_and_offsets.append((Result.model_validate_json(line).line, offset))
+                    offset += len(line)
+        self._offsets = [offset for _, offset in sorted(lines_and_offsets)]
+        if not self._offsets:
             raise OfflineError(f"{path} holds no results; run nbest batch or nbest rerank first")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __iter__(self) -> Iterator[Result]:
         with self._path.open("rb") as file:
-            for place in self._places:
-                file.seek(place)
+            for offset in self._offsets:
+                file.seek(offset)
                 yield Result.model_validate_json(file.readline())
 
 
 def _rows(results: _Results, options: ExportOptions) -> Iterator[ExportRow]:
-    make = {"sft": _winner, "preference": _pairs, "raw": _candidates}[options.format]
+    rows_of = {"sft": _winner, "preference": _pairs, "raw": _candidates}[options.format]
     for result in results:
-        yield from make(result, options)
+        yield from rows_of(result, options)
 
 
 def _winner(result: Result, options: ExportOptions) -> Iterator[ExportRow]:
-    prompt, wrap = _dressed(result.asked, options.form)
+    prompt, convert = _formatted(result.to_prompt(), options.form)
     winner = result.winner
-    columns = {"prompt": prompt, "completion": wrap(winner.text), "finish_reason": winner.finish_reason}
+    columns = {"prompt": prompt, "completion": convert(winner.text), "finish_reason": winner.finish_reason}
     yield ExportRow(columns, winner.reward)
 
 
 def _pairs(result: Result, options: ExportOptions) -> Iterator[ExportRow]:
     """Pairs of different texts with different rewards, the better one first."""
-    prompt, wrap = _dressed(result.asked, options.form)
+    prompt, convert = _formatted(result.to_prompt(), options.form)
     for chosen, rejected in _chosen_and_rejected(result, options):
         better, worse = float(chosen.reward or 0), float(rejected.reward or 0)
         columns = {
             "prompt": prompt,
-            "chosen": wrap(chosen.text),
-            "rejected": wrap(rejected.text),
+            "chosen": convert(chosen.text),
+            "rejected": convert(rejected.text),
             "chosen_score": better,
             "rejected_score": worse,
             "margin": better - worse,
@@ -161,64 +161,66 @@ def _pairs(result: Result, options: ExportOptions) -> Iterator[ExportRow]:
 
 
 def _chosen_and_rejected(result: Result, options: ExportOptions) -> Iterator[tuple[CandidateReply, CandidateReply]]:
-    rewarded = [one for one in result.candidates if one.reward is not None]
-    ranked = sorted(rewarded, key=lambda one: -float(one.reward or 0))  # stable: ties in the order of drawing
+    rewarded = [candidate for candidate in result.candidates if candidate.reward is not None]
+    ranked = sorted(rewarded, key=lambda candidate: -float(candidate.reward or 0))  # stable: ties by index
     proposed: Iterable[tuple[CandidateReply, CandidateReply]]
     if options.pairs == "all":
         proposed = combinations(ranked, 2)
     else:
-        others = [one for one in ranked[1:] if _differ(ranked[0], one)]
+        others = [candidate for candidate in ranked[1:] if _differ(ranked[0], candidate)]
         if not others:
             return
         worst = others[-1]
-        drawn = Random(f"{options.seed}:{result.line}").choice(others)
-        proposed = [(ranked[0], worst if options.pairs == "best-worst" else drawn)]
+        random = Random(f"{options.seed}:{result.line}").choice(others)
+        proposed = [(ranked[0], worst if options.pairs == "best-worst" else random)]
     yield from ((chosen, rejected) for chosen, rejected in proposed if _differ(chosen, rejected))
 
 
-def _differ(one: CandidateReply, other: CandidateReply) -> bool:
-    return one.reward != other.reward and one.text != other.text
+def _differ(left: CandidateReply, right: CandidateReply) -> bool:
+    return left.reward != right.reward and left.text != right.text
 
 
 def _candidates(result: Result, options: ExportOptions) -> Iterator[ExportRow]:
-    prompt, wrap = _dressed(result.asked, options.form)
-    for one in result.candidates:
+    prompt, convert = _formatted(result.to_prompt(), options.form)
+    for candidate in result.candidates:
         columns = {
             "custom_id": result.custom_id,
             "prompt": prompt,
-            "completion": wrap(one.text),
-            "reward": one.reward,
-            "index": one.index,
-            "is_winner": one.index == result.winner.index,
-            "num_tokens": one.num_tokens,
-            "cumulative_logprob": one.cumulative_logprob,
-            "finish_reason": one.finish_reason,
+            "completion": convert(candidate.text),
+            "reward": candidate.reward,
+            "index": candidate.index,
+            "is_winner": candidate.index == result.winner.index,
+            "num_tokens": candidate.num_tokens,
+            "cumulative_logprob": candidate.cumulative_logprob,
+            "finish_reason": candidate.finish_reason,
         }
-        yield ExportRow(columns, one.reward)
+        yield ExportRow(columns, candidate.reward)
 
 
-def _dressed(prompt: Prompt, form: Form) -> tuple[Any, Callable[[str], Any]]:
-    """The prompt in that form, and how a completion is put beside it."""
+def _formatted(prompt: Prompt, form: Form) -> tuple[Any, Callable[[str], Any]]:
+    """The prompt in that form, and the function that converts a completion to the same form."""
     if form == "plain" or (form == "as-asked" and prompt.text is not None):
         return prompt_text(prompt), str
     if prompt.text is not None:
         messages = [{"role": "user", "content": prompt.text}]
     else:
-        messages = [{"role": one.role, "content": one.content} for one in prompt.messages]
+        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
     return messages, lambda text: [{"role": "assistant", "content": text}]
 
 
 def _digest(columns: dict[str, Any]) -> bytes:
-    """Of what a trainer reads: two rows with the same one are duplicates."""
-    read = [columns[name] for name in ("prompt", "completion", "chosen", "rejected") if name in columns]
-    return hashlib.blake2b(json.dumps(read, ensure_ascii=False).encode(), digest_size=16).digest()
+    """A digest of the texts that a trainer reads; rows with the same digest are duplicates."""
+    texts = [columns[name] for name in ("prompt", "completion", "chosen", "rejected") if name in columns]
+    return hashlib.blake2b(json.dumps(texts, ensure_ascii=False).encode(), digest_size=16).digest()
 
 
 def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """The rows as JSON lines; the file is there whole or as it was before."""
+    """Writes the rows as JSON lines, atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
     except OSError as error:
-        raise OfflineError(f"{path} cannot be written: {error.strerror}; make room, or give another --out") from error
+        raise OfflineError(
+            f"{path} cannot be written: {error.strerror}; free some disk space, or give another --out"
+        ) from error

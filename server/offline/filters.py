@@ -1,6 +1,6 @@
-"""Which rows of an export stay. Each filter looks at what those before it have left, in the order of the fields.
+"""The filters of an export. Each one sees the rows that the filters before it have kept, in the order of the fields.
 
-The rows go by once and leave only numbers behind; then `made` says of each whether it stays.
+Every row is added once, and only numbers are kept of it. Then `kept` says which rows stay.
 """
 
 import math
@@ -14,13 +14,13 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What takes rows away.
+    """The conditions that a row must meet.
 
-    `min_reward`: of the completion, or the chosen one. `min_margin`: of a pair. `keep_duplicates`: else a row whose
-    texts were there before goes.
-    `balance_length`: as many pairs stay whose chosen text is the longer one as pairs whose chosen text is the shorter
-    one; of the many, those with the smallest margins go. A model trained on the rest does not learn that longer is
-    better. `top_fraction`: this share of the rows, those of the highest reward; it comes last.
+    `min_reward`: least reward of the completion or of the chosen completion. `min_margin`: least difference between the
+    rewards of a pair. Unless `keep_duplicates`, a row with the same texts as an earlier row is removed.
+    `balance_length`: keeps as many pairs with the longer text chosen as with the shorter text chosen; of the more
+    frequent kind, the pairs with the smallest margins are removed. A model trained on the rest does not learn that
+    longer is better. `top_fraction`: keeps this share of the rows, those with the highest reward; it is applied last.
     """
 
     min_reward: float | None = None
@@ -31,58 +31,58 @@ class Filters:
 
 
 class RowFilter:
-    """Sees every row once, then says which stay. `counts` is how many there were and what each filter took."""
+    """Applies the filters. `counts` holds the number of rows, and how many each filter removed."""
 
     def __init__(self, filters: Filters) -> None:
         self.counts: Counter[str] = Counter()
         self._filters = filters
-        self._stays = array("b")
+        self._kept = array("b")
         self._rewards = array("d")
         self._margins = array("d")
         self._longer = array("b")
-        self._seen: set[bytes] = set()
+        self._digests: set[bytes] = set()
 
-    def see(self, reward: float | None, margin: float | None, longer: int, digest: bytes) -> None:
-        """The next row."""
-        taken_by = self._taken_by(reward, margin, digest)
+    def add(self, reward: float | None, margin: float | None, longer: int, digest: bytes) -> None:
+        """Adds the next row, described as in `server.offline.export.ExportRow`."""
+        removed_by = self._removed_by(reward, margin, digest)
         self.counts["rows"] += 1
-        if taken_by:
-            self.counts[taken_by] += 1
-        self._stays.append(not taken_by)
+        if removed_by:
+            self.counts[removed_by] += 1
+        self._kept.append(not removed_by)
         self._rewards.append(-math.inf if reward is None else reward)
         self._margins.append(margin or 0.0)
         self._longer.append(longer)
 
-    def made(self) -> npt.NDArray[np.bool_]:
-        """One truth a row."""
-        stays = np.array(self._stays, dtype=bool)
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Whether each row stays, in the order in which the rows were added. To be called once, after the last row."""
+        kept = np.array(self._kept, dtype=bool)
         if self._filters.balance_length:
             longer, margins = np.array(self._longer), np.array(self._margins)
-            sides = [np.flatnonzero(stays & (longer == side)) for side in (1, -1)]
-            few = min(len(side) for side in sides)
+            sides = [np.flatnonzero(kept & (longer == side)) for side in (1, -1)]
+            fewer = min(len(side) for side in sides)
             for side in sides:
-                surplus = side[np.argsort(-margins[side], kind="stable")][few:]
-                stays[surplus] = False
+                surplus = side[np.argsort(-margins[side], kind="stable")][fewer:]
+                kept[surplus] = False
                 self.counts["length_balance"] += len(surplus)
         if self._filters.top_fraction is not None:
-            left = np.flatnonzero(stays)
+            left = np.flatnonzero(kept)
             rewards = np.array(self._rewards)[left]
             surplus = left[np.argsort(-rewards, kind="stable")][math.ceil(self._filters.top_fraction * len(left)) :]
-            stays[surplus] = False
+            kept[surplus] = False
             self.counts["top_fraction"] += len(surplus)
-        return stays
+        return kept
 
-    def told(self) -> str:
+    def describe_counts(self) -> str:
         return ", ".join(f"{name}: {count}" for name, count in self.counts.items()) or "no rows"
 
-    def _taken_by(self, reward: float | None, margin: float | None, digest: bytes) -> str | None:
+    def _removed_by(self, reward: float | None, margin: float | None, digest: bytes) -> str | None:
         filters = self._filters
         if filters.min_reward is not None and (reward is None or reward < filters.min_reward):
             return "min_reward"
         if filters.min_margin is not None and (margin is None or margin < filters.min_margin):
             return "min_margin"
         if not filters.keep_duplicates:
-            if digest in self._seen:
+            if digest in self._digests:
                 return "duplicates"
-            self._seen.add(digest)
+            self._digests.add(digest)
         return None

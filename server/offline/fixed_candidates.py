@@ -1,4 +1,4 @@
-"""A generator of candidates that are there already, so that reranking is best-of-N with nothing to draw."""
+"""A `Generator` that returns existing candidates, so that rerank runs the best-of-N pipeline without an engine."""
 
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
@@ -9,7 +9,7 @@ from server.generation.base import FixedWeights, Outcome, SamplingParams
 
 
 class FixedCandidates(FixedWeights):
-    """`Generator` over the candidates of one prompt."""
+    """The candidates of one prompt."""
 
     def __init__(self, candidates: Sequence[Candidate], model: str = "given") -> None:
         self.model = model
@@ -21,14 +21,14 @@ class FixedCandidates(FixedWeights):
         return FixedGeneration(self._candidates[:n])
 
     async def check_ready(self) -> None:
-        """They are there."""
+        """Is always ready."""
 
     async def close(self) -> None:
-        """Holds nothing."""
+        """Has nothing to free."""
 
 
 class FixedGeneration:
-    """Hands all of them on at once."""
+    """Yields all candidates at once, as finished."""
 
     prompt_tokens = 0
 
@@ -41,10 +41,10 @@ class FixedGeneration:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing runs."""
+        """Nothing runs that could be cancelled."""
 
     async def __aiter__(self) -> AsyncIterator[list[Outcome]]:
         yield list(self._candidates)
 
     async def cancel(self, index: int) -> None:
-        """Nothing runs."""
+        """Nothing runs that could be cancelled."""

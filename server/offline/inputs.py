@@ -1,8 +1,8 @@
-"""The rows of an input, one at a time: lines of JSONL, or rows of a Parquet table.
+"""Reads the rows of an input one at a time: lines of JSONL, or rows of a Parquet table.
 
-The input is looked through once before anything is done, for its digest and its number of rows: the first says later
-whether a run goes on with the same input, the second how long it takes. Standard input can be read only once, so it is
-kept as a file in the output directory first; a run of it can then be taken up again like any other.
+The input is read once before the run starts, for its SHA-256 and its number of rows. The digest shows whether a
+continued run has the same input, and the number is the total of the progress bar. Standard input can be read only once,
+so it is first copied to a file in the output directory; such a run can be continued like any other.
 """
 
 import os
@@ -20,12 +20,12 @@ CHUNK_BYTES = 1 << 20
 SPOOL = "stdin.jsonl"
 
 Row = bytes | dict[str, Any]
-"""A line as it stands in the file, or the columns of a table's row."""
+"""The bytes of a line, or the columns of a table's row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An input that has been looked through."""
+    """An input, its digest and its number of rows."""
 
     path: Path
     sha256: str
@@ -36,25 +36,25 @@ class Source:
         return self.path.suffix == ".parquet"
 
     def read(self, max_line_bytes: int) -> Iterator[tuple[int, Row]]:
-        """(number, row) from 1 on; of a line that is too long its first `max_line_bytes` + 1 bytes.
+        """Yields (line number from 1, row); of a line that is too long, the first `max_line_bytes` + 1 bytes.
 
         Raises:
-            OfflineError: it cannot be read to the end.
+            OfflineError: the file cannot be read to the end.
         """
         try:
             yield from table_rows(self.path) if self.is_table else _lines(self.path, max_line_bytes)
         except (OSError, TableError) as error:
-            raise OfflineError(f"{error}; what is done is kept") from error
+            raise OfflineError(f"{error}; finished lines are kept") from error
 
 
 def examine(path: Path) -> Source:
-    """Looks through a file.
+    """Reads a file once, for its digest and its number of rows.
 
     Raises:
-        OfflineError: there is none, or it cannot be read.
+        OfflineError: there is no such file, or it cannot be read.
     """
     if not path.is_file():
-        raise OfflineError(f"There is no file {path}; give one of JSON lines or a Parquet table, or - for stdin")
+        raise OfflineError(f"There is no file {path}; give a file of JSON lines or a Parquet table, or - for stdin")
     try:
         digest = sha256_of(path)
         source = Source(path, digest, 0)
@@ -65,10 +65,10 @@ def examine(path: Path) -> Source:
 
 
 def spool(stream: BinaryIO, directory: Path) -> Path:
-    """Keeps a stream as a file, whole or not at all; one that was kept before must be the same.
+    """Copies a stream to a file in the directory, atomically; a file from an earlier run must have the same bytes.
 
     Raises:
-        OfflineError: it is another one, or it cannot be written.
+        OfflineError: the earlier file differs, or the file cannot be written.
     """
     path = directory / SPOOL
     try:
@@ -77,16 +77,17 @@ def spool(stream: BinaryIO, directory: Path) -> Path:
             file.flush()
             if path.exists() and sha256_of(path) != sha256_of(Path(file.name)):
                 raise OfflineError(
-                    f"{directory} was begun with other lines from stdin; give {path} as the input to go on with those, "
-                    "or another --out"
+                    f"{directory} holds a run of other lines from stdin; give {path} as the input to continue that "
+                    "run, or another --out"
                 )
     except OSError as error:
-        raise OfflineError(f"stdin cannot be kept in {path}: {os.strerror(error.errno or 0)}; make room") from error
+        reason = os.strerror(error.errno or 0)
+        raise OfflineError(f"stdin cannot be stored in {path}: {reason}; free some disk space") from error
     return path
 
 
 def _table_length(path: Path) -> int:
-    next(iter(table_rows(path)), None)  # which tells what is wrong with it
+    next(iter(table_rows(path)), None)  # raises a TableError that says what is wrong with the file
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as table:
@@ -94,7 +95,7 @@ def _table_length(path: Path) -> int:
 
 
 def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank; no more of one is ever in memory than `max_line_bytes` + 1."""
+    """Yields the lines that are not blank, with their numbers; at most `max_line_bytes` + 1 bytes of each are kept."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(max_line_bytes + 1):

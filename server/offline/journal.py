@@ -1,9 +1,9 @@
-"""An append-only file of JSON lines that a crash at any byte leaves usable.
+"""An append-only file of JSON lines that stays usable after a crash at any byte.
 
-A line is written by one `write` at the end of the file, so a killed process leaves whole lines and at most one torn at
-the end, which `recover` cuts off. A full disk is the same: the part that was written is taken back at once, and the
-lines before it stay. What the kernel holds survives the death of the process; for that of the machine, `sync` is called
-now and then, and what it had not reached is simply done again.
+A line is written at the end of the file by one `write`, so a killed process leaves complete lines and at most one
+incomplete line at the end, which `recover` removes. When the disk is full, the incomplete line is removed at once, and
+the lines before it stay. Data that the kernel holds survives the death of the process. Against a crash of the machine,
+`sync` is called regularly; lines written after the last sync may be lost, and are then run again.
 """
 
 import os
@@ -29,27 +29,27 @@ class Journal:
         """Adds a line.
 
         Raises:
-            OfflineError: it cannot be written; the file is as it was before.
+            OfflineError: the line cannot be written; the file is as it was before.
         """
         rest = memoryview(record.model_dump_json(exclude_unset=True).encode() + b"\n")
-        whole = os.fstat(self._file).st_size
+        size = os.fstat(self._file).st_size
         try:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
         except OSError as error:
-            os.ftruncate(self._file, whole)
-            raise self._refused(error) from error
+            os.ftruncate(self._file, size)
+            raise self._write_error(error) from error
 
     def sync(self) -> None:
-        """Blocks until the machine itself may die.
+        """Blocks until all lines are on the disk, so that they survive a crash of the machine.
 
         Raises:
-            OfflineError: the disk does not take it.
+            OfflineError: the disk cannot be written.
         """
         try:
             os.fsync(self._file)
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._write_error(error) from error
 
     def close(self) -> None:
         try:
@@ -57,22 +57,22 @@ class Journal:
         finally:
             os.close(self._file)
 
-    def _refused(self, error: OSError) -> OfflineError:
+    def _write_error(self, error: OSError) -> OfflineError:
         return OfflineError(
-            f"{self.path} cannot be written: {os.strerror(error.errno or 0)}; what is done is kept, make room and give "
-            "the same command again"
+            f"{self.path} cannot be written: {os.strerror(error.errno or 0)}; finished lines are kept. Free some disk "
+            "space and run the same command again"
         )
 
 
 def recover(path: Path, kind: type[Record]) -> Iterator[Record]:
-    """The records of a file that a run may have left in the middle of a line, which is cut off.
+    """Yields the records of a file, and removes an incomplete last line. A file that does not exist has no records.
 
     Raises:
-        OfflineError: a line before the last is damaged, which no crash of ours does.
+        OfflineError: a line before the last is damaged, which a crash of this program does not cause.
     """
     if not path.exists():
         return
-    whole = 0
+    complete_bytes = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -81,9 +81,9 @@ def recover(path: Path, kind: type[Record]) -> Iterator[Record]:
                 record = kind.model_validate_json(line)
             except ValidationError as error:
                 raise OfflineError(
-                    f"{path}:{number} is damaged; remove that line, and the same command does it again"
+                    f"{path}:{number} is damaged; remove that line and run the same command, which answers it again"
                 ) from error
-            whole += len(line)
+            complete_bytes += len(line)
             yield record
-    if whole < path.stat().st_size:
-        os.truncate(path, whole)
+    if complete_bytes < path.stat().st_size:
+        os.truncate(path, complete_bytes)

@@ -1,4 +1,4 @@
-"""A run's summary, and its calibration, as pictures; drawn where matplotlib is installed."""
+"""Plots of a run's summary and of its calibration; written only if matplotlib is installed."""
 
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ def plot_summary(summary: dict[str, Any], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return False
-    points = summary["reward_at_n"]
-    sizes = [int(n) for n in points]
-    low, mean, high, kl = ([one[name] for one in points.values()] for name in ("low", "mean", "high", "kl_upper_bound"))
+    curve = summary["reward_at_n"]
+    n = [int(size) for size in curve]
+    low, mean, high, kl = (
+        [point[name] for point in curve.values()] for name in ("low", "mean", "high", "kl_upper_bound")
+    )
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = ((sizes, "n"), (kl, "KL to the policy, upper bound (nats)"))
-    for axes, (places, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        axes.fill_between(places, low, high, alpha=0.25, linewidth=0)
-        axes.plot(places, mean, marker="." if len(sizes) < 20 else "")
+    panels = ((n, "n"), (kl, "KL to the policy, upper bound (nats)"))
+    for axes, (x, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        axes.fill_between(x, low, high, alpha=0.25, linewidth=0)
+        axes.plot(x, mean, marker="." if len(n) < 20 else "")
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -27,8 +29,8 @@ def plot_summary(summary: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def plot_calibration(found: dict[str, Any], path: Path) -> bool:
-    """Mean reward against tokens of plain best-of-n and of adaptive stopping, with what is recommended marked."""
+def plot_calibration(calibration: dict[str, Any], path: Path) -> bool:
+    """Mean reward against tokens of plain best-of-n and of adaptive stopping, with the recommended setting marked."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -36,16 +38,16 @@ def plot_calibration(found: dict[str, Any], path: Path) -> bool:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for name in ("plain", "adaptive"):
-        curve = found[name]
-        tokens = [one["tokens"] for one in curve]
-        low, mean, high = ([one["reward"][bound] for one in curve] for bound in ("low", "mean", "high"))
+        curve = calibration[name]
+        tokens = [setting["tokens"] for setting in curve]
+        low, mean, high = ([setting["reward"][bound] for setting in curve] for bound in ("low", "mean", "high"))
         axes.fill_between(tokens, low, high, alpha=0.12, linewidth=0)
         axes.plot(tokens, mean, marker=".", label={"plain": "best of n", "adaptive": "adaptive stopping"}[name])
-    best = found["recommended"]
+    best = calibration["recommended"]
     axes.plot(best["tokens"]["mean"], best["reward"]["mean"], "k*", markersize=13, label="recommended")
-    axes.set_xlabel("tokens generated a request")
+    axes.set_xlabel("tokens generated per request")
     axes.set_ylabel("mean reward of the winner")
-    axes.set_title(f"{found['prompts']:,} prompts, 95 % intervals", fontsize=10)
+    axes.set_title(f"{calibration['prompts']:,} prompts, 95 % intervals", fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: how far it is, how fast, how good, and how long it still takes."""
+"""The progress bar of an offline run: lines done, tokens per second, mean reward, failures and remaining time."""
 
 from types import TracebackType
 from typing import Self
@@ -10,15 +10,15 @@ from server.offline.records import Failure, Result
 
 
 class BatchProgress:
-    """Counts this run's records, and shows them where there is a terminal. `seen` of `total` lines were done before."""
+    """Counts the records of this run. `done` of the `total` lines already have records of earlier runs."""
 
-    def __init__(self, console: Console, total: int, seen: int) -> None:
+    def __init__(self, console: Console, total: int, done: int) -> None:
         self.results = 0
         self.failures = 0
         self.generated_tokens = 0
         self._reward_sum = 0.0
         self._rewarded = 0
-        self._bar = ProgressBar(console, total, seen)
+        self._bar = ProgressBar(console, total, done)
 
     def __enter__(self) -> Self:
         self._bar.__enter__()
@@ -29,7 +29,8 @@ class BatchProgress:
     ) -> None:
         self._bar.__exit__(kind, error, trace)
 
-    def wrote(self, record: Result | Failure) -> None:
+    def count(self, record: Result | Failure) -> None:
+        """Counts a record that has been written, and advances the bar by one line."""
         if isinstance(record, Failure):
             self.failures += 1
         else:

@@ -1,6 +1,6 @@
 """The lines that an offline run writes: one `Result` or one `Failure` for each line of its input, never both.
 
-Nothing in them depends on the clock, so the same input, models and seed give the same lines.
+They hold no times, so the same input, models and seed give the same lines.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ class Turn(BaseModel):
 
 
 class Result(BaseModel):
-    """A line of results.jsonl. `line` is its number in the input, and its custom_id where it had none.
+    """A line of results.jsonl. `line` is its number in the input, and its custom_id if the input had none.
 
-    `candidates` are in the order of drawing; candidate i was drawn with `seed` + i. `messages` or `prompt` is what was
-    asked. `model` is None where candidates came from elsewhere and nobody said whose they are;
-    `reward_model` where the strategy asks none.
+    `messages` or `prompt` is the prompt. `candidates` are in the order of drawing; candidate i was drawn with `seed`
+    + i. `model` is None if the candidates came with the input, which did not say what drew them. `reward_model` is None
+    if the strategy uses none.
     """
 
     custom_id: str
@@ -49,18 +49,18 @@ class Result(BaseModel):
 
     @property
     def rewards(self) -> list[float]:
-        """Of the candidates that have one, in the order of drawing."""
-        return [one.reward for one in self.candidates if one.reward is not None]
+        """The rewards of the candidates that have one, in the order of drawing."""
+        return [candidate.reward for candidate in self.candidates if candidate.reward is not None]
 
-    @property
-    def asked(self) -> Prompt:
+    def to_prompt(self) -> Prompt:
+        """The prompt, whichever of the two fields holds it."""
         if self.prompt is not None:
             return Prompt(text=self.prompt)
-        return Prompt(messages=tuple(Message(one.role, one.content) for one in self.messages or ()))
+        return Prompt(messages=tuple(Message(turn.role, turn.content) for turn in self.messages or ()))
 
 
 class Failure(BaseModel):
-    """A line of failed.jsonl. `param` is the field that is to blame, if one is."""
+    """A line of failed.jsonl. `param` is the field that caused it, if a field did."""
 
     custom_id: str | None
     line: int

@@ -1,11 +1,11 @@
-"""The output directory of a run: whose it is, what is done, and what is written next.
+"""The output directory of a run: its identity, the finished lines, and the files that records are appended to.
 
-    run.json        what the run is: input, models, sampling; a second run with the same directory goes on with it
-    results.jsonl   a line for each answered row of the input, in the order they were finished
+    run.json        the run's identity: input, models, sampling; the same command in the same directory continues it
+    results.jsonl   a line for each answered row of the input, in the order in which they finished
     failed.jsonl    a line for each row that could not be answered, with the reason
     summary.json    written at the end, with summary.png
 
-A lock, which the kernel takes back from a killed process, keeps a second run out.
+A file lock, which the kernel releases when a process is killed, keeps a second run out.
 """
 
 import json
@@ -25,12 +25,12 @@ from server.offline.journal import Journal, recover
 from server.offline.records import Failure, Result
 
 RESULTS, FAILED, MANIFEST, SUMMARY = "results.jsonl", "failed.jsonl", "run.json", "summary.json"
-NO_DIFFERENCE = {"source"}
-"""Of an identity: an input may be moved or renamed, its digest tells whether it is the same."""
+NOT_COMPARED = {"source"}
+"""Fields of an identity that may change: an input may be moved or renamed, since its digest is compared."""
 
 
 class RunDirectory:
-    """A run's directory, locked and open for writing. `done` are the lines of the input that have their record."""
+    """A run's directory, open for writing; the caller has it `locked`. `done` are the lines that have a record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,7 +48,7 @@ class RunDirectory:
         return len(self.done) - self.answered
 
     def write(self, record: Result | Failure) -> None:
-        """Keeps what became of a line.
+        """Appends the record of a line to its file.
 
         Raises:
             OfflineError: the disk is full.
@@ -57,7 +57,11 @@ class RunDirectory:
         self._count(record)
 
     def sync(self) -> None:
-        """Blocks until all that was written is on the disk."""
+        """Blocks until all records are on the disk.
+
+        Raises:
+            OfflineError: the disk cannot be written.
+        """
         self._results.sync()
         self._failures.sync()
 
@@ -72,17 +76,17 @@ class RunDirectory:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Makes the directory, and keeps it for this process.
+    """Makes the directory if it does not exist, and locks it for this process.
 
     Raises:
-        OfflineError: another run has it, or it cannot be made.
+        OfflineError: another run has the lock, or the directory cannot be made.
     """
     lock = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise OfflineError(f"A run is writing to {path}; wait for its end, or give another directory") from error
+        raise OfflineError(f"A run is writing to {path}; wait until it ends, or give another directory") from error
     except OSError as error:
         raise OfflineError(f"{path} cannot be used as a directory: {error.strerror}; give another --out") from error
     try:
@@ -95,12 +99,15 @@ def locked(path: Path) -> Iterator[None]:
 def opened(
     path: Path, identity: Mapping[str, Any], *, accept_changes: bool = False, retry_failed: bool = False
 ) -> Iterator[RunDirectory]:
-    """The directory of the run with that identity, new or to be gone on with; the caller has it `locked`.
+    """The directory of a run with that identity, new or continued; the caller has it `locked`.
+
+    With `retry_failed` the records of failed lines are deleted, so that those lines run again. With `accept_changes`
+    the identity may differ from the stored one in everything but the input.
 
     Raises:
-        OfflineError: it holds another run, or records that cannot be read.
+        OfflineError: the directory holds another run, or records that cannot be read.
     """
-    _identify(path, identity, accept_changes)
+    _check_identity(path, identity, accept_changes)
     if retry_failed:
         (path / FAILED).unlink(missing_ok=True)
     directory = RunDirectory(path)
@@ -111,42 +118,42 @@ def opened(
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    """What run.json says: `runs`, each an identity, the last one that of the newest records.
+    """The contents of run.json: `runs`, a list of identities, of which the last belongs to the newest records.
 
     Raises:
-        OfflineError: there is none.
+        OfflineError: there is no such file, or it is not JSON.
     """
     try:
-        found: dict[str, Any] = from_json((path / MANIFEST).read_bytes())
+        contents: dict[str, Any] = from_json((path / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         raise OfflineError(f"{path} is not the output of nbest batch or nbest rerank: {error}") from error
-    return found
+    return contents
 
 
-def _identify(path: Path, identity: Mapping[str, Any], accept_changes: bool) -> None:
-    """Compares the identity with that of the run that was begun here, or writes it down as the first."""
+def _check_identity(path: Path, identity: Mapping[str, Any], accept_changes: bool) -> None:
+    """Compares the identity with the latest one in run.json; adds it there if it is new or was changed."""
     runs = manifest(path)["runs"] if (path / MANIFEST).exists() else []
     if runs:
-        names = (runs[-1].keys() | identity.keys()) - NO_DIFFERENCE
+        names = (runs[-1].keys() | identity.keys()) - NOT_COMPARED
         changed = [name for name in names if runs[-1].get(name) != identity.get(name)]
         if not changed:
             return
         if "input" in changed:
-            raise OfflineError(f"{path} holds a run over another input; give that one, or another --out")
+            raise OfflineError(f"{path} holds a run of another input; give that input, or another --out")
         if not accept_changes:
             differences = "; ".join(
                 f"{name} was {json.dumps(runs[-1].get(name))} and is {json.dumps(identity.get(name))}"
                 for name in sorted(changed)
             )
             raise OfflineError(
-                f"{path} was begun differently: {differences}. Give the same again or another --out, or "
-                "--accept-changes to do the rest of the lines like this"
+                f"{path} holds a run with other settings: {differences}. Give the same settings or another --out, or "
+                "--accept-changes to run the remaining lines with the new settings"
             )
-    write_whole(path / MANIFEST, json.dumps({"runs": [*runs, dict(identity)]}, indent=1, ensure_ascii=False) + "\n")
+    write_text(path / MANIFEST, json.dumps({"runs": [*runs, dict(identity)]}, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or as it was before.
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically: it is complete, or as it was before.
 
     Raises:
         OfflineError: it cannot be written.
@@ -155,4 +162,5 @@ def write_whole(path: Path, text: str) -> None:
         with atomic_write(path) as file:
             file.write(text.encode())
     except OSError as error:
-        raise OfflineError(f"{path} cannot be written: {os.strerror(error.errno or 0)}; make room") from error
+        reason = os.strerror(error.errno or 0)
+        raise OfflineError(f"{path} cannot be written: {reason}; free some disk space") from error

@@ -1,9 +1,9 @@
-"""What a run has given: tokens, and the mean reward that best-of-n would have had at every n, from the pools it drew.
+"""The summary of a run: tokens, and the mean reward that best-of-n would have had for every n, from the drawn pools.
 
-At n the mean is over the prompts that have at least n rewarded candidates, each with the expectation over all ways to
-draw n of them (`reranker.estimators`). Its 95 % interval is the bootstrap's over prompts up to `BOOTSTRAP_PROMPTS` of
-them; where there are more, mean ± 1.96 s/√P, which the bootstrap comes to and which needs no prompt to be kept. Pools
-that a stopping policy has cut short are left out, since it stops where rewards are high.
+At n the mean is over the prompts with at least n rewarded candidates; each contributes the expected maximum over all
+subsets of n of them (`reranker.estimators`). Up to `BOOTSTRAP_PROMPTS` prompts the 95 % interval is a bootstrap over
+prompts. Beyond that it is mean ± 1.96 s/√P, to which the bootstrap converges and which needs no values in memory. Pools
+that a stopping policy shortened are left out, since a policy stops where rewards are high.
 """
 
 import math
@@ -20,8 +20,8 @@ RESAMPLES = 2000
 
 
 @dataclass(slots=True)
-class Mean:
-    """A mean that is found on the way (Welford 1962); the first values are kept for the bootstrap."""
+class RunningMean:
+    """The mean of values that are added one by one (Welford 1962); the first values are kept for the bootstrap."""
 
     count: int = 0
     mean: float = 0.0
@@ -30,13 +30,14 @@ class Mean:
 
     def add(self, value: float) -> None:
         self.count += 1
-        away = value - self.mean
-        self.mean += away / self.count
-        self.squares += away * (value - self.mean)
+        difference = value - self.mean
+        self.mean += difference / self.count
+        self.squares += difference * (value - self.mean)
         if self.count <= BOOTSTRAP_PROMPTS:
             self.first.append(value)
 
-    def told(self) -> dict[str, Any]:
+    def interval(self) -> dict[str, Any]:
+        """The mean, its 95 % interval and the number of prompts."""
         if self.count <= BOOTSTRAP_PROMPTS:
             interval = bootstrap_mean(self.first, resamples=RESAMPLES)
             return {"mean": interval.mean, "low": interval.low, "high": interval.high, "prompts": self.count}
@@ -45,9 +46,9 @@ class Mean:
 
 
 def summarise(results: Iterable[Result]) -> dict[str, Any]:
-    """The summary of these results; one is held at a time."""
+    """The summary of these results, of which one at a time is held in memory."""
     prompts = prompt_tokens = generated_tokens = scored_tokens = 0
-    winners, curve, pools = Mean(), list[Mean](), list[list[float]]()
+    winners, curve, pools = RunningMean(), list[RunningMean](), list[list[float]]()
     for result in results:
         prompts += 1
         prompt_tokens += result.prompt_tokens
@@ -60,7 +61,7 @@ def summarise(results: Iterable[Result]) -> dict[str, Any]:
         rewards = [reward for reward in result.rewards if math.isfinite(reward)]
         if len(pools) < BOOTSTRAP_PROMPTS:
             pools.append(rewards)
-        curve += [Mean() for _ in range(len(rewards) - len(curve))]
+        curve += [RunningMean() for _ in range(len(rewards) - len(curve))]
         for n, mean in zip(range(1, len(rewards) + 1), curve, strict=False):
             mean.add(expected_max(rewards, n))
     return {
@@ -68,16 +69,16 @@ def summarise(results: Iterable[Result]) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "generated_tokens": generated_tokens,
         "scored_tokens": scored_tokens,
-        "winner_reward": winners.told() if winners.count else None,
+        "winner_reward": winners.interval() if winners.count else None,
         "reward_prior": _prior(pools),
         "reward_at_n": {
-            str(n): {**mean.told(), "kl_upper_bound": kl_upper_bound(n)} for n, mean in enumerate(curve, start=1)
+            str(n): {**mean.interval(), "kl_upper_bound": kl_upper_bound(n)} for n, mean in enumerate(curve, start=1)
         },
     }
 
 
 def _prior(pools: list[list[float]]) -> dict[str, Any] | None:
-    """What adaptive stopping is told beforehand about prompts like these (docs/stopping.md)."""
+    """The reward prior of prompts like these, for adaptive stopping (docs/stopping.md); None if it is undefined."""
     try:
         return asdict(Prior.of(pools))
     except ValueError:

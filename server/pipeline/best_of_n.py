@@ -42,7 +42,7 @@ class BestOfN:
         """Returns if a request could be answered now.
 
         Raises:
-            server.errors.NotReadyError: with the reason.
+            server.errors.NotReadyError: it could not; the message is the reason.
         """
         await self.generator.check_ready()
 
@@ -55,7 +55,7 @@ class BestOfN:
         Cancelling this coroutine cancels the candidates in the engine.
 
         Raises:
-            server.errors.NbestError: see there.
+            server.errors.NbestError: the request is invalid or cannot be answered; the subclass says which.
         """
         observers = [observer] if observer else []
         if self._observer_of is not None:
@@ -106,7 +106,7 @@ class BestOfN:
                         observer.outcome(outcome)
                 await scoring.finish()
         except TimeoutError:
-            if not deadline.expired():  # the timeout of somebody else
+            if not deadline.expired():  # a timeout of the generator or the scorer
                 raise
         finally:
             await scoring.cancel()

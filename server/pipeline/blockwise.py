@@ -16,7 +16,7 @@ from dataclasses import replace
 from reranker.candidate import Candidate
 from server.errors import ContextLengthError, DeadlineError
 from server.generation.base import SamplingParams
-from server.generation.candidate_builder import certain_text
+from server.generation.stop_strings import text_before_possible_stop
 from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver, StoppedBy, Timings
 
 DEFAULT_BLOCK_TOKENS = 16
@@ -48,7 +48,8 @@ async def run(
         chosen, stopped_by = blocks[-1].selection.winner.candidate, blocks[-1].stopped_by
         if stopped_by == "deadline" or has_ended(chosen, _sampling(request, blocks[:-1])):
             return _joined(blocks, stopped_by, began_s)
-        observer.block(replace(chosen, text=certain_text(chosen.text, request.sampling.stop), finish_reason=None))
+        text = text_before_possible_stop(chosen.text, request.sampling.stop)
+        observer.block(replace(chosen, text=text, finish_reason=None))
 
 
 def has_ended(candidate: Candidate, sampling: SamplingParams) -> bool:

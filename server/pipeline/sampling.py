@@ -1,9 +1,9 @@
-"""The sampling of one request: all candidates at once, or as its stopping policy decides.
+"""Samples the candidates of one request: all at once, or as its stopping policy decides.
 
-The waves of a policy are generations one after another for the same prompt. Candidate i has the seed of the request + i
-in whatever wave it is drawn, so a policy that stops after k candidates has drawn the first k of plain best-of-N.
+A policy with waves starts one generation after another for the same prompt. Candidate i has the seed of the request + i
+in every wave, so a policy that stops after k candidates has drawn the first k of plain best-of-N.
 
-A candidate that a policy rejects is cancelled in the engine before anything else is waited for.
+A candidate that a policy rejects is cancelled in the engine before anything else is awaited.
 """
 
 import math
@@ -20,13 +20,14 @@ from server.pipeline.scoring import Scoring
 
 
 class CandidateSampler:
-    """At most `best_of` candidates of one prompt. Iterate inside `async with`; leaving it cancels what still runs.
+    """Draws at most `best_of` candidates of one prompt and yields their outcomes.
 
-    The caller starts the scoring of the candidates that have ended before it takes the next outcomes: the policy waits
-    for their rewards. Growing candidates are yielded with `stream_partial` only.
+    It is iterated inside `async with`; leaving that block cancels the candidates that still run. The caller must start
+    the scoring of yielded candidates before it reads the next outcomes, because the policy waits for their rewards.
+    Growing candidates are yielded only with `stream_partial`.
 
-    `candidate_s` is the time that each candidate ran, added up. `cancelled_tokens` are the tokens of candidates that
-    were cancelled, as far as they were watched.
+    `drawn` is the number of candidates that were started. `candidate_s` is the sum of the seconds that each candidate
+    ran.
     """
 
     def __init__(
@@ -49,13 +50,13 @@ class CandidateSampler:
         self._stopping = stopping
         self._scoring = scoring
         self._stream_partial = stream_partial
-        self._watches = stream_partial or stopping.gives_up
+        self._reads_partial = stream_partial or stopping.cancels_running
         self._is_open = False
         self._first = 0  # index of the first candidate of this wave
         self._completed: list[int] = []
         self._running: set[int] = set()
-        self._unended_tokens: dict[int, int] = {}  # index -> tokens so far, of growing and cancelled candidates
-        self._counted_s = 0.0
+        self._unfinished_tokens: dict[int, int] = {}  # index -> tokens so far, of growing and cancelled candidates
+        self._counted_until_s = 0.0
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,7 +68,8 @@ class CandidateSampler:
 
     @property
     def cancelled_tokens(self) -> int:
-        return sum(self._unended_tokens.values())
+        """Tokens of the cancelled candidates; 0 if neither the caller nor the policy reads growing candidates."""
+        return sum(self._unfinished_tokens.values())
 
     async def __aenter__(self) -> Self:
         await self._draw(await self._next_wave())
@@ -82,66 +84,70 @@ class CandidateSampler:
         while True:
             beginnings = _Beginnings(self._stopping.rejection, self._scoring)
             async for outcomes in self._generation:
-                self._count()
+                self._count_seconds()
                 if self._first:
                     outcomes = [replace(outcome, index=self._first + outcome.index) for outcome in outcomes]
                 for outcome in outcomes:
-                    self._note(outcome)
-                    beginnings.note(outcome)
+                    self._record(outcome)
+                    beginnings.add(outcome)
                 if yielded := [outcome for outcome in outcomes if self._stream_partial or _has_ended(outcome)]:
                     yield yielded
                 for index in await beginnings.rejected(self._running, self._completed_of_wave):
                     await self._generation.cancel(index - self._first)
-                    self._count()
+                    self._count_seconds()
                     self._running.discard(index)
                 if await self._is_enough():
                     break
             await self._end_wave()
-            if not (wave := await self._next_wave()):
+            if not (size := await self._next_wave()):
                 return
-            await self._draw(wave)
+            await self._draw(size)
 
     async def _next_wave(self) -> int:
+        """The size of the next wave; 0 means stop."""
         if self._stopping.waves is None:
             return self._best_of - self.drawn
         rewards = await self._scoring.settled()
         return self._stopping.waves.next_wave([rewards.get(index, math.nan) for index in range(self.drawn)])
 
-    async def _draw(self, wave: int) -> None:
+    async def _draw(self, size: int) -> None:
+        """Starts a wave of this size."""
         seed = None if self._sampling.seed is None else self._sampling.seed + self.drawn
         sampling = replace(self._sampling, seed=seed)
-        generation = self._generator.generate(self._prompt, sampling, wave, stream_partial=self._watches)
+        generation = self._generator.generate(self._prompt, sampling, size, stream_partial=self._reads_partial)
         await generation.__aenter__()
         self._generation, self._is_open = generation, True
-        self._counted_s = time.perf_counter()
-        self._first, self.drawn = self.drawn, self.drawn + wave
+        self._counted_until_s = time.perf_counter()
+        self._first, self.drawn = self.drawn, self.drawn + size
         self._running = set(range(self._first, self.drawn))
 
     async def _end_wave(self) -> None:
-        """Cancels what still runs of the wave; the second call does nothing."""
+        """Cancels the candidates of the wave that still run; a second call does nothing."""
         is_open, self._is_open = self._is_open, False
         try:
             if is_open:
                 await self._generation.__aexit__(None, None, None)
         finally:
-            self._count()
+            self._count_seconds()
             self._running.clear()
 
-    def _note(self, outcome: Outcome) -> None:
+    def _record(self, outcome: Outcome) -> None:
         if _has_ended(outcome):
             self._running.discard(outcome.index)
-            self._unended_tokens.pop(outcome.index, None)
+            self._unfinished_tokens.pop(outcome.index, None)
         if isinstance(outcome, Candidate):
             if outcome.finish_reason:
                 self._completed.append(outcome.index)
             else:
-                self._unended_tokens[outcome.index] = outcome.num_tokens
+                self._unfinished_tokens[outcome.index] = outcome.num_tokens
 
-    def _count(self) -> None:
-        before_s, self._counted_s = self._counted_s, time.perf_counter()
-        self.candidate_s += len(self._running) * (self._counted_s - before_s)
+    def _count_seconds(self) -> None:
+        """Adds the seconds of the running candidates since the last call to `candidate_s`."""
+        before_s, self._counted_until_s = self._counted_until_s, time.perf_counter()
+        self.candidate_s += len(self._running) * (self._counted_until_s - before_s)
 
     async def _is_enough(self) -> bool:
+        """Whether the policy cancels the candidates that still run."""
         cut = self._stopping.stragglers
         if cut is None:
             return False
@@ -150,7 +156,7 @@ class CandidateSampler:
 
 
 class _Beginnings:
-    """The beginnings of a wave's candidates, collected until all have reached the length of the next checkpoint."""
+    """Collects a wave's growing candidates until each running one has reached the length of the next checkpoint."""
 
     def __init__(self, rejection: SpeculativeRejection | None, scoring: Scoring) -> None:
         self._rejection = rejection
@@ -158,12 +164,12 @@ class _Beginnings:
         self._checkpoints = list(rejection.checkpoints) if rejection else []
         self._reached: dict[int, Candidate] = {}
 
-    def note(self, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome) -> None:
         if self._checkpoints and isinstance(outcome, Candidate) and outcome.num_tokens >= self._checkpoints[0]:
             self._reached.setdefault(outcome.index, outcome)
 
     async def rejected(self, running: Collection[int], completed: Collection[int]) -> list[int]:
-        """The indices to cancel now: at most once for each checkpoint, when the last candidate has reached it."""
+        """The indices to cancel now; empty unless the last running candidate has just reached the checkpoint."""
         if self._rejection is None or not self._checkpoints or not running or not self._reached.keys() >= set(running):
             return []
         del self._checkpoints[0]

@@ -1,8 +1,8 @@
-"""The scoring of one request: candidates go to the scorer in groups as they finish; several groups run at a time.
+"""Scores the candidates of one request in groups as they finish; several groups may be scored at the same time.
 
-A scorer may need more than the text (`Needs`). One that compares candidates with each other gets all of them in one
-call, after the last has finished. For one that reads log-probabilities the engine is asked for them (`sampling_for`),
-and those that the client did not request are removed again before anybody else sees them (`as_requested`).
+A scorer may need more than the text (`Needs`). A scorer that compares candidates with each other gets all of them in
+one call, after the last has finished. For a scorer that reads log-probabilities the engine computes them
+(`sampling_for`), and those that the client did not request are removed before the observer is called (`as_requested`).
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class Scoring:
         return self._rewards
 
     async def beginnings(self, candidates: Sequence[Candidate]) -> dict[int, float]:
-        """The rewards that these growing candidates would have if they ended here, by index; NaN where unknown."""
+        """The rewards of these growing candidates if they ended here, by index; NaN where the scorer gives none."""
         rewards = {candidate.index: math.nan for candidate in candidates}
         if self._scorer is not None:
             self._send(self._scorer, [replace(candidate, is_beginning=True) for candidate in candidates], rewards)
@@ -71,7 +71,10 @@ class Scoring:
         return rewards
 
     async def finish(self) -> None:
-        """All have been started: waits for all calls; an error that is not a `ScoringError` is a bug and is raised."""
+        """Waits for the calls of all candidates. An error that is not a `ScoringError` is a bug and is raised.
+
+        `start` must have been called with every candidate: a scorer that needs all of them gets them now.
+        """
         if self._scorer is not None:
             self._send(self._scorer, sorted(self._held, key=lambda candidate: candidate.index), self._rewards)
         await asyncio.gather(*self._calls)
@@ -105,7 +108,7 @@ class Scoring:
         self.scored_tokens += scores.scored_tokens
         self.prompt_tokens_cut = max(self.prompt_tokens_cut, scores.prompt_tokens_cut)
         rewards.update(zip((candidate.index for candidate in candidates), scores.rewards_N, strict=True))
-        if self._on_reward is not None and rewards is self._rewards:  # not for beginnings, which may still grow
+        if self._on_reward is not None and rewards is self._rewards:  # not for growing candidates
             for scored in self.rewarded(candidates):
                 self._on_reward(scored)
 

@@ -1,7 +1,7 @@
-"""The selection of one request: the strategy of that name, with its options, ranks the candidates.
+"""Ranks the candidates of one request with the strategy that it names, and reports what ordered them.
 
-The strategies are pure functions in `reranker.selection`. This module extracts the answers that they count, and reports
-what really ordered the candidates: without a single answer there are no votes.
+The strategies are pure functions in `reranker.selection`. This module extracts the answers that the voting strategies
+count. If no candidate has an answer there are no votes, so the reward or the index orders the candidates instead.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,11 @@ class SelectionOptions:
 def select(
     strategy: Strategy, options: SelectionOptions, scored: Sequence[ScoredCandidate], seed: int | None
 ) -> tuple[Selection, RankedBy]:
-    """The ranking, and what ordered it. Without a `seed`, `soft` draws differently every time."""
+    """The ranking, and what ordered it. Without a `seed`, `soft` draws differently every time.
+
+    Raises:
+        BadRequestError: an option of the answers is invalid.
+    """
     match strategy:
         case "argmax" | "blockwise":
             return selection.argmax(scored), "reward"
@@ -77,8 +81,8 @@ def select(
 
 
 def _answers(scored: Sequence[ScoredCandidate], options: SelectionOptions) -> dict[int, str]:
-    extract = options.extract()
     """The canonical answer of each candidate that has an answer, by index."""
-    extracted = {each.candidate.index: extract(each.candidate.text) for each in scored}
+    extract = options.extract()
+    extracted = {sample.candidate.index: extract(sample.candidate.text) for sample in scored}
     normal = {index: canonical(answer) for index, answer in extracted.items() if answer is not None}
     return {index: answer for index, answer in normal.items() if answer is not None}

@@ -1,4 +1,4 @@
-"""What a crash leaves behind, and who may go on with it."""
+"""The files of a run after a crash or on a full disk, which runs may continue it, and the reading of the input."""
 
 import errno
 import os
@@ -22,25 +22,25 @@ def failure(line: int) -> Failure:
 
 
 def lines_of(path: Path) -> list[int]:
-    return [one.line for one in recover(path, Failure)]
+    return [record.line for record in recover(path, Failure)]
 
 
-def test_whatever_byte_a_write_ended_at_only_whole_lines_are_left(tmp_path: Path) -> None:
+def test_only_complete_lines_remain_after_a_crash_at_any_byte(tmp_path: Path) -> None:
     path = tmp_path / "failed.jsonl"
     journal = Journal(path)
     for line in (1, 2, 3):
         journal.append(failure(line))
     journal.close()
-    whole = path.read_bytes()
-    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
-    for size in range(len(whole) + 1):
-        path.write_bytes(whole[:size])
-        kept = sum(end <= size for end in ends)
-        assert lines_of(path) == [1, 2, 3][:kept]
-        assert path.stat().st_size == ([0, *ends])[kept], "the torn line was not cut off"
+    contents = path.read_bytes()
+    ends = [offset + 1 for offset, byte in enumerate(contents) if byte == ord("\n")]
+    for size in range(len(contents) + 1):
+        path.write_bytes(contents[:size])
+        complete = sum(end <= size for end in ends)
+        assert lines_of(path) == [1, 2, 3][:complete]
+        assert path.stat().st_size == ([0, *ends])[complete], "the incomplete line was not removed"
 
 
-def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
+def test_a_line_appended_after_an_incomplete_line_is_readable(tmp_path: Path) -> None:
     path = tmp_path / "failed.jsonl"
     path.write_bytes(failure(1).model_dump_json().encode() + b'\n{"line": 2, "rea')
     assert lines_of(path) == [1]
@@ -50,28 +50,30 @@ def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
     assert lines_of(path) == [1, 3]
 
 
-def test_damage_before_the_last_line_is_told_with_its_place(tmp_path: Path) -> None:
+def test_a_damaged_line_before_the_last_is_reported_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "failed.jsonl"
     path.write_bytes(b"what?\n" + failure(1).model_dump_json().encode() + b"\n")
     with pytest.raises(OfflineError, match=r"failed\.jsonl:1 is damaged; remove that line"):
         lines_of(path)
 
 
-def test_a_full_disk_takes_the_torn_line_back_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_removes_the_incomplete_line_and_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "failed.jsonl"
     journal = Journal(path)
     journal.append(failure(1))
-    write, room = os.write, [10]
+    write, free_bytes = os.write, [10]
 
     def write_until_full(file: int, data: memoryview) -> int:
-        if not room[0]:
+        if not free_bytes[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
-        written = write(file, data[: room[0]])
-        room[0] -= written
+        written = write(file, data[: free_bytes[0]])
+        free_bytes[0] -= written
         return written
 
     monkeypatch.setattr(os, "write", write_until_full)
-    with pytest.raises(OfflineError, match="No space left on device; what is done is kept, make room"):
+    with pytest.raises(OfflineError, match=r"No space left on device; finished lines are kept\. Free some disk space"):
         journal.append(failure(2))
     monkeypatch.undo()
     journal.append(failure(3))
@@ -82,25 +84,25 @@ def test_a_full_disk_takes_the_torn_line_back_and_says_so(tmp_path: Path, monkey
 def test_a_second_run_on_the_same_directory_is_refused(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(OfflineError, match="A run is writing to"), locked(tmp_path):
         pass
-    with locked(tmp_path):  # free again
+    with locked(tmp_path):  # the lock has been released
         pass
 
 
-def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OfflineError, match="cannot be used as a directory"), locked(tmp_path / "file"):
         pass
 
 
-def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
-    with opened(tmp_path, IDENTITY) as begun:
-        begun.write(failure(4))
-    with opened(tmp_path, IDENTITY | {"source": "moved.jsonl"}) as again:
-        assert 4 in again.done
-        assert (len(again.done), again.answered, again.failed) == (1, 0, 1)
+def test_a_run_continues_only_with_the_same_input_and_settings(tmp_path: Path) -> None:
+    with opened(tmp_path, IDENTITY) as directory:
+        directory.write(failure(4))
+    with opened(tmp_path, IDENTITY | {"source": "moved.jsonl"}) as directory:
+        assert 4 in directory.done
+        assert (len(directory.done), directory.answered, directory.failed) == (1, 0, 1)
     with (
         pytest.raises(
-            OfflineError, match=r"begun differently: seed was 0 and is 1. Give the same again .*--accept-changes"
+            OfflineError, match=r"other settings: seed was 0 and is 1\. Give the same settings .*--accept-changes"
         ),
         opened(tmp_path, IDENTITY | {"seed": 1}),
     ):
@@ -110,20 +112,20 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
         opened(tmp_path, IDENTITY | {"input": 1}, accept_changes=True),
     ):
         pass
-    with opened(tmp_path, IDENTITY | {"seed": 1}, accept_changes=True) as changed:
-        assert 4 in changed.done
+    with opened(tmp_path, IDENTITY | {"seed": 1}, accept_changes=True) as directory:
+        assert 4 in directory.done
     assert [run["seed"] for run in run_directory.manifest(tmp_path)["runs"]] == [0, 1]
 
 
-def test_failed_lines_are_done_again_where_that_is_asked_for(tmp_path: Path) -> None:
-    with opened(tmp_path, IDENTITY) as begun:
-        begun.write(failure(4))
-    with opened(tmp_path, IDENTITY, retry_failed=True) as again:
-        assert len(again.done) == 0
+def test_retry_failed_deletes_the_records_of_failed_lines(tmp_path: Path) -> None:
+    with opened(tmp_path, IDENTITY) as directory:
+        directory.write(failure(4))
+    with opened(tmp_path, IDENTITY, retry_failed=True) as directory:
+        assert len(directory.done) == 0
     assert len(RunDirectory(tmp_path).done) == 0
 
 
-def test_lines_are_numbered_as_an_editor_does_and_blank_ones_are_no_rows(tmp_path: Path) -> None:
+def test_lines_are_numbered_from_one_and_blank_lines_are_not_rows(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + b"x" * 50 + b"\nlast")
     source = examine(path)
@@ -131,7 +133,7 @@ def test_lines_are_numbered_as_an_editor_does_and_blank_ones_are_no_rows(tmp_pat
     assert list(source.read(max_line_bytes=20)) == [(1, b'{"a": 1}\n'), (3, b"x" * 21), (4, b"last")]
 
 
-def test_an_input_that_is_not_there_or_no_table_is_told(tmp_path: Path) -> None:
+def test_a_missing_input_or_an_invalid_table_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OfflineError, match="There is no file"):
         examine(tmp_path / "none.jsonl")
     (tmp_path / "x.parquet").write_text("no table")

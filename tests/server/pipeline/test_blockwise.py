@@ -1,4 +1,4 @@
-"""Best-of-N block by block: what is chosen, gone on from, told and counted, by hand."""
+"""Blockwise best-of-N: the chosen blocks, their continuations, the stream and the counts, worked out by hand."""
 
 import json
 from dataclasses import replace
@@ -10,8 +10,8 @@ from reranker.candidate import Candidate
 from server.config import Settings
 from server.errors import BadRequestError, ContextLengthError, DeadlineError, NbestError
 from server.generation.base import SamplingParams
-from server.generation.candidate_builder import certain_text, stopped_across
-from server.offline.tasks import BatchTasks, RerankTasks
+from server.generation.stop_strings import cut_at_spanning_stop, text_before_possible_stop
+from server.offline.tasks import BatchTaskParser, RerankTaskParser
 from server.pipeline import blockwise
 from server.pipeline.best_of_n import BestOfN
 from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver
@@ -31,7 +31,7 @@ REWARDS = {
     "u v c d e": 3,
     "u v c d y": 4,
 }
-"""The second text begins best, the first one goes on best, and the second ends best."""
+"""The second text has the best first block, the first text the best second block, and the second the best third."""
 BLOCKWISE = {"strategy": "blockwise", "block_tokens": 2}
 
 
@@ -40,34 +40,37 @@ def scripted() -> tuple[ScriptedGenerator, BestOfN]:
     return generator, pipeline(generator, ScriptedScorer(REWARDS))
 
 
-def asked(nbest: dict[str, Any] = BLOCKWISE, **fields: Any) -> dict[str, Any]:
+def body(nbest: dict[str, Any] = BLOCKWISE, **fields: Any) -> dict[str, Any]:
     return HELLO | {"best_of": 2, "seed": 100, "nbest": nbest} | fields
 
 
-async def answered(served: BestOfN, **fields: Any) -> tuple[BestOfNResult, list[str]]:
-    """The result, and the texts of the chosen blocks but the last."""
+def request(**fields: Any) -> BestOfNRequest:
+    return ChatCompletionRequest.model_validate(body(**fields)).to_request(Settings())
+
+
+async def answer(best_of_n: BestOfN, **fields: Any) -> tuple[BestOfNResult, list[str]]:
+    """The result, and the texts of all chosen blocks but the last."""
     observer = RecordingObserver()
-    request = ChatCompletionRequest.model_validate(asked(**fields)).to_request(Settings())
-    result = await served.run(request, observer)
+    result = await best_of_n.run(request(**fields), observer)
     assert not any(chosen.finish_reason for chosen in observer.blocks)
     assert observer.results == [result]
     return result, [chosen.text for chosen in observer.blocks]
 
 
-async def test_the_best_of_each_block_is_gone_on_from() -> None:
-    generator, served = scripted()
-    result, told = await answered(served)
+async def test_each_block_continues_the_best_candidate_of_the_block_before() -> None:
+    generator, best_of_n = scripted()
+    result, blocks = await answer(best_of_n)
     assert result.selection.winner.candidate.text == "u v c d y z"
     assert result.selection.winner.candidate.finish_reason == "stop"
     assert result.selection.winner.reward == 4
-    assert told == ["u v", "u v c d"]
+    assert blocks == ["u v", "u v c d"]
     afters = [sampling.after for _, sampling, _ in generator.calls]
-    assert [one.text if one else None for one in afters] == [None, "u v", "u v c d"]
+    assert [after.text if after else None for after in afters] == [None, "u v", "u v c d"]
     assert [sampling.seed for _, sampling, _ in generator.calls] == [100, 102, 104]
 
 
 async def test_the_cost_is_that_of_all_blocks() -> None:
-    result, _ = await answered(scripted()[1])
+    result, _ = await answer(scripted()[1])
     assert result.blocks == 3
     assert (result.best_of, result.completed) == (2, 2)
     assert result.prompt_tokens == 7
@@ -76,8 +79,8 @@ async def test_the_cost_is_that_of_all_blocks() -> None:
 
 
 @pytest.mark.parametrize(("max_tokens", "text"), [(5, "u v c d y"), (4, "u v c d"), (1, "a")])
-async def test_the_answer_ends_where_max_tokens_does(max_tokens: int, text: str) -> None:
-    result, _ = await answered(scripted()[1], max_tokens=max_tokens)
+async def test_the_answer_ends_at_max_tokens(max_tokens: int, text: str) -> None:
+    result, _ = await answer(scripted()[1], max_tokens=max_tokens)
     assert result.selection.winner.candidate.text == text
     assert result.selection.winner.candidate.finish_reason == "length"
 
@@ -85,19 +88,17 @@ async def test_the_answer_ends_where_max_tokens_does(max_tokens: int, text: str)
 @pytest.mark.parametrize(
     ("error", "stopped_by"), [(DeadlineError("late"), "deadline"), (ContextLengthError(""), "all")]
 )
-async def test_what_ends_a_later_block_leaves_the_answer_so_far(error: NbestError, stopped_by: str) -> None:
-    _, served = scripted()
-    plan = ChatCompletionRequest.model_validate(asked()).to_request(Settings())
-    plan = replace(plan, deadline_s=50.0)
+async def test_an_error_in_a_later_block_returns_the_blocks_before_it(error: NbestError, stopped_by: str) -> None:
+    _, best_of_n = scripted()
     deadlines: list[float | None] = []
 
-    async def run_block(request: BestOfNRequest, queued_s: float) -> BestOfNResult:
-        deadlines.append(request.deadline_s)
+    async def run_block(block: BestOfNRequest, queued_s: float) -> BestOfNResult:
+        deadlines.append(block.deadline_s)
         if len(deadlines) == 3:
             raise error
-        return await served.run(replace(request, strategy="argmax"), queued_s=queued_s)
+        return await best_of_n.run(replace(block, strategy="argmax"), queued_s=queued_s)
 
-    result = await blockwise.run(run_block, plan, RunObserver())
+    result = await blockwise.run(run_block, replace(request(), deadline_s=50.0), RunObserver())
     assert (result.selection.winner.candidate.text, result.stopped_by) == ("u v c d", stopped_by)
     first, second, third = deadlines
     assert first == 50
@@ -106,56 +107,60 @@ async def test_what_ends_a_later_block_leaves_the_answer_so_far(error: NbestErro
     assert 50 > second > third > 0
 
 
-async def test_a_first_block_that_fails_fails_the_request() -> None:
-    async def run_block(request: BestOfNRequest, queued_s: float) -> BestOfNResult:
+async def test_an_error_in_the_first_block_fails_the_request() -> None:
+    async def run_block(block: BestOfNRequest, queued_s: float) -> BestOfNResult:
         raise DeadlineError("late")
 
-    plan = ChatCompletionRequest.model_validate(asked()).to_request(Settings())
     with pytest.raises(DeadlineError):
-        await blockwise.run(run_block, plan, RunObserver())
+        await blockwise.run(run_block, request(), RunObserver())
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "finish_reason", "ended"),
     [(6, "length", False), (6, "stop", True), (5, "length", True), (10, "length", True)],
-    ids=["a whole block", "ended by itself", "the context is full", "max_tokens are"],
+    ids=["full block", "stopped", "context full", "max_tokens reached"],
 )
-def test_nothing_follows_where(num_tokens: int, finish_reason: Any, ended: bool) -> None:
+def test_a_candidate_has_ended_unless_it_filled_its_block_below_max_tokens(
+    num_tokens: int, finish_reason: Any, ended: bool
+) -> None:
     begun = num_tokens - 4 if num_tokens != 5 else 2
     sampling = SamplingParams(max_tokens=10, block_tokens=4, after=Candidate(0, "", begun))
     assert blockwise.has_ended(Candidate(0, "", num_tokens, finish_reason=finish_reason), sampling) is ended
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "left"),
+    ("text", "stop", "text_before_stop"),
     [
         ("one two##three", ("##",), None),
         ("one two #three", ("##", "o #t"), "one tw"),
         ("one two #three", (" ", "two #"), "one "),
         ("one two #three", ("#thr", "two "), None),
     ],
-    ids=["after the seam, the engine's", "across it", "the earlier one", "beside it"],
+    ids=["after the boundary", "across it", "the earlier of two", "not across it"],
 )
-def test_a_stop_string_across_the_seam_ends_the_answer(text: str, stop: tuple[str, ...], left: str | None) -> None:
-    seam = len("one two" if "##" in text else "one two ")
-    found = stopped_across(Candidate(0, text, 3, finish_reason="length"), seam, stop)
-    assert found.text == (text if left is None else left)
-    assert found.finish_reason == ("length" if left is None else "stop")
+def test_a_stop_string_across_a_block_boundary_ends_the_answer(
+    text: str, stop: tuple[str, ...], text_before_stop: str | None
+) -> None:
+    """A stop string after the boundary is found by the engine, so it is left alone here."""
+    boundary = len("one two" if "##" in text else "one two ")
+    candidate = cut_at_spanning_stop(Candidate(0, text, 3, finish_reason="length"), boundary, stop)
+    assert candidate.text == (text if text_before_stop is None else text_before_stop)
+    assert candidate.finish_reason == ("length" if text_before_stop is None else "stop")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("one #", "one "), ("one ##", "one "), ("one", "one"), ("one # ", "one # ")]
+    ("text", "certain"), [("one #", "one "), ("one ##", "one "), ("one", "one"), ("one # ", "one # ")]
 )
-def test_what_may_begin_a_stop_string_is_not_told_yet(text: str, told: str) -> None:
-    assert certain_text(text, ("###", "\n")) == told
+def test_text_that_may_begin_a_stop_string_is_held_back(text: str, certain: str) -> None:
+    assert text_before_possible_stop(text, ("###", "\n")) == certain
 
 
-async def test_a_stream_brings_each_block_once_and_counts_its_tokens_once() -> None:
+async def test_a_stream_has_each_block_once_and_counts_its_tokens_once() -> None:
     async with client_of(app_over(scripted()[1])) as client:
-        reply = await client.post("/v1/chat/completions", json=asked() | {"stream": True})
+        reply = await client.post("/v1/chat/completions", json=body() | {"stream": True})
         metrics = (await client.get("/metrics")).text
     data = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: ")]
-    chunks = [json.loads(one) for one in data[:-1]]
+    chunks = [json.loads(chunk) for chunk in data[:-1]]
     assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks] == ["u v", " c d", " y z", None]
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
     account = chunks[-1]["nbest"]
@@ -165,9 +170,9 @@ async def test_a_stream_brings_each_block_once_and_counts_its_tokens_once() -> N
     assert 'nbest_candidates_total{outcome="completed"} 6.0' in metrics
 
 
-async def test_whole_it_is_the_same_answer() -> None:
+async def test_without_streaming_the_answer_is_the_same() -> None:
     async with client_of(app_over(scripted()[1])) as client:
-        reply = (await client.post("/v1/chat/completions", json=asked())).json()
+        reply = (await client.post("/v1/chat/completions", json=body())).json()
     assert reply["choices"][0]["message"]["content"] == "u v c d y z"
     assert reply["usage"]["completion_tokens"] == 12
 
@@ -185,21 +190,21 @@ async def test_whole_it_is_the_same_answer() -> None:
         ({"frequency_penalty": -1}, "frequency_penalty"),
     ],
 )
-def test_what_does_not_go_with_blocks_is_refused(fields: dict[str, Any], param: str) -> None:
+def test_fields_that_blockwise_does_not_support_are_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(BadRequestError) as refused:
-        ChatCompletionRequest.model_validate(asked(**fields)).to_request(Settings())
+        request(**fields)
     assert refused.value.param == param
 
 
-def test_an_upstream_server_cannot_go_on_from_tokens() -> None:
+def test_blockwise_over_an_upstream_server_is_refused() -> None:
     settings = Settings(generator="openai", base_url="http://up/v1", model="m", reward_models={"r": "python:f.py:f"})
-    with pytest.raises(BadRequestError, match="texts alone"):
-        ChatCompletionRequest.model_validate(asked()).to_request(settings)
+    with pytest.raises(BadRequestError, match="accepts text only"):
+        ChatCompletionRequest.model_validate(body()).to_request(settings)
 
 
-def test_offline_runs_refuse_it() -> None:
-    drawing = BatchTasks(Settings(), model="scripted", seed=0)
+def test_offline_runs_refuse_blockwise() -> None:
+    parser = BatchTaskParser(Settings(), model="scripted", seed=0)
     with pytest.raises(BadRequestError, match="whole candidates"):
-        drawing.task(1, "1", {"prompt": "x", "nbest": BLOCKWISE})
-    with pytest.raises(BadRequestError, match="whole already"):
-        RerankTasks(Settings()).task(1, "1", {"prompt": "x", "candidates": ["a"], "nbest": BLOCKWISE})
+        parser.parse(1, "1", {"prompt": "x", "nbest": BLOCKWISE})
+    with pytest.raises(BadRequestError, match="candidates are complete"):
+        RerankTaskParser(Settings()).parse(1, "1", {"prompt": "x", "candidates": ["a"], "nbest": BLOCKWISE})

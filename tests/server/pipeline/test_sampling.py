@@ -1,4 +1,4 @@
-"""Stopping policies through the pipeline, over a scripted engine whose candidates are told by their seed."""
+"""Stopping policies in the pipeline, over a scripted engine where equal seeds give equal texts."""
 
 import copy
 import math
@@ -19,14 +19,14 @@ from tests.support.doubles import ScriptedGeneration, ScriptedGenerator, Scripte
 from tests.support.observers import RecordingObserver
 
 
-class BySeed(ScriptedGenerator):
-    """Draws the text at the place of the seed, as an engine gives equal seeds equal texts."""
+class SeededTexts(ScriptedGenerator):
+    """Candidate i has the text, and the delay, at the index seed + i."""
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
     ) -> ScriptedGeneration:
         self.calls.append((prompt, sampling, n))
-        shifted = copy.copy(self)  # what was cancelled and called is shared
+        shifted = copy.copy(self)  # shares `cancelled` and `calls`
         first = sampling.seed or 0
         shifted.texts = [self.texts[(first + index) % len(self.texts)] for index in range(n)]
         shifted.delays_s = {index: self.delays_s[first + index] for index in range(n) if first + index in self.delays_s}
@@ -34,11 +34,11 @@ class BySeed(ScriptedGenerator):
 
     @property
     def waves(self) -> list[tuple[int | None, int]]:
-        """Seed and size of each."""
+        """The seed and the size of each wave."""
         return [(sampling.seed, n) for _, sampling, n in self.calls]
 
 
-TEXTS = [f"answer {place}" for place in range(16)]
+TEXTS = [f"answer {index}" for index in range(16)]
 
 
 def scorer(*rewards: float) -> ScriptedScorer:
@@ -46,11 +46,11 @@ def scorer(*rewards: float) -> ScriptedScorer:
 
 
 async def run(
-    generator: ScriptedGenerator, rewarding: ScriptedScorer, stopping: Stopping, best_of: int = 16, **fields: Any
+    generator: ScriptedGenerator, scripted_scorer: ScriptedScorer, stopping: Stopping, best_of: int = 16, **fields: Any
 ) -> BestOfNResult:
     fields = {"sampling": SamplingParams(seed=0)} | fields
     request = BestOfNRequest(Prompt(text="How was it?"), best_of=best_of, stopping=stopping, **fields)
-    return await BestOfN(generator, {rewarding.name: rewarding}).run(request)
+    return await BestOfN(generator, {scripted_scorer.name: scripted_scorer}).run(request)
 
 
 def adaptive(most: int = 16, **options: Any) -> Stopping:
@@ -58,9 +58,9 @@ def adaptive(most: int = 16, **options: Any) -> Stopping:
 
 
 class TestAdaptive:
-    async def test_it_stops_after_the_wave_that_is_good_enough(self) -> None:
-        # After 0, 1, 2, 1 one more is expected to bring 0.183, and after the second wave, with its 9, only 0.065.
-        generator = BySeed(TEXTS)
+    async def test_it_stops_when_one_more_candidate_is_not_worth_its_price(self) -> None:
+        # One more candidate has an expected gain of 0.183 after the rewards 0, 1, 2, 1, and of 0.065 after 0, 9, 1, 2.
+        generator = SeededTexts(TEXTS)
         result = await run(generator, scorer(0, 1, 2, 1, 0, 9, 1, 2), adaptive(price=0.18))
         assert generator.waves == [(0, 4), (4, 4)]
         assert (result.completed, result.cancelled, result.not_drawn) == (8, 0, 8)
@@ -68,106 +68,106 @@ class TestAdaptive:
 
     async def test_its_candidates_are_the_first_of_plain_best_of_n(self) -> None:
         rewards = [0.0, 1, 2, 1, 0, 9, 1, 2, 5, 6, 7, 8]
-        plain = await run(BySeed(TEXTS), scorer(*rewards), Stopping(), best_of=12)
-        stopped = await run(BySeed(TEXTS), scorer(*rewards), adaptive(most=12, price=0.18), best_of=12)
+        plain = await run(SeededTexts(TEXTS), scorer(*rewards), Stopping(), best_of=12)
+        stopped = await run(SeededTexts(TEXTS), scorer(*rewards), adaptive(most=12, price=0.18), best_of=12)
 
         def drawn(result: BestOfNResult) -> list[tuple[int, str]]:
-            return sorted((one.candidate.index, one.candidate.text) for one in result.selection.ranking)
+            return sorted((scored.candidate.index, scored.candidate.text) for scored in result.selection.ranking)
 
         assert drawn(stopped) == drawn(plain)[:8]
 
-    async def test_without_a_seed_every_wave_goes_without(self) -> None:
-        generator = BySeed(TEXTS)
+    async def test_without_a_seed_no_wave_has_a_seed(self) -> None:
+        generator = SeededTexts(TEXTS)
         await run(generator, scorer(0, 1, 2, 1), adaptive(most=6, price=1e-6), best_of=6, sampling=SamplingParams())
         assert generator.waves == [(None, 4), (None, 2)]
 
-    async def test_at_the_cap_nothing_was_stopped(self) -> None:
-        result = await run(BySeed(TEXTS), scorer(0, 1, 2, 3, 4, 5), adaptive(most=6, price=1e-6), best_of=6)
+    async def test_a_request_that_draws_all_candidates_was_not_stopped_by_the_policy(self) -> None:
+        result = await run(SeededTexts(TEXTS), scorer(0, 1, 2, 3, 4, 5), adaptive(most=6, price=1e-6), best_of=6)
         assert (result.completed, result.not_drawn, result.stopped_by) == (6, 0, "all")
 
-    async def test_what_is_known_beforehand_decides_with(self) -> None:
-        known = Prior(mean=0.0, mean_weight=100, sd=1.0, sd_weight=100)
-        result = await run(BySeed(TEXTS), scorer(0, 3, 0, 0), adaptive(price=0.01, prior=known))
+    async def test_the_prior_is_part_of_the_decision(self) -> None:
+        prior = Prior(mean=0.0, mean_weight=100, sd=1.0, sd_weight=100)
+        result = await run(SeededTexts(TEXTS), scorer(0, 3, 0, 0), adaptive(price=0.01, prior=prior))
         assert (result.completed, result.stopped_by) == (4, "adaptive")
 
     async def test_failed_candidates_count_as_drawn(self) -> None:
-        generator = BySeed([None, "answer 1", "answer 2", "answer 3"])
+        generator = SeededTexts([None, "answer 1", "answer 2", "answer 3"])
         result = await run(generator, scorer(0, 0, 1, 2), adaptive(price=0.46))
         assert (result.completed, result.failed, result.not_drawn) == (3, 1, 12)
 
-    async def test_without_any_reward_all_are_drawn(self) -> None:
+    async def test_without_any_reward_all_candidates_are_drawn(self) -> None:
         failing = ScriptedScorer(fails=True)
-        result = await run(BySeed(TEXTS), failing, adaptive(price=9.0), best_of=16, on_reward_failure="first")
+        result = await run(SeededTexts(TEXTS), failing, adaptive(price=9.0), best_of=16, on_reward_failure="first")
         assert (result.completed, result.ranked_by, result.stopped_by) == (16, "first", "all")
 
-    async def test_a_deadline_in_a_later_wave_answers_with_the_best_so_far(self) -> None:
-        generator = BySeed(TEXTS, delays_s={6: 60.0})
+    async def test_a_deadline_in_a_later_wave_returns_the_best_so_far(self) -> None:
+        generator = SeededTexts(TEXTS, delays_s={6: 60.0})
         result = await run(generator, scorer(0, 1, 2, 1, 5, 4, 9, 3), adaptive(price=1e-6), deadline_s=0.2)
         assert (result.completed, result.cancelled, result.not_drawn) == (7, 1, 8)
         assert (result.stopped_by, result.selection.winner.candidate.index) == ("deadline", 4)
 
-    async def test_a_scorer_that_compares_all_at_the_end_is_refused(self) -> None:
+    async def test_a_scorer_that_compares_all_candidates_is_refused(self) -> None:
         comparing = ScriptedScorer()
         comparing.needs = Needs(all_candidates=True)
         with pytest.raises(BadRequestError, match="compares all of them at the end") as refused:
-            await run(BySeed(TEXTS), comparing, adaptive(price=1.0))
+            await run(SeededTexts(TEXTS), comparing, adaptive(price=1.0))
         assert refused.value.param == "nbest.stopping"
 
 
 class TestSpeculativeRejection:
-    """Four candidates of four words; what two words are worth is scripted too, and the rest by their length."""
+    """Four candidates of four words; the rewards of the first two words and of two whole texts are scripted."""
 
     TEXTS = ("a b c d", "e f g h", "i j k l", "m n o p")
-    BEGINNINGS = {"a b": 1.0, "e f": 4.0, "i j": 2.0, "m n": 3.0}  # noqa: RUF012 (nobody changes it)
+    BEGINNINGS = {"a b": 1.0, "e f": 4.0, "i j": 2.0, "m n": 3.0}  # noqa: RUF012 (it is not changed)
     WHOLE = {"e f g h": 0.0, "m n o p": 1.0}  # noqa: RUF012
 
-    def generator(self) -> BySeed:
-        return BySeed(self.TEXTS, word_delay_s=0.03)
+    def generator(self) -> SeededTexts:
+        return SeededTexts(self.TEXTS, word_delay_s=0.03)
 
     async def test_the_worst_half_is_cancelled_at_the_checkpoint(self) -> None:
         generator = self.generator()
         stopping = Stopping("speculative_rejection", rejection=SpeculativeRejection((2,), share=0.5))
         result = await run(generator, ScriptedScorer(self.BEGINNINGS | self.WHOLE), stopping, best_of=4)
         assert sorted(generator.cancelled) == [0, 2]
-        assert [one.candidate.index for one in result.selection.ranking] == [3, 1]  # by the rewards of the whole
+        assert [scored.candidate.index for scored in result.selection.ranking] == [3, 1]  # by the final rewards
         assert (result.completed, result.cancelled, result.not_drawn) == (2, 2, 0)
         assert result.stopped_by == "speculative_rejection"
 
-    async def test_the_tokens_of_those_given_up_are_counted(self) -> None:
+    async def test_the_tokens_of_cancelled_candidates_are_counted(self) -> None:
         stopping = Stopping("speculative_rejection", rejection=SpeculativeRejection((2,), share=0.5))
         result = await run(self.generator(), ScriptedScorer(self.BEGINNINGS | self.WHOLE), stopping, best_of=4)
-        assert 2 * 4 + 2 * 2 <= result.generated_tokens <= 2 * 4 + 2 * 3  # a word more may come while two are scored
+        assert 2 * 4 + 2 * 2 <= result.generated_tokens <= 2 * 4 + 2 * 3  # another word may arrive during scoring
         assert result.scored_tokens == 4 * 2 + 2 * 4
 
-    async def test_every_checkpoint_is_a_cut_of_its_own(self) -> None:
+    async def test_every_checkpoint_cancels_candidates(self) -> None:
         generator = self.generator()
         rewards = self.BEGINNINGS | {"e f g": 0.0, "m n o": 1.0} | self.WHOLE
         stopping = Stopping("speculative_rejection", rejection=SpeculativeRejection((2, 3), share=0.5))
         result = await run(generator, ScriptedScorer(rewards), stopping, best_of=4)
         assert sorted(generator.cancelled) == [0, 1, 2]
-        assert [one.candidate.index for one in result.selection.ranking] == [3]
+        assert [scored.candidate.index for scored in result.selection.ranking] == [3]
 
-    async def test_candidates_that_grow_are_not_told(self) -> None:
+    async def test_growing_candidates_are_not_passed_to_the_observer(self) -> None:
         observer = RecordingObserver()
         stopping = Stopping("speculative_rejection", rejection=SpeculativeRejection((2,), share=0.5))
         request = BestOfNRequest(Prompt(text="How was it?"), SamplingParams(seed=0), 4, stopping=stopping)
-        rewarding = ScriptedScorer(self.BEGINNINGS | self.WHOLE)
-        await BestOfN(self.generator(), {rewarding.name: rewarding}).run(request, observer)
+        scripted_scorer = ScriptedScorer(self.BEGINNINGS | self.WHOLE)
+        await BestOfN(self.generator(), {scripted_scorer.name: scripted_scorer}).run(request, observer)
         assert sorted(outcome.index for outcome in observer.outcomes) == [1, 3]
 
-    async def test_a_scorer_is_told_which_are_beginnings(self) -> None:
-        scorer = Noting(self.BEGINNINGS | self.WHOLE)
+    async def test_the_scorer_sees_which_candidates_are_beginnings(self) -> None:
+        scorer = BeginningRecorder(self.BEGINNINGS | self.WHOLE)
         stopping = Stopping("speculative_rejection", rejection=SpeculativeRejection((2,), share=0.5))
         await run(self.generator(), scorer, stopping, best_of=4)
         assert scorer.beginnings == [True] * 4 + [False] * 2
 
-    async def test_a_scorer_that_fails_at_beginnings_gives_up_nobody(self) -> None:
+    async def test_beginnings_without_a_reward_are_not_cancelled(self) -> None:
         rewards = dict.fromkeys(self.BEGINNINGS, math.nan) | dict.fromkeys(self.TEXTS, 1.0)
         stopping = Stopping("speculative_rejection", rejection=SpeculativeRejection((2,), share=0.5))
         result = await run(self.generator(), ScriptedScorer(rewards), stopping, best_of=4)
         assert (result.completed, result.cancelled, result.stopped_by) == (4, 0, "all")
 
-    async def test_in_waves_each_wave_gives_up_its_own(self) -> None:
+    async def test_with_waves_each_wave_cancels_its_own_candidates(self) -> None:
         generator = self.generator()
         stopping = Stopping(
             "adaptive_rejection",
@@ -176,40 +176,40 @@ class TestSpeculativeRejection:
         )
         result = await run(generator, ScriptedScorer(self.BEGINNINGS | self.WHOLE), stopping, best_of=8)
         assert (result.completed, result.cancelled, result.not_drawn) == (4, 4, 0)
-        assert sorted(one.candidate.index for one in result.selection.ranking) == [1, 3, 5, 7]
+        assert sorted(scored.candidate.index for scored in result.selection.ranking) == [1, 3, 5, 7]
         assert result.stopped_by == "adaptive_rejection"
 
 
-class Noting(ScriptedScorer):
-    """Notes of every candidate whether it was a beginning."""
+class BeginningRecorder(ScriptedScorer):
+    """Records `is_beginning` of every candidate."""
 
     def __init__(self, rewards: dict[str, float]) -> None:
         super().__init__(rewards)
         self.beginnings: list[bool] = []
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
-        self.beginnings += [one.is_beginning for one in candidates]
+        self.beginnings += [candidate.is_beginning for candidate in candidates]
         return await super().score(prompt, candidates)
 
 
 class TestStragglerCut:
-    async def test_the_last_ones_are_not_waited_for(self) -> None:
-        generator = BySeed(TEXTS, delays_s={2: 60.0})
+    async def test_the_run_does_not_wait_for_the_last_candidates(self) -> None:
+        generator = SeededTexts(TEXTS, delays_s={2: 60.0})
         stopping = Stopping("straggler_cut", stragglers=StragglerCut(share=0.75))
         result = await run(generator, scorer(0, 2, 9, 1), stopping, best_of=4)
         assert generator.cancelled == [2]
         assert (result.completed, result.cancelled, result.stopped_by) == (3, 1, "straggler_cut")
         assert result.selection.winner.candidate.index == 1
 
-    async def test_a_reward_at_the_target_ends_it(self) -> None:
-        generator = BySeed(TEXTS, delays_s={0: 60.0, 1: 60.0})
+    async def test_a_reward_at_the_target_stops_the_run(self) -> None:
+        generator = SeededTexts(TEXTS, delays_s={0: 60.0, 1: 60.0})
         stopping = Stopping("straggler_cut", stragglers=StragglerCut(target_reward=1.0))
         result = await run(generator, scorer(1, 1, 0, 1), stopping, best_of=4)
         assert sorted(generator.cancelled) == [0, 1]
         assert result.selection.winner.candidate.index == 3
 
-    async def test_those_who_vote_need_no_rewards_for_it(self) -> None:
-        generator = BySeed(["yes", "yes", "no", "no"], delays_s={3: 60.0})
+    async def test_a_share_needs_no_rewards(self) -> None:
+        generator = SeededTexts(["yes", "yes", "no", "no"], delays_s={3: 60.0})
         stopping = Stopping("straggler_cut", stragglers=StragglerCut(share=0.75))
         result = await run(generator, ScriptedScorer(fails=True), stopping, best_of=4, strategy="majority")
         assert (result.selection.winner.candidate.text, result.stopped_by) == ("yes", "straggler_cut")
