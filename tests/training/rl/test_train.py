@@ -413,10 +413,12 @@ def test_the_command_prints_how_to_serve_the_weights(
     method: str, base: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @asynccontextmanager
-    async def start(settings: Settings, *, tempered_logprobs: bool, held: SharedTrunk | None) -> AsyncIterator[BestOfN]:
+    async def start(
+        settings: Settings, *, tempered_logprobs: bool, shared_trunk: SharedTrunk | None
+    ) -> AsyncIterator[BestOfN]:
         assert tempered_logprobs
-        assert held is not None
-        assert held.is_of(str(base))
+        assert shared_trunk is not None
+        assert shared_trunk.is_of(str(base))
         yield BestOfN(TorchGenerator(base, settings.adapter), {"reward": ScriptedScorer()})
 
     monkeypatch.setattr(factory, "start", start)
