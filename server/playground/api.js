@@ -1,18 +1,18 @@
-// The public API as the page uses it: what is served, and an answer as its events.
+// Calls the public API: the served models, and the chunks of a streamed answer.
 
 const TITLES = {
   400: "The request was refused",
-  401: "The server asks for a key",
-  403: "This key may not do that",
-  404: "That is not served here",
+  401: "The server requires an API key",
+  403: "This key lacks the rights",
+  404: "Not served here",
   413: "The request is too large",
   429: "The server is busy",
   503: "The server is not ready",
-  504: "Nothing finished in time",
+  504: "No candidate finished in time",
 };
-const BROKE_OFF = "The answer broke off";
+const INTERRUPTED = "The answer was interrupted";
 
-/** Why there is no answer, in words: a title and a sentence with the way out. */
+/** Why there is no answer, for the user: a title, and a sentence that says what to do. */
 export class Refusal extends Error {
   constructor(title, message, { status = 0, retryAfterS = 0 } = {}) {
     super(message);
@@ -29,18 +29,18 @@ async function fetched(path, options, key) {
     reply = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refusal("The server cannot be reached", "See whether it runs, and try again.");
+    throw new Refusal("The server cannot be reached", "Check that it is running, and try again.");
   }
   if (reply.ok) return reply;
-  const told = await reply.json().catch(() => ({}));
+  const body = await reply.json().catch(() => ({}));
   throw new Refusal(
     TITLES[reply.status] ?? "The server failed",
-    told.error?.message ?? `It answered with status ${reply.status}.`,
+    body.error?.message ?? `It answered with status ${reply.status}.`,
     { status: reply.status, retryAfterS: Number(reply.headers.get("Retry-After")) },
   );
 }
 
-/** The served model and its scorers, and the strategies that requests may name. */
+/** The served model with its scorers, and the names of the strategies. */
 export async function served(key) {
   const [models, schema] = await Promise.all(
     ["v1/models", "openapi.json"].map(async (path) => (await fetched(path, {}, key)).json()),
@@ -49,28 +49,28 @@ export async function served(key) {
   return { model: models.data[0], strategies: anyOf.find((choice) => choice.enum).enum };
 }
 
-/** The chunks of a streamed answer, until it is complete. */
+/** Yields the chunks of a streamed answer until it is complete. */
 export async function* chunks(path, body, { key, signal }) {
   const options = { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" }, signal };
   const reply = await fetched(path, options, key);
   for await (const data of events(reply.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new Refusal(BROKE_OFF, chunk.error.message);
+    if (chunk.error) throw new Refusal(INTERRUPTED, chunk.error.message);
     yield chunk;
   }
-  throw brokenOff();
+  throw interrupted();
 }
 
-const brokenOff = () => new Refusal(BROKE_OFF, "The connection ended before the answer did; try again.");
+const interrupted = () => new Refusal(INTERRUPTED, "The connection ended before the answer was complete; try again.");
 
-/** The data of server-sent events; comments are skipped. */
+/** Yields the data of server-sent events; comments are skipped. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { value, done } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : brokenOff();
+      throw error.name === "AbortError" ? error : interrupted();
     });
     if (done) return;
     text += value;

@@ -1,11 +1,11 @@
-// The list of candidates: a row for each from the start, filled in as the events come.
+// The list of candidates: one row for each, filled in as the events of the stream arrive.
 
 import { counted, decimal, seconds } from "./format.js";
 
-const ENDS = { stop: "ended by itself", length: "cut by max tokens", content_filter: "cut by a filter" };
+const FINISH_REASONS = { stop: "complete", length: "cut by max tokens", content_filter: "cut by a content filter" };
 const MOVE = { duration: 400, easing: "cubic-bezier(.2, .7, .2, 1)" };
-/** How much of its bar the lowest reward still fills, so that it can be seen. */
-const LEAST_SHARE = 0.03;
+/** The share of its bar that the lowest reward fills, so that it is visible. */
+const MIN_SHARE = 0.03;
 
 class Row {
   constructor(template, index, seed) {
@@ -14,38 +14,38 @@ class Row {
     this.numTokens = 0;
     this.element = template.content.firstElementChild.cloneNode(true);
     this.element.dataset.index = index;
-    this.part("place").textContent = index + 1;
-    this.become("drawing", "");
+    this.part("number").textContent = index + 1;
+    this.setState("drawing", "");
   }
 
   part(name) {
     return this.element.querySelector(`.${name}`);
   }
 
-  become(state, chip) {
+  setState(state, chip) {
     this.state = state;
     this.element.dataset.state = state;
     this.part("chip").textContent = chip;
   }
 
   finish({ text, finish_reason, num_tokens, cumulative_logprob }, elapsedS) {
-    this.become("finished", finish_reason === "length" ? "cut" : "");
+    this.setState("finished", finish_reason === "length" ? "cut" : "");
     this.numTokens = num_tokens;
     this.part("text").textContent = text.trim();
     const facts = [
       counted(num_tokens, "token"),
       `finished after ${seconds(elapsedS)}`,
-      ENDS[finish_reason],
+      FINISH_REASONS[finish_reason],
       cumulative_logprob === null ? null : `log-probability ${decimal(cumulative_logprob)}`,
       this.seed === null ? null : `seed ${this.seed}`,
     ];
     this.part("note").textContent = facts.filter(Boolean).join(" · ");
   }
 
-  /** The answer is whole: what there is to tell is its end, the text has come before. */
+  /** Ends a row whose text has already been added by `grow`. */
   close(finishReason, elapsedS) {
-    this.become("finished", finishReason === "length" ? "cut" : "");
-    this.part("note").textContent = `finished after ${seconds(elapsedS)} · ${ENDS[finishReason]}`;
+    this.setState("finished", finishReason === "length" ? "cut" : "");
+    this.part("note").textContent = `finished after ${seconds(elapsedS)} · ${FINISH_REASONS[finishReason]}`;
   }
 
   score(reward) {
@@ -54,22 +54,22 @@ class Row {
   }
 
   fail(reason) {
-    this.become("failed", "failed");
+    this.setState("failed", "failed");
     this.part("text").textContent = reason;
   }
 
   cancel() {
-    this.become("cancelled", "cancelled");
-    this.part("text").textContent = "stopped before it finished";
+    this.setState("cancelled", "cancelled");
+    this.part("text").textContent = "cancelled before it finished";
   }
 
   spare() {
-    this.become("spared", "not drawn");
-    this.part("text").textContent = "not worth its tokens any more";
+    this.setState("spared", "not drawn");
+    this.part("text").textContent = "not drawn, by the stopping policy";
   }
 
   win() {
-    this.become("winner", "winner");
+    this.setState("winner", "winner");
     this.element.querySelector("details").open = true;
   }
 }
@@ -91,8 +91,8 @@ export class Candidates {
     this.#list.replaceChildren(...this.#rows.map((row) => row.element));
   }
 
-  /** Takes an event of the stream. */
-  hear(event, elapsedS) {
+  /** Updates the row of a candidate that finished, failed or was scored. */
+  update(event, elapsedS) {
     const row = this.#rows[event.index];
     if (event.event === "finished") row.finish(event, elapsedS);
     if (event.event === "failed") row.fail(event.reason);
@@ -102,19 +102,19 @@ export class Candidates {
     }
   }
 
-  /** More text of the only candidate. */
+  /** Adds text to the only row. */
   grow(text) {
     this.#rows[0].part("text").textContent += text;
   }
 
-  /** The only candidate, of which all text has been told, is whole. */
+  /** Ends the only row, whose text is complete. */
   close({ finish_reason, reward }, elapsedS) {
     this.#rows[0].close(finish_reason, elapsedS);
     this.#rows[0].score(reward);
     this.#scaleBars();
   }
 
-  /** All is known: the ranking, best first, that the last `numSpared` were not drawn, and that no other ends any more. */
+  /** Shows the result: the ranking, best first; the last `numSpared` rows were not drawn. */
   decide(ranking, numSpared) {
     this.#ranking = ranking;
     for (const row of this.#rows.slice(this.#rows.length - numSpared)) row.spare();
@@ -122,12 +122,12 @@ export class Candidates {
     this.#rows[ranking[0]].win();
   }
 
-  /** Nothing more comes. */
+  /** Marks the candidates that have not ended as cancelled. */
   end() {
     for (const row of this.#rows) if (row.state === "drawing") row.cancel();
   }
 
-  /** Puts the rows in order, and lets them be seen moving there. */
+  /** Sorts the rows, with an animation of their moves. */
   sort(order) {
     const rest = this.#rows.filter((row) => !this.#ranking.includes(row.index));
     const best = [...this.#ranking.map((index) => this.#rows[index]), ...rest];
@@ -149,7 +149,7 @@ export class Candidates {
     return this.#rows.reduce((sum, row) => sum + row.numTokens, 0);
   }
 
-  /** The rewards that there are, in the order of drawing. */
+  /** The rewards received so far, in the order of drawing. */
   get rewards() {
     return this.#rows.map((row) => row.reward).filter((reward) => typeof reward === "number");
   }
@@ -158,13 +158,13 @@ export class Candidates {
     return this.#rows[index].reward ?? null;
   }
 
-  /** Bars go from the lowest reward of the pool to the highest: rewards have no zero and no end. */
+  /** Scales the bars from the lowest reward of the list to the highest, since rewards have no natural zero or maximum. */
   #scaleBars() {
     const low = Math.min(...this.rewards);
     const range = Math.max(...this.rewards) - low;
     for (const row of this.#rows) {
       if (typeof row.reward !== "number") continue;
-      const share = range === 0 ? 1 : LEAST_SHARE + (1 - LEAST_SHARE) * ((row.reward - low) / range);
+      const share = range === 0 ? 1 : MIN_SHARE + (1 - MIN_SHARE) * ((row.reward - low) / range);
       row.part("fill").style.setProperty("--share", share);
     }
   }

@@ -1,4 +1,4 @@
-// The reward of the best of n, for every n up to the pool, as a curve, a sentence and a table.
+// The expected reward of the best of n, for every n up to the number of candidates: a curve, a sentence and a table.
 
 import { expectedMax } from "./estimators.js";
 import { decimal } from "./format.js";
@@ -18,7 +18,7 @@ export class Curve {
     new ResizeObserver(() => this.#draw()).observe(this.#plot);
   }
 
-  /** Shows what these rewards say, which takes at least two. */
+  /** Shows the curve of these rewards; it needs at least two. */
   show(rewards) {
     if (rewards.length < 2) return;
     this.#points = rewards.map((_, index) => ({ n: index + 1, reward: expectedMax(rewards, index + 1) }));
@@ -33,7 +33,7 @@ export class Curve {
     this.#draw();
   }
 
-  /** Makes room for `num` rewards to come, if that will be a curve. */
+  /** Empties the figure; it is hidden if fewer than two rewards are expected. */
   start(num) {
     this.#figure.hidden = num < 2;
     this.#points = [];
@@ -45,8 +45,8 @@ export class Curve {
     const last = this.#points.at(-1);
     const half = this.#points.find(({ reward }) => reward >= (first.reward + last.reward) / 2);
     return (
-      `Mean over all ways to draw n of these ${last.n}: one sample is worth ${decimal(first.reward)}, ` +
-      `the best of ${last.n} ${decimal(last.reward)}, and half of that gain is there at n = ${half.n}.`
+      `Mean over all ways to draw n of these ${last.n} candidates: the reward of one sample is ${decimal(first.reward)}, ` +
+      `that of the best of ${last.n} is ${decimal(last.reward)}, and n = ${half.n} reaches half of the gain.`
     );
   }
 
@@ -82,7 +82,7 @@ export class Curve {
   }
 }
 
-/** Powers of two, and the last n if there is room for it. */
+/** The labels of the x axis: powers of two, and the last n if there is room for it. */
 function ticks(last, room) {
   const powers = Array.from({ length: Math.floor(Math.log2(last)) + 1 }, (_, power) => 2 ** power);
   const gap = Math.log2(last / powers.at(-1)) / Math.log2(last);

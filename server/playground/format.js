@@ -1,4 +1,4 @@
-// Numbers as people read them.
+// Formats numbers for people.
 
 export function decimal(value, digits = 2) {
   return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "−");
@@ -12,7 +12,7 @@ export function whole(value) {
   return value.toLocaleString("en");
 }
 
-/** A price, with three digits that are not zero however small it is. */
+/** A price with three significant digits, however small it is. */
 export function price(value) {
   return value.toLocaleString("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 3 });
 }

@@ -1,4 +1,4 @@
-// The page at work: the form is sent, and its events become rows, figures and the curve.
+// The controller of the page: sends the form, and shows the events of the answer as rows, figures and the curve.
 
 import * as api from "./api.js";
 import { Candidates } from "./candidates.js";
@@ -13,15 +13,16 @@ const STARTING_RETRY_MS = 2000;
 const byId = (id) => document.getElementById(id);
 const candidates = new Candidates(byId("candidates"));
 const curve = new Curve(byId("curve"));
-const form = byId("ask");
+const form = byId("request");
 let model = null;
-/** Stops the request under way; null where there is none. */
-let stopping = null;
+/** The AbortController of the request in flight, or null. */
+let inFlight = null;
 
 const inWords = (name) => name.replaceAll("_", " ");
 const order = () => document.querySelector("[name=order]:checked").value;
 
-async function meet() {
+/** Loads the served model, scorers and strategies into the form; retries while the server starts. */
+async function loadServed() {
   try {
     const served = await api.served(request.key());
     model = served.model.id;
@@ -29,20 +30,20 @@ async function meet() {
     byId("reward_model").replaceChildren(...served.model.reward_models.map((name) => new Option(name)));
     byId("strategy").replaceChildren(...served.strategies.map((name) => new Option(inWords(name), name)));
     byId("problem").hidden = true;
-    describe();
+    updateForm();
   } catch (refusal) {
     if (!(refusal instanceof api.Refusal)) throw refusal;
-    show(refusal);
+    showRefusal(refusal);
     byId("model").textContent = refusal.title;
-    if (refusal.status === 503) setTimeout(meet, STARTING_RETRY_MS);
+    if (refusal.status === 503) setTimeout(loadServed, STARTING_RETRY_MS);
   }
 }
 
-/** Says in words why there is no answer. */
-function show(refusal) {
+/** Shows why there is no answer. */
+function showRefusal(refusal) {
   const [title, message] = byId("problem").children;
   title.textContent = refusal.title;
-  message.textContent = refusal.message + (refusal.retryAfterS ? ` (In ${counted(refusal.retryAfterS, "second")}.)` : "");
+  message.textContent = refusal.message + (refusal.retryAfterS ? ` (Retry in ${counted(refusal.retryAfterS, "second")}.)` : "");
   byId("problem").hidden = false;
   if (refusal.status === 401) {
     byId("more").open = true;
@@ -50,10 +51,10 @@ function show(refusal) {
   }
 }
 
-/** What the form says now: on the button and as code. */
-function describe() {
+/** Updates the button, the enabled fields and the code to the values of the form. */
+function updateForm() {
   const bestOf = byId("best_of").value || "N";
-  byId("go").textContent = stopping ? "Stop" : bestOf === "1" ? "Draw one" : `Draw the best of ${bestOf}`;
+  byId("go").textContent = inFlight ? "Stop" : bestOf === "1" ? "Draw one" : `Draw the best of ${bestOf}`;
   const strategy = byId("strategy").value;
   byId("reward_model").disabled = strategy === "majority";
   byId("stopping").disabled = strategy === "blockwise";
@@ -71,27 +72,28 @@ function describe() {
   }
 }
 
+/** Sends the request of the form, and shows its answer as it arrives. */
 async function draw() {
   const body = request.streamed(request.body(model));
-  const begunMs = performance.now();
-  const elapsedS = () => (performance.now() - begunMs) / 1000;
+  const startMs = performance.now();
+  const elapsedS = () => (performance.now() - startMs) / 1000;
   const inBlocks = request.inBlocks(body);
-  const rows = inBlocks ? 1 : body.best_of; // of blocks, the answer as it is chosen
-  stopping = new AbortController();
-  begin(rows);
+  const rows = inBlocks ? 1 : body.best_of; // blockwise has one row: the answer, which grows by each chosen block
+  inFlight = new AbortController();
+  showStart(rows);
   if (inBlocks) byId("status").textContent = `Choosing each block from ${counted(body.best_of, "candidate")} …`;
   const ticking = setInterval(() => { byId("figure-time").textContent = seconds(elapsedS()); }, TICK_MS);
   let firstS = null;
   let account = null;
   let usage = null;
   try {
-    for await (const chunk of api.chunks(request.path(), body, { key: request.key(), signal: stopping.signal })) {
+    for await (const chunk of api.chunks(request.path(), body, { key: request.key(), signal: inFlight.signal })) {
       usage = chunk.usage ?? usage;
       const [choice] = chunk.choices;
       if (chunk.nbest?.event) {
         firstS ??= elapsedS();
-        candidates.hear(chunk.nbest, elapsedS());
-        progress(rows);
+        candidates.update(chunk.nbest, elapsedS());
+        showProgress(rows);
       } else if (chunk.nbest) {
         account = chunk.nbest;
       }
@@ -102,28 +104,29 @@ async function draw() {
         if (inBlocks && choice.finish_reason) candidates.close(choice, elapsedS());
       }
     }
-    conclude(account, usage, firstS, inBlocks);
+    showResult(account, usage, firstS, inBlocks);
   } catch (error) {
     candidates.end();
     if (error.name === "AbortError") {
-      byId("status").textContent = `Stopped after ${seconds(elapsedS())}; the server gave up the rest.`;
+      byId("status").textContent = `Stopped after ${seconds(elapsedS())}; the server cancels the rest.`;
     } else if (error instanceof api.Refusal) {
       byId("run").hidden = candidates.rewards.length === 0;
       byId("status").textContent = "There is no answer.";
-      show(error);
+      showRefusal(error);
     } else {
       throw error;
     }
     if (candidates.rewards.length < 2) curve.start(0);
   } finally {
     clearInterval(ticking);
-    stopping = null;
+    inFlight = null;
     document.body.removeAttribute("aria-busy");
-    describe();
+    updateForm();
   }
 }
 
-function begin(bestOf) {
+/** Empties the results and shows that `bestOf` candidates are being drawn. */
+function showStart(bestOf) {
   document.body.setAttribute("aria-busy", "true");
   byId("problem").hidden = true;
   byId("empty").hidden = true;
@@ -134,35 +137,36 @@ function begin(bestOf) {
   byId("figure-price-box").hidden = request.pricePerMillion() === null;
   candidates.start(bestOf, request.seed());
   byId("status").textContent = `Drawing ${counted(bestOf, "candidate")} …`;
-  describe();
+  updateForm();
   if (matchMedia("(max-width: 820px)").matches) byId("results").scrollIntoView();
 }
 
-function progress(bestOf) {
+/** Shows the candidates that have ended, the best reward so far and the tokens. */
+function showProgress(bestOf) {
   const { rewards } = candidates;
   const best = rewards.length ? `, best so far ${decimal(Math.max(...rewards))}` : "";
   byId("status").textContent = `${candidates.numEnded} of ${bestOf} ended${best}.`;
   if (rewards.length) byId("figure-reward").textContent = decimal(Math.max(...rewards));
   curve.show(rewards);
-  tellTokens(candidates.numTokens);
+  showTokens(candidates.numTokens);
 }
 
-function tellTokens(count) {
+function showTokens(count) {
   byId("figure-tokens").textContent = whole(count);
   byId("figure-price").textContent = price((count * request.pricePerMillion()) / 1e6);
 }
 
-/** The account of the answer, in figures. */
-function conclude(account, usage, firstS, inBlocks) {
+/** Shows the winner and the account of the request. */
+function showResult(account, usage, firstS, inBlocks) {
   const { rewards } = candidates;
-  const ranking = inBlocks ? [0] : account.ranking; // that of the last block says nothing of the answer
+  const ranking = inBlocks ? [0] : account.ranking; // with blockwise, the ranking is that of the last block
   const [winner] = ranking;
   candidates.decide(ranking, account.not_drawn);
   candidates.sort(order());
   if (rewards.length < 2) curve.start(0);
 
   const reward = candidates.rewardOf(winner);
-  const mean = rewards.reduce((sum, one) => sum + one, 0) / rewards.length;
+  const mean = rewards.reduce((sum, value) => sum + value, 0) / rewards.length;
   byId("figure-reward").textContent = reward === null ? "none" : decimal(reward);
   byId("figure-reward-note").textContent =
     reward === null
@@ -172,12 +176,12 @@ function conclude(account, usage, firstS, inBlocks) {
   byId("figure-time").textContent = seconds(total);
   byId("figure-time-note").textContent =
     `first after ${seconds(firstS)} · queue ${decimal(queue)}, generate ${decimal(generate)}, score ${decimal(score)}`;
-  tellTokens(usage.total_tokens);
+  showTokens(usage.total_tokens);
   byId("figure-tokens-note").textContent =
     `${whole(usage.prompt_tokens)} prompt + ${whole(usage.completion_tokens)} drawn · ${whole(account.scored_tokens)} scored`;
-  byId("figure-price-note").textContent = `prompt and drawn tokens at ${request.pricePerMillion()} a million`;
+  byId("figure-price-note").textContent = `prompt and drawn tokens, at ${request.pricePerMillion()} per million`;
   if (inBlocks) {
-    byId("status").textContent = `Written in ${counted(account.blocks, "block")}, each the best of ${account.best_of}.`;
+    byId("status").textContent = `The answer has ${counted(account.blocks, "block")}, each the best of ${account.best_of}.`;
     return;
   }
   const counts = ["completed", "failed", "cancelled", "not_drawn"]
@@ -185,30 +189,30 @@ function conclude(account, usage, firstS, inBlocks) {
     .map((end) => `${account[end]} ${inWords(end)}`);
   const stop = account.stopped_by === "all" ? "" : `, stopped by ${inWords(account.stopped_by)}`;
   byId("status").textContent = `Candidate ${winner + 1} wins by ${inWords(account.strategy)}: ${counts.join(", ")}${stop}.`;
-  byId("scale").textContent = rewards.length > 1 ? "Bars go from the lowest reward of these candidates to the highest." : "";
+  byId("scale").textContent = rewards.length > 1 ? "Bars are scaled from the lowest reward of these candidates to the highest." : "";
 }
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (stopping) stopping.abort();
+  if (inFlight) inFlight.abort();
   else if (model) draw();
-  else meet();
+  else loadServed();
 });
-form.addEventListener("input", describe);
+form.addEventListener("input", updateForm);
 form.addEventListener("invalid", (event) => event.target.closest("details")?.setAttribute("open", ""), { capture: true });
 addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-    event.preventDefault(); // in a field of one line it would submit once more
-    if (!stopping) form.requestSubmit();
+    event.preventDefault(); // in a single-line field, Enter would submit a second time
+    if (!inFlight) form.requestSubmit();
   }
-  if (event.key === "Escape") stopping?.abort();
+  if (event.key === "Escape") inFlight?.abort();
 });
-byId("key").addEventListener("change", meet);
+byId("key").addEventListener("change", loadServed);
 for (const radio of document.querySelectorAll("[name=order]")) {
   radio.addEventListener("change", () => candidates.sort(order()));
 }
 byId("copy").addEventListener("click", async () => {
-  // Browsers give the clipboard to https and localhost only; elsewhere the code is selected, ready to be copied.
+  // Browsers allow clipboard access on https and localhost only; elsewhere the code is selected for manual copying.
   try {
     await navigator.clipboard.writeText(byId("snippet").textContent);
     byId("copy").textContent = "Copied";
@@ -219,5 +223,5 @@ byId("copy").addEventListener("click", async () => {
   setTimeout(() => { byId("copy").textContent = "Copy"; }, 2000);
 });
 
-request.remember();
-meet();
+request.restoreStoredFields();
+loadServed();

@@ -1,4 +1,4 @@
-// The form as a request body, and what the page remembers of it.
+// Turns the form into a request body, and stores the price and the key in the browser.
 
 const PRICE = "nbest.price";
 const KEY = "nbest.key";
@@ -12,15 +12,15 @@ export const pricePerMillion = () => number("price");
 export const seed = () => number("seed");
 export const path = () => (kind() === "chat" ? "v1/chat/completions" : "v1/completions");
 
-/** The price stays in this browser, the key in this tab. */
-export function remember() {
+/** Restores the stored fields and stores later changes: the price in the browser, the key only in this tab. */
+export function restoreStoredFields() {
   field("price").value = localStorage.getItem(PRICE) ?? "";
   field("key").value = sessionStorage.getItem(KEY) ?? "";
   field("price").addEventListener("input", () => localStorage.setItem(PRICE, field("price").value));
   field("key").addEventListener("input", () => sessionStorage.setItem(KEY, key()));
 }
 
-/** Options of the stopping policies, where a policy has no default for what it needs. */
+/** Values for the required options of the stopping policies. */
 const STOPPING = {
   adaptive: () => ({}),
   speculative_rejection: () => ({ checkpoints: [Math.max(1, Math.round(number("max_tokens") / 4))] }),
@@ -30,31 +30,31 @@ const STOPPING = {
 export const inBlocks = (body) => body.nbest.strategy === "blockwise";
 
 /**
- * The request for a whole answer.
+ * The body of the request, without streaming.
  *
- * @throws {SyntaxError} the other fields are no JSON object
+ * @throws {SyntaxError} the field of other fields is not a JSON object
  */
 export function body(model) {
   const others = field("others").value.trim();
   const added = others ? JSON.parse(others) : {};
   if (added === null || typeof added !== "object" || Array.isArray(added)) throw new SyntaxError("not an object");
   const text = field("prompt").value;
-  const asked = kind() === "chat" ? { messages: [{ role: "user", content: text }] } : { prompt: text };
+  const prompt = kind() === "chat" ? { messages: [{ role: "user", content: text }] } : { prompt: text };
   const strategy = field("strategy").value;
   const policy = field("stopping").value;
   return {
     model,
-    ...asked,
+    ...prompt,
     max_tokens: number("max_tokens"),
     temperature: number("temperature"),
     ...(seed() !== null && { seed: seed() }),
     best_of: number("best_of"),
     ...added,
     nbest: {
-      // Counting votes asks no reward model, and the server refuses to name one beside it.
+      // The strategy majority uses no reward model, and the server refuses a request that names one.
       ...(strategy !== "majority" && { reward_model: field("reward_model").value }),
       strategy,
-      // Blocks are drawn whole, and nothing but them has a length.
+      // Only blockwise has blocks, and it cannot be combined with a stopping policy.
       ...(strategy === "blockwise" && number("block_tokens") !== null && { block_tokens: number("block_tokens") }),
       ...(strategy !== "blockwise" && policy && { stopping: { policy, ...STOPPING[policy]() } }),
       ...(number("deadline_s") !== null && { deadline_s: number("deadline_s") }),
@@ -63,7 +63,7 @@ export function body(model) {
   };
 }
 
-/** The same request for a stream that tells what becomes of every candidate; blocks tell what has been chosen. */
+/** The same request as a stream with the events of every candidate; blockwise streams the chosen blocks instead. */
 export function streamed(whole) {
   return {
     ...whole,

@@ -1,4 +1,4 @@
-// The request as code to copy. The key is never in it: it is read from the environment.
+// The request as code to copy. The code never contains the key: it reads the key from the environment.
 
 const KEY_VARIABLE = "NBEST_API_KEY";
 const CLIENT_ARGUMENTS = ["model", "messages", "prompt", "max_tokens", "temperature", "seed"];
@@ -12,8 +12,8 @@ export function asCurl(base, kind, body, hasKey) {
 }
 
 export function asPython(base, kind, body, hasKey) {
-  const ours = Object.entries(body).filter(([name]) => !CLIENT_ARGUMENTS.includes(name));
-  const call = Object.entries({ ...body, extra_body: Object.fromEntries(ours) })
+  const extraFields = Object.entries(body).filter(([name]) => !CLIENT_ARGUMENTS.includes(name));
+  const call = Object.entries({ ...body, extra_body: Object.fromEntries(extraFields) })
     .filter(([name]) => name === "extra_body" || CLIENT_ARGUMENTS.includes(name))
     .map(([name, value]) => `    ${name}=${literal(value, 1)},\n`);
   const [method, text] =
@@ -29,7 +29,7 @@ export function asPython(base, kind, body, hasKey) {
   ].join("\n");
 }
 
-/** A JSON value as Python writes it. */
+/** A JSON value in Python's syntax. */
 function literal(value, depth) {
   if (value === null) return "None";
   if (typeof value === "boolean") return value ? "True" : "False";

@@ -1,4 +1,4 @@
-// Light or dark: as the system has it, or as chosen here. Loaded before the page is painted, so that it never flashes.
+// The colour theme: of the system, or the one chosen here. Loaded before the first paint, so the page never flashes.
 
 const KEY = "nbest.theme";
 const chosen = localStorage.getItem(KEY) ?? "auto";
