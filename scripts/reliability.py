@@ -113,17 +113,17 @@ PROMISES = (
         "One surviving candidate is enough for an answer, and the reply says how many failed.",
         (
             "server/pipeline/test_best_of_n.py::test_one_failed_candidate_does_not_fail_the_request",
-            "server/pipeline/test_best_of_n.py::test_all_candidates_failed_is_an_error_with_the_reason",
-            "server/test_app.py::test_a_failed_candidate_is_counted_and_was_never_compared",
+            "server/pipeline/test_best_of_n.py::test_if_all_candidates_fail_the_error_has_the_reason",
+            "server/test_app.py::test_a_failed_candidate_is_counted_and_is_not_part_of_the_kl_bound",
         ),
         _by_tests_alone,
     ),
     Promise(
         "`deadline_s` returns the best candidate so far, labelled; 504 only if no candidate is complete.",
         (
-            "server/pipeline/test_best_of_n.py::TestDeadline::test_the_best_so_far_wins_and_the_rest_is_cancelled",
-            "server/test_app.py::test_a_deadline_is_labelled_and_what_it_cut_off_was_compared",
-            "server/test_app.py::test_a_deadline_with_nothing_finished_is_504",
+            "server/pipeline/test_best_of_n.py::TestDeadline::test_the_best_finished_candidate_wins_and_the_rest_is_cancelled",
+            "server/test_app.py::test_candidates_cancelled_by_a_deadline_are_part_of_the_kl_bound",
+            "server/test_app.py::test_a_deadline_before_any_candidate_finished_is_504",
             "server/generation/test_supervisor.py::test_a_deadline_ends_the_wait_for_the_next_engine",
         ),
         _by_tests_alone,
@@ -131,9 +131,9 @@ PROMISES = (
     Promise(
         "A reward failure is handled as `on_reward_failure` says: never silent, never a 200 with error text.",
         (
-            "server/pipeline/test_best_of_n.py::TestRewardFailure::test_a_fallback_is_labelled",
-            "server/test_app.py::test_a_reward_failure_is_an_error_and_no_answer",
-            "server/test_app_streaming.py::test_an_error_after_the_first_byte_is_the_last_event",
+            "server/pipeline/test_best_of_n.py::TestRewardFailure::test_ranked_by_names_the_fallback",
+            "server/test_app.py::test_a_reward_failure_without_a_fallback_is_503_without_an_answer",
+            "server/test_app_streaming.py::test_an_error_after_the_first_event_is_the_last_event",
         ),
         _by_tests_alone,
     ),
@@ -152,9 +152,9 @@ PROMISES = (
         "Overload: requests beyond the queue are rejected with 429 and a `Retry-After` that OpenAI's client honours; "
         "an admitted request waits no longer than the queue takes to drain.",
         (
-            "server/http/test_admission.py::test_the_official_client_comes_back_when_it_was_told_to_and_is_served",
-            "server/http/test_admission.py::test_at_ten_times_capacity_the_admitted_wait_no_longer_than_the_queue_takes_to_drain",
-            "server/http/test_admission.py::test_over_capacity_is_429_with_the_time_to_come_back",
+            "server/http/test_admission.py::test_the_official_client_waits_for_retry_after_and_is_then_served",
+            "server/http/test_admission.py::test_at_ten_times_capacity_admitted_requests_wait_no_longer_than_the_queue_takes_to_drain",
+            "server/http/test_admission.py::test_a_request_over_capacity_is_429_with_a_retry_after",
         ),
         _overloaded,
     ),
@@ -202,8 +202,8 @@ PROMISES = (
         "exit code 0.",
         (
             "end_to_end/test_reliability.py::test_sigterm_lets_a_request_finish_and_leaves_no_process",
-            "server/test_cli.py::test_sigterm_refuses_what_comes_and_finishes_what_is_under_way",
-            "server/test_cli.py::test_what_outlasts_drain_s_is_told_to_come_back",
+            "server/test_cli.py::test_after_sigterm_new_requests_are_refused_and_requests_in_flight_are_finished",
+            "server/test_cli.py::test_a_request_that_outlasts_drain_s_is_503_with_a_retry_after",
         ),
         _stopped,
     ),
