@@ -45,8 +45,8 @@ export class Curve {
     const last = this.#points.at(-1);
     const half = this.#points.find(({ reward }) => reward >= (first.reward + last.reward) / 2);
     return (
-      `Mean over all ways to draw n of these ${last.n} candidates: the reward of one sample is ${decimal(first.reward)}, ` +
-      `that of the best of ${last.n} is ${decimal(last.reward)}, and n = ${half.n} reaches half of the gain.`
+      `Mean reward over all ways to draw n of these ${last.n}: ${decimal(first.reward)} for one sample, ` +
+      `${decimal(last.reward)} for the best of ${last.n}; n = ${half.n} reaches half of the gain.`
     );
   }
 

@@ -179,7 +179,7 @@ function showResult(account, usage, firstS, inBlocks) {
   showTokens(usage.total_tokens);
   byId("figure-tokens-note").textContent =
     `${whole(usage.prompt_tokens)} prompt + ${whole(usage.completion_tokens)} drawn · ${whole(account.scored_tokens)} scored`;
-  byId("figure-price-note").textContent = `prompt and drawn tokens, at ${request.pricePerMillion()} per million`;
+  byId("figure-price-note").textContent = `prompt and drawn tokens, ${request.pricePerMillion()} per million`;
   if (inBlocks) {
     byId("status").textContent = `The answer has ${counted(account.blocks, "block")}, each the best of ${account.best_of}.`;
     return;
