@@ -76,5 +76,5 @@ def test_an_adapter_root_without_a_keys_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_adapters_are_refused_with_an_upstream_generator(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="embedded engine only"):
+    with pytest.raises(ConfigError, match="adapters need the embedded engine"):
         load_settings({"adapter": tmp_path, "generator": "openai", "base_url": "http://x"})
