@@ -2,8 +2,8 @@
 
 The checks, in this order:
 
-    1. listener      with a port of its own, `/metrics` is served there only, and that port serves nothing but
-                     `/metrics`, `/ready` and `/health`
+    1. listener      with the setting `metrics_port`, `/metrics` is served on that port only, and that port serves
+                     nothing but `/metrics`, `/ready` and `/health`
     2. API key       required on every path except `/health` and the files of the playground, which hold no data; paths
                      below `/admin` require a key with `admin`, and are not served at all without a keys file
     3. concurrency   at most `max_concurrent_requests` requests of `/v1` at once, since each may hold a body of the
