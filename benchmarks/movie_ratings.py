@@ -57,7 +57,7 @@ def fetch_sdist(directory: Path) -> Path:
         try:
             subprocess.run([*command, "--dest", str(directory), REQUIREMENT], check=True)
         except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"pip could not download {REQUIREMENT}; its own message stands above") from error
+            raise RuntimeError(f"pip could not download {REQUIREMENT}; its message is above") from error
     digest = sha256_of(path)
     if digest != SDIST_SHA256:
         raise RuntimeError(f"{path} has an unexpected digest (sha256 {digest}); delete it and run again")

@@ -61,7 +61,7 @@ def counted(statuses: list[int | str]) -> dict[str, int]:
 
 
 def killed(rounds: int) -> dict[str, Any]:
-    """Kills the engine under load several times, each time after it counts as sound, so no restart is a retry."""
+    """Kills the engine under load `rounds` times, 60 s apart, so that each failure counts as the engine's first."""
     recovery_s: list[float] = []
     statuses: list[int | str] = []
     healthy = []

@@ -73,7 +73,7 @@ async def test_rerank_candidates_orders_existing_texts_by_a_reward_model(tmp_pat
 
 
 class GradingGenerator(ScriptedGenerator):
-    """Samples two answers, and grades the longer one higher when it is asked as the judge."""
+    """Samples two answers; as the judge, whose requests have a JSON schema, it grades the second answer higher."""
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False

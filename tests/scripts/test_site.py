@@ -1,4 +1,4 @@
-"""The site of docs/ is whole, and whatever is broken in it fails by name."""
+"""docs/ builds as a complete site, and the build fails with the name of a broken page or link."""
 
 import shutil
 import tomllib
