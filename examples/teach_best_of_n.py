@@ -4,7 +4,7 @@
 
 `nbest improve` does it by command: in every round it samples N candidates for each training prompt, fine-tunes the
 policy on the winners, and measures the reward of single samples on held-out prompts. The same command continues an
-interrupted run (docs/training.md). On two CPU cores a round takes about five minutes.
+interrupted run (docs/training.md). On two CPU cores a round takes minutes.
 """
 
 import argparse
