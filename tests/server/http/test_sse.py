@@ -2,18 +2,20 @@
 
 import asyncio
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 
-from reranker.candidate import Candidate, FinishReason, TokenLogprob
+from reranker.candidate import Candidate, FinishReason, Prompt, TokenLogprob
 from server.config import Settings
+from server.generation.base import SamplingParams
 from server.http.response_builder import ChatReply, Reply, TextReply
 from server.http.sse import ChoiceWriter, Run, stream
 from server.pipeline.types import BestOfNRequest
 from server.schemas.requests import ChatCompletionRequest, CompletionRequest
-from tests.support.doubles import ScriptedGenerator, ScriptedScorer
+from tests.support.doubles import ScriptedGeneration, ScriptedGenerator, ScriptedScorer
 from tests.support.serving import HELLO, pipeline
 
 
@@ -38,13 +40,49 @@ def run_of(
     return partial(pipeline(generator, scorer).run, request), request
 
 
-async def collect(run: tuple[Run, BestOfNRequest], reply: Reply, keep_alive_s: float = 5) -> list[Any]:
+class SteppedGenerator(ScriptedGenerator):
+    """Candidate 0 finishes at once, and each call of `step` lets the next one finish."""
+
+    def __init__(self, texts: Sequence[str | None]) -> None:
+        super().__init__(texts)
+        self.may_finish = [asyncio.Event() for _ in texts]
+        self._steps = iter(self.may_finish)
+        self.step()
+
+    def step(self) -> None:
+        if (event := next(self._steps, None)) is not None:
+            event.set()
+
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
+    ) -> ScriptedGeneration:
+        return SteppedGeneration(self, sampling, n, stream_partial)
+
+
+class SteppedGeneration(ScriptedGeneration):
+    def __init__(self, generator: SteppedGenerator, sampling: SamplingParams, n: int, stream_partial: bool) -> None:
+        super().__init__(generator, sampling, n, stream_partial)
+        self._may_finish = generator.may_finish
+
+    async def _write(self, index: int) -> None:
+        await self._may_finish[index].wait()
+        await super()._write(index)
+
+
+async def collect(
+    run: tuple[Run, BestOfNRequest],
+    reply: Reply,
+    keep_alive_s: float = 5,
+    on_comment: Callable[[], None] = lambda: None,
+) -> list[Any]:
     """The events: comments and [DONE] as text, chunks as dicts."""
     events: list[Any] = []
     async for event in stream(run[0], reply, run[1], keep_alive_s=keep_alive_s):
         assert event.endswith("\n\n")
         data = event.strip().removeprefix("data: ")
         events.append(json.loads(data) if data.startswith("{") else data)
+        if data.startswith(":"):
+            on_comment()
     return events
 
 
@@ -98,9 +136,9 @@ async def test_a_single_candidate_is_streamed_as_it_grows() -> None:
 
 
 async def test_with_several_candidates_comments_report_the_progress_and_only_the_winners_are_sent() -> None:
-    generator = ScriptedGenerator(["good", None, "bad", "best"], delays_s={1: 0.01, 2: 0.02, 3: 0.03})
+    generator = SteppedGenerator(["good", None, "bad", "best"])
     scorer = ScriptedScorer({"bad": -1.0, "good": 1.0, "best": 2.0})
-    events = await collect(run_of(generator, scorer, 4), chat_reply(n=2))
+    events = await collect(run_of(generator, scorer, 4), chat_reply(n=2), keep_alive_s=60, on_comment=generator.step)
     assert events[:4] == [": 1/4 candidates", ": 2/4 candidates", ": 3/4 candidates", ": 4/4 candidates"]
     choices = [event["choices"][0] for event in events[4:-1]]
     assert [
