@@ -142,7 +142,7 @@ def _winner(result: Result, options: ExportOptions) -> Iterator[ExportRow]:
 
 
 def _pairs(result: Result, options: ExportOptions) -> Iterator[ExportRow]:
-    """Pairs of different texts with different rewards, the better one first."""
+    """Pairs of different texts with different rewards; the candidate with the higher reward is chosen."""
     prompt, convert = _formatted(result.to_prompt(), options.form)
     for chosen, rejected in _chosen_and_rejected(result, options):
         better, worse = float(chosen.reward or 0), float(rejected.reward or 0)
