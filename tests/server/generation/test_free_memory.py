@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from server.generation import free_memory
-from server.generation.engine_arguments import EngineOptions
+from server.generation.engine_arguments import OWNER_PID_VARIABLE, EngineOptions
 from server.generation.free_memory import release_free_memory
 from tests.support.paths import ROOT
 
@@ -81,10 +81,10 @@ async def test_an_engine_start_releases_free_memory_at_its_end(monkeypatch: pyte
         )
 
     # `create` writes its process id to the environment and sets the level of vLLM's logger; both stay as they are.
-    monkeypatch.setenv(vllm_engine.OWNER_PID_VARIABLE, "")
+    monkeypatch.setenv(OWNER_PID_VARIABLE, "")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", logging.getLevelName(logging.getLogger("vllm").level))
     monkeypatch.setattr(vllm_engine, "default_environment", lambda device: {})
-    monkeypatch.setattr(vllm_engine.AsyncLLM, "from_engine_args", start_engine)
+    monkeypatch.setattr("server.generation.vllm_engine.AsyncLLM.from_engine_args", start_engine)
     monkeypatch.setattr(vllm_engine, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda *_, **__: None))
     monkeypatch.setattr(vllm_engine.VllmGenerator, "_resume", replacement("resume"))
     monkeypatch.setattr(vllm_engine.VllmGenerator, "_warm_up", replacement("warm up"))
