@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from reranker.markdown import table
 from scripts import model_card, reliability, tables_latency, tables_readme, tables_rl
-from scripts.markdown import machine, table, with_extremes
+from scripts.markdown import machine, with_extremes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,12 +56,11 @@ def quality() -> str:
     """Reward and VADER score of the winner against N."""
     result = read_result("quality")
     rows = [
-        f"| {n} | {with_interval(result['winner_reward'][n])} | {with_interval(result['winner_vader'][n])} |\n"
+        (n, with_interval(result["winner_reward"][n]), with_interval(result["winner_vader"][n]))
         for n in result["winner_reward"]
     ]
     return (
-        "| best_of | mean reward of the winner (95 % interval) | independent judge: VADER, -1 to 1 |\n|---|---|---|\n"
-        + "".join(rows)
+        table(("best_of", "mean reward of the winner (95 % interval)", "independent judge: VADER, -1 to 1"), rows)
         + f"\n{result['prompts']} openings of film reviews, {result['max_tokens']} new tokens, "
         f"`{result['policy']}` scored by `{result['reward_model']}`. From 1 to 16 the mean rises by "
         f"{result['gain_of_16_over_1_in_single_sample_sd']:.2f} standard deviations of single-sample rewards "
@@ -72,18 +72,19 @@ def scoring_overhead() -> str:
     """The time of scoring, and the stages of a request."""
     result = read_result("scoring_overhead")
     ratio, stages = result["with_scoring_over_without"], result["with_scoring_s"]
+    seconds = [
+        ("the same generations alone", f"{result['without_scoring_s']['median']:.2f}"),
+        ("whole request", f"{stages['total']:.2f}"),
+        ("… until the last candidate ends", f"{stages['queue'] + stages['generate']:.2f}"),
+        ("… with a scorer at work (overlaps with generation)", f"{stages['score']:.2f}"),
+        ("… after the last candidate", f"{result['after_the_last_candidate_s']:.2f}"),
+        ("… selection", f"{stages['select']:.5f}"),
+    ]
     return (
         f"`best_of={result['best_of']}` with scoring takes **{ratio['median']:.2f} times** as long as the same "
         f"{result['best_of']} generations without it (median of {ratio['rounds']} alternating rounds, "
         f"{ratio['low']:.2f} … {ratio['high']:.2f}; {result['prompt_tokens']}-token prompt, {result['max_tokens']} new "
-        "tokens).\n\n"
-        "| seconds, median | |\n|---|---|\n"
-        f"| the same generations alone | {result['without_scoring_s']['median']:.2f} |\n"
-        f"| whole request | {stages['total']:.2f} |\n"
-        f"| … until the last candidate ends | {stages['queue'] + stages['generate']:.2f} |\n"
-        f"| … with a scorer at work (overlaps with generation) | {stages['score']:.2f} |\n"
-        f"| … after the last candidate | {result['after_the_last_candidate_s']:.2f} |\n"
-        f"| … selection | {stages['select']:.5f} |\n"
+        "tokens).\n\n" + table(("seconds, median", ""), seconds)
     )
 
 
@@ -459,7 +460,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     ),
     "latency-scaling": if_measured("latency", tables_latency.scaling),
     "goodput": if_measured("latency", tables_latency.goodput),
-    "reliability": lambda: reliability.table(read_result_if_exists),
+    "reliability": lambda: reliability.promises(read_result_if_exists),
     "rl-memory": if_measured("rl_breakdown", tables_rl.memory),
     "rl-memory-large": tables_rl.memory_7b,
     "rl-time": if_measured("rl_breakdown", tables_rl.time),

@@ -17,8 +17,8 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
+from reranker.markdown import table
 from scripts import dashboard, doc_tables
-from scripts.markdown import table
 from server.app import create_app
 from server.cli import app as command
 from server.cli_options import DeferredCommand

@@ -1,19 +1,12 @@
 """Markdown tables and figures from data."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
 def with_extremes(ratio: Mapping[str, float]) -> str:
     """A median with its extremes, as in `benchmarks.stats.spread`."""
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})"
-
-
-def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    heading = tuple(heading)
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def machine(provenance: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from scripts.markdown import table
+from reranker.markdown import table
 
 FILMS = "film reviews (test split)"
 CLOSE = "0 to 1"

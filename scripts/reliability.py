@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from reranker.markdown import table
+
 Results = Callable[[str], Any]
 """Name of a result -> its contents, or None where it does not exist."""
 NOT_YET = "not measured yet"
@@ -22,12 +24,13 @@ class Promise:
     measured: Callable[[Results], str | None]
 
 
-def table(results: Results) -> str:
-    return "| promise | tests | measured |\n|---|---|---|\n" + "".join(
-        f"| {promise.text} | {'<br>'.join(f'`{test}`' for test in promise.tests)} "
-        f"| {promise.measured(results) or NOT_YET} |\n"
+def promises(results: Results) -> str:
+    """The table of docs/reliability.md."""
+    rows = (
+        (promise.text, "<br>".join(f"`{test}`" for test in promise.tests), promise.measured(results) or NOT_YET)
         for promise in PROMISES
     )
+    return table(("promise", "tests", "measured"), rows)
 
 
 def _by_tests_alone(_: Results) -> str:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from scripts.markdown import table, with_extremes
+from reranker.markdown import table
+from scripts.markdown import with_extremes
 
 MIB = 1 << 20
 PICTURE = "../benchmarks/figures/latency.png"

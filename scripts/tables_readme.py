@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from scripts.markdown import table
+from reranker.markdown import table
 
 
 def figures(result: Callable[[str], Any]) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from reranker.markdown import table
 from scripts.markdown import machine, with_extremes
 
 PARAMETERS = {
@@ -21,22 +22,21 @@ def memory(result: dict[str, Any]) -> str:
     held = result["held_bytes"]
     base, parameters = held["base"], sum(held[name] for name in PARAMETERS)
 
-    def row(what: str, num_bytes: float, *, bold: bool = False) -> str:
+    def row(what: str, num_bytes: float, *, bold: bool = False) -> tuple[str, ...]:
         mark = "**" if bold else ""
-        return f"| {mark}{what}{mark} | {num_bytes / 2**20:,.1f} | {mark}{num_bytes / base:.3f}{mark} |\n"
+        return f"{mark}{what}{mark}", f"{num_bytes / 2**20:,.1f}", f"{mark}{num_bytes / base:.3f}{mark}"
 
-    return (
-        "| in the learner's process | MiB | of one checkpoint |\n|---|---|---|\n"
-        + "".join(row(what, held[name]) for name, what in PARAMETERS.items())
-        + row("all parameters", parameters, bold=True)
-        + row("gradients of the trained parameters", held["gradients"])
-        + row("Adam's two moments", held["optimiser"])
-        + row("instead: policy, reference and reward model as separate models", 3 * base)
-        + row("instead: these and a value model", 4 * base)
-        + row("peak resident memory, with activations and libraries", result["peak_rss_bytes"])
-        + row("the engine's processes: its copy of the base, keys and values, libraries", result["engine_rss_bytes"])
-        + f"\n{_provenance(result)}\n"
-    )
+    rows = [
+        *(row(what, held[name]) for name, what in PARAMETERS.items()),
+        row("all parameters", parameters, bold=True),
+        row("gradients of the trained parameters", held["gradients"]),
+        row("Adam's two moments", held["optimiser"]),
+        row("instead: policy, reference and reward model as separate models", 3 * base),
+        row("instead: these and a value model", 4 * base),
+        row("peak resident memory, with activations and libraries", result["peak_rss_bytes"]),
+        row("the engine's processes: its copy of the base, keys and values, libraries", result["engine_rss_bytes"]),
+    ]
+    return table(("in the learner's process", "MiB", "of one checkpoint"), rows) + f"\n{_provenance(result)}\n"
 
 
 def memory_7b() -> str:
@@ -58,30 +58,31 @@ def memory_7b() -> str:
         "instead: four, with full training of policy and value model at 16 bytes a parameter": 2 * 16 * BASE_7B
         + 2 * base,
     }
-    return "| 7 billion parameters | GB |\n|---|---|\n" + "".join(
-        f"| {what} | {num_bytes / 1e9:,.2f} |\n" for what, num_bytes in rows.items()
-    )
+    return table(("7 billion parameters", "GB"), ((what, f"{size / 1e9:,.2f}") for what, size in rows.items()))
 
 
 def time(result: dict[str, Any]) -> str:
     """Each phase's share of the wall-clock."""
     share = {name: f"{100 * value:.0f} %" for name, value in result["share_of_time"].items()}
+    rows = [
+        ("rollout", share["rollout"]),
+        ("… of which with a scorer at work", share["reward"]),
+        ("learning", share["learning"]),
+        ("weight sync", share["sync"]),
+    ]
     return (
-        "| share of the wall-clock | |\n|---|---|\n"
-        f"| rollout | {share['rollout']} |\n| … of which with a scorer at work | {share['reward']} |\n"
-        f"| learning | {share['learning']} |\n| weight sync | {share['sync']} |\n"
-        f"\n{result['steps']} steps of {result['seconds_a_step']:.0f} seconds. {_provenance(result)}\n"
+        table(("share of the wall-clock", ""), rows)
+        + f"\n{result['steps']} steps of {result['seconds_a_step']:.0f} seconds. {_provenance(result)}\n"
     )
 
 
 def learner_throughput(result: dict[str, Any]) -> str:
     """The learner's tokens a second relative to a bare loop's."""
-    rows = [f"| {part} | {with_extremes(share)} |\n" for part, share in result["share_of_bare"].items()]
+    rows = [(part, with_extremes(share)) for part, share in result["share_of_bare"].items()]
     rounds = next(iter(result["share_of_bare"].values()))["rounds"]
     low, high = result["prompt_tokens"]
     return (
-        "| the learner's tokens a second, relative to a bare loop's | median (extremes) |\n|---|---|\n"
-        + "".join(rows)
+        table(("the learner's tokens a second, relative to a bare loop's", "median (extremes)"), rows)
         + f"\n{rounds} alternating rounds, {result['completions']} completions of {result['completion_tokens']} tokens "
         f"after prompts of {low} to {high}, on {result['device']}. {_provenance(result)}\n"
     )
@@ -90,19 +91,24 @@ def learner_throughput(result: dict[str, Any]) -> str:
 def overlap(result: dict[str, Any]) -> str:
     """Seconds of a step with sampling and learning in turn, and overlapping."""
 
-    def row(way: str, figures: dict[str, Any]) -> str:
+    def row(way: str, figures: dict[str, Any]) -> tuple[str, ...]:
         step_s = figures["step_s"]
         return (
-            f"| {way} | {step_s['median']:.1f} ({step_s['low']:.1f} … {step_s['high']:.1f}) "
-            f"| {figures['learning_s']:.1f} | {figures['rollout_s']:.1f} | {figures['sync_s']:.1f} "
-            f"| {figures['mismatch']:.4f} | {figures['importance']:.3f} |\n"
+            way,
+            f"{step_s['median']:.1f} ({step_s['low']:.1f} … {step_s['high']:.1f})",
+            *(f"{figures[part]:.1f}" for part in ("learning_s", "rollout_s", "sync_s")),
+            f"{figures['mismatch']:.4f}",
+            f"{figures['importance']:.3f}",
         )
+
+    heading = (
+        *("sampling and learning", "seconds a step, median (extremes)", "learning", "waiting for completions"),
+        *("weight sync", "`mismatch`", "`importance`"),
+    )
 
     ratio = result["times_as_fast"]
     return (
-        "| sampling and learning | seconds a step, median (extremes) | learning | waiting for completions "
-        "| weight sync | `mismatch` | `importance` |\n|---|---|---|---|---|---|---|\n"
-        + "".join(row(way, figures) for way, figures in result["ways"].items())
+        table(heading, (row(way, figures) for way, figures in result["ways"].items()))
         + f"\nWith overlap a step is {ratio['median']:.2f} times as fast ({ratio['low']:.2f} … {ratio['high']:.2f}; "
         f"{ratio['rounds']} alternating rounds). {result['completions']} completions of {result['completion_tokens']} "
         f"tokens a step, {result['epochs']} passes, on {result['device']}. {_provenance(result)}\n"

@@ -19,8 +19,8 @@ from benchmarks.provenance import provenance
 from examples.rlhf_pipeline.size import N, Size
 from examples.rlhf_pipeline.stages import POLICIES
 from reranker.estimators import Interval, bootstrap_mean
+from reranker.markdown import table
 from scripts.doc_tables import against_base, with_interval
-from scripts.markdown import table
 
 START = "start"
 BEST_OF_N = f"{START}, best of {max(N)}"

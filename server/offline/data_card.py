@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reranker.fsio import sha256_of
+from reranker.markdown import table
 from server.offline.run_directory import write_text
 
 
@@ -43,9 +44,7 @@ Written by `nbest export` (nbest {metadata.version("nbest")}) from {answered:,} 
 ## Filters
 
 {_table(filters)}
-| | rows |
-|---|---|
-{"".join(f"| {_COUNTS.get(name, f'removed by {name}')} | {count:,} |" + chr(10) for name, count in counts.items())}
+{table(("", "rows"), ((_COUNTS.get(name, f"removed by {name}"), f"{count:,}") for name, count in counts.items()))}
 ## Source
 
 {_table({"results": results, "sha256": sha256_of(results)})}
@@ -61,10 +60,9 @@ def _run(number: int, run: Mapping[str, Any]) -> str:
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    lines = [f"| {name} | {_cell(value)} |\n" for name, value in values.items() if value is not None]
-    return "".join(["| | |\n|---|---|\n", *lines])
+    return table(("", ""), ((name, _cell(value)) for name, value in values.items() if value is not None))
 
 
 def _cell(value: Any) -> str:
     text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else json.dumps(value)
-    return f"`{text.replace('|', chr(92) + '|')}`"
+    return f"`{text}`"

@@ -106,4 +106,4 @@ def test_every_promise_names_tests_that_exist(test: str) -> None:
 
 
 def test_promises_without_a_result_say_so() -> None:
-    assert reliability.NOT_YET in reliability.table(lambda _: None)
+    assert reliability.NOT_YET in reliability.promises(lambda _: None)
