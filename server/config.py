@@ -123,8 +123,9 @@ class Settings(BaseSettings):
         default={"movie-sentiment": "movie-sentiment"},
         min_length=1,
         description="Served scorers as NAME=SPEC; the first is the default. SPEC: prepared name, directory, hub id, "
-        "vllm:URL, judge:MODEL, pairwise:judge:MODEL, python:FILE_OR_MODULE:FUNCTION, logprob, self_certainty, "
-        "ensemble:HOW:NAME,NAME with HOW mean, min or mean-std:K, cascade:KEEP:CHEAP,EXPENSIVE. See docs/scorers.md.",
+        "style:STYLE:SPEC, vllm:URL, judge:MODEL, pairwise:judge:MODEL, python:FILE_OR_MODULE:FUNCTION, "
+        "logprob, self_certainty, ensemble:HOW:NAME,NAME with HOW mean, min or mean-std:K, "
+        "cascade:KEEP:CHEAP,EXPENSIVE. See docs/scorers.md.",
     )
     judge_base_url: str | None = Field(
         default=None,

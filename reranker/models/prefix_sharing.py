@@ -124,8 +124,8 @@ class PrefixSharingTrunk:
         ids = [17 * number % trunk.get_input_embeddings().num_embeddings for number in range(1, 25)]
         pair = [Rendered((*ids[:9], *own), prompt_length=9) for own in (ids[9:16], ids[16:])]
         with torch.inference_mode():
-            alone = [trunk(torch.tensor([rendered.token_ids], device=device), use_cache=False) for rendered in pair]
-            alone_N_D = torch.stack([states.last_hidden_state[0, -1] for states in alone])
+            inputs = [_row(rendered.token_ids, device) for rendered in pair]
+            alone_N_D = torch.stack([trunk(**ids, use_cache=False).last_hidden_state[0, -1] for ids in inputs])
             model.set_attn_implementation(ATTENTION)
             try:
                 packed_N_D, _ = cls(trunk, device, cache_tokens=0).scored_states(pair)
@@ -146,7 +146,7 @@ class PrefixSharingTrunk:
         try:
             row = self._pack(batch_N, added)
             states_T_D = self._trunk(
-                input_ids=torch.tensor([row.input_ids_T], device=self._device),
+                **_row(row.input_ids_T, self._device),
                 position_ids=torch.tensor([row.position_ids_T], device=self._device),
                 use_cache=False,
                 row=row,
@@ -192,6 +192,12 @@ class PrefixSharingTrunk:
             row.scored_N[index] = span.stop - 1
             row.computed_tokens_N[index] += len(own_ids)
         return row
+
+
+def _row(token_ids_T: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+    """The tokens as a batch of one row; without a mask some models take tokens that equal the pad token for padding."""
+    input_ids_1_T = torch.tensor([token_ids_T], device=device)
+    return {"input_ids": input_ids_1_T, "attention_mask": torch.ones_like(input_ids_1_T)}
 
 
 def attend_along_row(

@@ -2,7 +2,8 @@
 
 Two formats can be loaded:
 
-    Hugging Face   any `AutoModelForSequenceClassification` with one label, an encoder (BERT) or a decoder (Llama)
+    Hugging Face   any `AutoModelForSequenceClassification` with one label, an encoder (BERT) or a decoder (Llama);
+                   a `reward_config.json` beside it may give the rendering style
     adapter        a PEFT directory (adapter_config.json, adapter_model.safetensors with the head inside) over a base
                    model, with `reward_config.json` beside it: the base, the rendering style, the number of layers
 
@@ -16,6 +17,8 @@ encoder has its own pooling, so its own forward is used.
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,17 +28,24 @@ from typing import Any, Self
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from reranker.candidate import Prompt
 from reranker.models.bundled import PreparationError, resolve
 from reranker.models.device import Device, Precision, pick_device, takes_bfloat16
 from reranker.models.prefix_sharing import PrefixSharingTrunk
-from reranker.models.rendering import Rendered, Renderer, RenderingStyle, pad, scored_index
+from reranker.models.rendering import Rendered, Renderer, pad, pad_segments, reads_segments, scored_index, style_of
+from reranker.models.rendering_style import STYLES, RenderingStyle
 from reranker.models.shared_trunk import SharedTrunk, keep_lowest_layers
 
 CONFIG_FILE = "reward_config.json"
+OWN_FUNCTION = "a function of your own (python:FILE.py:FUNCTION)"
 ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_NAMES = ("score", "classifier")
 """Names that transformers gives the head of a sequence classifier: `score` in decoders, `classifier` in encoders."""
@@ -47,18 +57,15 @@ class RewardModelError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RewardConfig:
-    """How to use a reward model that nbest trained.
+    """How to use a reward model.
 
-    `num_layers` is how many of the trunk's lowest layers it reads; None stands for all. `reward_mean` and `reward_std`
-    are those of its rewards on candidates of its training data, to scale rewards to mean 0 and deviation 1; None if
-    they were not measured.
+    `base_model` is the trunk of an adapter; a model with weights of its own needs none. `num_layers` is how many of the
+    trunk's lowest layers it reads; None stands for all.
     """
 
-    base_model: str
+    base_model: str | None
     style: RenderingStyle
     num_layers: int | None = None
-    reward_mean: float | None = None
-    reward_std: float | None = None
 
     def save(self, directory: Path) -> None:
         """Writes `reward_config.json` to the directory."""
@@ -66,15 +73,20 @@ class RewardConfig:
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """Reads `reward_config.json` from the directory.
+        """Reads `reward_config.json` from the directory; unknown fields are those of other versions.
 
         Raises:
             RewardModelError: it is missing or wrong.
         """
         try:
-            return cls(**json.loads((directory / CONFIG_FILE).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            content = json.loads((directory / CONFIG_FILE).read_text())
+            return cls(content.get("base_model"), content["style"], content.get("num_layers"))
+        except OSError as error:
             raise RewardModelError(f"{directory}: an adapter needs a {CONFIG_FILE} beside it: {error}") from error
+        except (ValueError, KeyError, AttributeError) as error:
+            raise RewardModelError(
+                f'{directory / CONFIG_FILE} should hold an object with "style", one of {", ".join(STYLES)}'
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +120,12 @@ class RewardModel:
         dtype: Precision = "auto",
         trust_remote_code: bool = False,
         shared_trunk: SharedTrunk | None = None,
+        style: RenderingStyle | None = None,
     ) -> "RewardModel":
         """Loads the reward model of a prepared name, a directory or a hub id.
+
+        With `style` None the model's `reward_config.json` decides the form that it reads, else
+        `reranker.models.rendering.style_of`.
 
         With `device` auto it uses CUDA if present; with `dtype` auto the precision that the device computes fastest.
         On a CPU an adapter is merged into the trunk in float32, which saves its matrix products, and the sum is
@@ -130,12 +146,16 @@ class RewardModel:
             _check_directory(directory)
             if not (Path(directory) / "adapter_config.json").is_file():
                 model = load_classifier(directory, dtype=compute_dtype, trust_remote_code=trust_remote_code)
-                has_config = (Path(directory) / CONFIG_FILE).is_file()  # a full fine-tuning by nbest
-                style = RewardConfig.load(Path(directory)).style if has_config else None
+                if style is None and (Path(directory) / CONFIG_FILE).is_file():
+                    style = RewardConfig.load(Path(directory)).style
                 renderer = make_renderer(directory, model, style, trust_remote_code=trust_remote_code)
-                return cls(spec, model, renderer, torch_device)
+                reward_model = cls(spec, model, renderer, torch_device)
+                reward_model._check_padding()
+                return reward_model
             config = RewardConfig.load(Path(directory))
             _check_adapter(Path(directory))
+            if config.base_model is None:
+                raise RewardModelError(f"{Path(directory) / CONFIG_FILE} names no base_model, which an adapter needs")
             base = resolve(config.base_model)
             if shared_trunk is not None and shared_trunk.is_of(base):
                 classifier = shared_trunk.classifier(config.num_layers)
@@ -151,8 +171,25 @@ class RewardModel:
                 adapted = PeftModel.from_pretrained(model, directory)
                 model = adapted.merge_and_unload() if load_dtype is torch.float32 else adapted.get_base_model()
                 _with_float32_head(model.to(compute_dtype))
-            renderer = make_renderer(base, model, config.style, trust_remote_code=trust_remote_code)
+            renderer = make_renderer(base, model, style or config.style, trust_remote_code=trust_remote_code)
             return cls(spec, model, renderer, torch_device)
+
+    def _check_padding(self) -> None:
+        """Refuses a model that scores a text differently in a padded batch than alone, as XLNet does.
+
+        Raises:
+            RewardModelError: it does.
+        """
+        if self._sharing is not None:
+            return
+        short, long = (self.render(Prompt(text="a"), text) for text in ("a", "a a a"))
+        (alone,), batched = self.score([short]), self.score([short, long])[0]
+        rounding = torch.finfo(next(self._model.parameters()).dtype).eps ** 0.5
+        if not abs(batched - alone) <= rounding * (1 + abs(alone)):
+            raise RewardModelError(
+                f"{self.name} scores a text {alone:g} alone and {batched:g} in a batch, so its scores cannot be "
+                "compared; choose another reward model"
+            )
 
     @property
     def max_length(self) -> int:
@@ -191,7 +228,13 @@ class RewardModel:
         if self._sharing is None:
             tokenizer = self.renderer.tokenizer
             input_ids_N_T, mask_N_T = pad(batch_N, pad_id=tokenizer.pad_token_id or 0)
-            rewards_N = forward_rewards(self._model, input_ids_N_T.to(self._device), mask_N_T.to(self._device))
+            segment_ids_N_T = pad_segments(batch_N)
+            rewards_N = forward_rewards(
+                self._model,
+                input_ids_N_T.to(self._device),
+                mask_N_T.to(self._device),
+                None if segment_ids_N_T is None else segment_ids_N_T.to(self._device),
+            )
             computed_tokens_N = [len(rendered.token_ids) for rendered in batch_N]
         else:
             scored_N_D, computed_tokens_N = self._sharing.scored_states(batch_N)
@@ -202,11 +245,21 @@ class RewardModel:
         ]
 
 
-def forward_rewards(model: Any, input_ids_N_T: torch.Tensor, attention_mask_N_T: torch.Tensor) -> torch.Tensor:
-    """rewards_N in float32 of a sequence classifier with one label; differentiable, used by reward training too."""
+def forward_rewards(
+    model: Any,
+    input_ids_N_T: torch.Tensor,
+    attention_mask_N_T: torch.Tensor,
+    segment_ids_N_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """rewards_N in float32 of a sequence classifier with one label; differentiable, used by reward training too.
+
+    Only encoders read `segment_ids_N_T`.
+    """
     head = getattr(model, "score", None)
     if head is None:
-        logits_N_1: torch.Tensor = model(input_ids=input_ids_N_T, attention_mask=attention_mask_N_T).logits
+        segments = {} if segment_ids_N_T is None else {"token_type_ids": segment_ids_N_T}
+        output = model(input_ids=input_ids_N_T, attention_mask=attention_mask_N_T, **segments)
+        logits_N_1: torch.Tensor = output.logits
         return logits_N_1[:, 0].float()
     trunk = model.base_model
     states_N_T_D = trunk(input_ids=input_ids_N_T, attention_mask=attention_mask_N_T, use_cache=False).last_hidden_state
@@ -237,18 +290,9 @@ def load_classifier(
         RewardModelError: it is no sequence classifier, has several labels, or lacks weights.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    _check_architecture(directory, config, new_head=new_head)
     if new_head:
         config.num_labels = 1
-    elif not any("ForSequenceClassification" in name for name in config.architectures or ()):
-        raise RewardModelError(
-            f"{directory} is a {', '.join(config.architectures or ['model'])} and not a sequence classifier; "
-            "train a reward adapter over it with: nbest train reward"
-        )
-    elif config.num_labels != 1:
-        raise RewardModelError(
-            f"{directory} has {config.num_labels} labels and a reward model has one; "
-            "choose a model trained to give a single score"
-        )
     if num_layers is not None:
         keep_lowest_layers(config, num_layers)
     with _quiet_transformers():  # it warns of layers and heads left out on purpose; missing weights are checked below
@@ -279,17 +323,68 @@ def _with_float32_head(model: Any) -> Any:
 def make_renderer(
     directory: str, model: Any, style: RenderingStyle | None, *, trust_remote_code: bool = False
 ) -> Renderer:
-    """The renderer of a model; without a `style`, it uses chat if the tokenizer has a chat template, else document."""
+    """The renderer of a model; without a `style` it is `reranker.models.rendering.style_of` the model."""
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    context = model.config.get_text_config().max_position_embeddings
-    chosen: RenderingStyle = style or ("chat" if tokenizer.chat_template else "document")
-    return Renderer(tokenizer, chosen, max_length=min(tokenizer.model_max_length, context))
+    return Renderer(
+        tokenizer,
+        style or style_of(tokenizer, model.config, directory),
+        max_length=int(min(tokenizer.model_max_length, _context(model))),
+        segments=reads_segments(model.config),
+    )
+
+
+def _context(model: Any) -> float:
+    """The most tokens that the model's positions allow; infinite for a model without a limit."""
+    positions = max(0, getattr(model.config.get_text_config(), "max_position_embeddings", 0)) or math.inf
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return float(positions - module.padding_idx - 1)  # RoBERTa counts positions from after the padding's
+    return float(positions)
+
+
+def _check_architecture(directory: str, config: Any, *, new_head: bool) -> None:
+    """Refuses what is no reward model, or with `new_head` what cannot become one, with what to do instead."""
+    architectures = config.architectures or ["model"]
+    kind = f"{directory} is a {', '.join(architectures)}"
+    if config.is_encoder_decoder:
+        raise RewardModelError(f"{kind}, an encoder-decoder, and a reward model is an encoder or a decoder")
+    has_own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not has_own_code:
+        raise RewardModelError(
+            f"{kind}, and transformers has no sequence classifier of the type {config.model_type}; choose a model of "
+            "another type, such as llama or qwen3"
+        )
+    if new_head:
+        return
+    names = " ".join(architectures)
+    if "ForSequenceClassification" in names:
+        if config.num_labels != 1:
+            raise RewardModelError(
+                f"{directory} has {config.num_labels} labels and a reward model has one; choose a model trained to "
+                f"give a single score, or combine the labels in {OWN_FUNCTION}"
+            )
+    elif re.search("TokenClassification|ProcessReward|PRM", names, re.IGNORECASE):
+        raise RewardModelError(
+            f"{kind}, a process reward model: it scores the steps of an answer, and a reward model gives an answer one "
+            f"score; choose one that does, or combine the steps' scores in {OWN_FUNCTION}"
+        )
+    elif "ForCausalLM" in names or "LMHead" in names:
+        raise RewardModelError(
+            f"{kind} and not a sequence classifier; train a reward adapter over it with: nbest train reward"
+        )
+    else:
+        raise RewardModelError(
+            f"{kind} and not a sequence classifier with one score; choose one that is, or call this model with its own "
+            f"code in {OWN_FUNCTION}"
+        )
 
 
 def _check_directory(spec: str) -> None:
     """Rejects a name that is clearly wrong before it is looked up on the hub."""
     path = Path(spec)
     if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise RewardModelError(f"{spec} contains no model: it has no config.json; give the directory of a model")
         if not any(path.glob("*.safetensors")):
             raise RewardModelError(
                 f"{spec} contains no .safetensors file, and pickled weights are never loaded because they can run "

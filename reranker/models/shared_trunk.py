@@ -24,6 +24,15 @@ def alias(module: Any) -> Any:
     return copy.deepcopy(module, shared)
 
 
+def decoder_layers(trunk: Any) -> torch.nn.ModuleList:
+    """The layers of a decoder, wherever its architecture keeps them."""
+    return next(
+        part
+        for part in trunk.modules()
+        if isinstance(part, torch.nn.ModuleList) and len(part) == trunk.config.num_hidden_layers
+    )
+
+
 def keep_lowest_layers(config: Any, num_layers: int) -> None:
     """Changes a model's configuration to only its lowest `num_layers` layers."""
     config.num_hidden_layers = num_layers
@@ -48,9 +57,8 @@ class SharedTrunk:
         config = trunk.config
         config.num_labels = 1
         if num_layers is not None:
+            del decoder_layers(trunk)[num_layers:]
             keep_lowest_layers(config, num_layers)
-            layers = next(part for part in trunk.children() if isinstance(part, torch.nn.ModuleList))
-            del layers[num_layers:]
         with torch.device("meta"):
             classifier = AutoModelForSequenceClassification.from_config(config)
         setattr(classifier, classifier.base_model_prefix, trunk)

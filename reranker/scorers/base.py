@@ -2,13 +2,25 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from reranker.candidate import Candidate, Prompt
 
 
 class ScoringError(Exception):
     """The scorer could not score any of these candidates. The message gives the reason."""
+
+
+class UnscorableError(ScoringError):
+    """The scorer cannot read what it was given, so another try cannot succeed; `part` is what has to change."""
+
+    part: Literal["prompt", "candidates"] = "prompt"
+
+
+class UnscorableCandidatesError(UnscorableError):
+    """The scorer can read the prompt, but none of the candidates: they are too long."""
+
+    part = "candidates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,13 @@ class Scorer(Protocol):
     def needs(self) -> Needs:
         """What the caller of `score` must provide; most scorers need nothing (`Needs()`)."""
 
+    async def check(self, prompt: Prompt) -> None:
+        """Returns if candidates of this prompt can be scored; cheap, so it can precede the sampling.
+
+        Raises:
+            UnscorableError: none can.
+        """
+
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         """Returns one reward per candidate, in order.
 
@@ -68,7 +87,15 @@ class Scorer(Protocol):
 
         Raises:
             ScoringError: none of these candidates could be scored.
+            UnscorableError: nor can they be by another try.
         """
 
     async def close(self) -> None:
         """Frees the scorer's resources."""
+
+
+class ReadsAnyPrompt:
+    """The `check` of a scorer that can read every prompt."""
+
+    async def check(self, prompt: Prompt) -> None:
+        """Returns."""

@@ -16,6 +16,9 @@ class TimedScorer:
         self.busy = OverlapTimer()
         self._scorer = scorer
 
+    async def check(self, prompt: Prompt) -> None:
+        await self._scorer.check(prompt)
+
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         with self.busy:
             return await self._scorer.score(prompt, candidates)

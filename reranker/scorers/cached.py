@@ -39,6 +39,9 @@ class CachedScorer:
     def needs(self) -> Needs:
         return self._scorer.needs
 
+    async def check(self, prompt: Prompt) -> None:
+        await self._scorer.check(prompt)
+
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         """Returns one reward per candidate; equal texts are scored once, and cached ones not at all.
 

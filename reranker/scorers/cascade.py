@@ -29,6 +29,11 @@ class CascadeScorer:
         self._expensive = expensive
         self._keep = keep
 
+    async def check(self, prompt: Prompt) -> None:
+        """Raises `UnscorableError` if one of the two does."""
+        await self._cheap.check(prompt)
+        await self._expensive.check(prompt)
+
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         """NaN for a candidate that was pruned, or that the expensive scorer could not score.
 

@@ -41,6 +41,11 @@ class EnsembleScorer:
         self._combination = combination
         self._k = k
 
+    async def check(self, prompt: Prompt) -> None:
+        """Raises `UnscorableError` if a member does."""
+        for member in self._members:
+            await member.check(prompt)
+
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         """NaN for a candidate that a member could not score.
 
@@ -53,7 +58,7 @@ class EnsembleScorer:
         scores_M = []
         for member, outcome in zip(self._members, outcomes_M, strict=True):
             if isinstance(outcome, ScoringError):
-                raise ScoringError(f"{self.name}: its member {member.name} failed: {outcome}") from outcome
+                raise type(outcome)(f"{self.name}: its member {member.name} failed: {outcome}") from outcome
             if isinstance(outcome, BaseException):
                 raise outcome
             scores_M.append(outcome)

@@ -1,8 +1,9 @@
 """A language model as the judge. SPEC `judge:MODEL`, or `judge:self` for the served policy itself.
 
 The judge grades each candidate on its own from 1 to 10 (single-answer grading of Zheng et al. 2023, arXiv 2306.05685),
-at temperature 0, with a JSON schema that restricts its answer to one integer. If the answer is still not a grade, the
-reward is missing. The tokens that the judge reads and generates count as scored tokens.
+at temperature 0, with a JSON schema that restricts its answer to one integer. If its server takes no schema, the grade
+is read from the JSON object in its text. If the answer is still not a grade, the reward is missing. The tokens that the
+judge reads and generates count as scored tokens.
 
 `Judge` also compares two candidates, which `reranker.scorers.pairwise` turns into a tournament.
 
@@ -14,14 +15,15 @@ data, which helps but guarantees nothing. Where that matters, combine the judge 
 import asyncio
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from reranker.candidate import Candidate, Message, Prompt
-from reranker.scorers.base import Needs, Scores, ScoringError
+from reranker.prompt_text import prompt_text
+from reranker.scorers.base import Needs, ReadsAnyPrompt, Scores, ScoringError
 from reranker.scorers.pairwise import Comparison
-from reranker.scorers.prompt_text import prompt_text
 
 LOWEST_GRADE, HIGHEST_GRADE = 1, 10
 MAX_CALLS = 32
@@ -65,6 +67,7 @@ class JudgeModel(Protocol):
 
         Raises:
             ScoringError: the model gave no answer; the message gives the reason.
+            UnscorableError: its server refuses the question.
         """
 
 
@@ -104,7 +107,7 @@ class Judge:
             return await self._model(question, json_schema)
 
 
-class JudgeScorer:
+class JudgeScorer(ReadsAnyPrompt):
     """Rewards a candidate with the judge's grade, from 1 to 10."""
 
     needs = Needs()
@@ -122,8 +125,9 @@ class JudgeScorer:
         grading = (self._judge.grade(prompt, candidate) for candidate in candidates)
         outcomes_N = await asyncio.gather(*grading, return_exceptions=True)
         grades_N = [_grade_or_missing(outcome) for outcome in outcomes_N]
-        if outcomes_N and all(isinstance(outcome, ScoringError) for outcome in outcomes_N):
-            raise ScoringError(f"{self.name}: {outcomes_N[0]}")
+        failures = [outcome for outcome in outcomes_N if isinstance(outcome, ScoringError)]
+        if failures and len(failures) == len(candidates):
+            raise type(failures[0])(f"{self.name}: {failures[0]}")
         return Scores(tuple(grade for grade, _ in grades_N), scored_tokens=sum(tokens for _, tokens in grades_N))
 
     async def close(self) -> None:
@@ -150,9 +154,12 @@ def _question(task: str, **parts: str) -> Prompt:
 
 
 def _field(text: str, name: str) -> Any:
-    """The field of that name in a text that is a JSON object; None if it has none or is no JSON object."""
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return None
-    return answer.get(name) if isinstance(answer, dict) else None
+    """The field of that name in a text that is a JSON object or contains one, the last of several; else None."""
+    for part in (text, *reversed(re.findall(r"\{[^{}]*\}", text))):
+        try:
+            answer = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(answer, dict) and name in answer:
+            return answer[name]
+    return None

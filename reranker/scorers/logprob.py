@@ -26,13 +26,13 @@ import math
 from collections.abc import Sequence
 
 from reranker.candidate import Candidate, Prompt
-from reranker.scorers.base import Needs, Scores, ScoringError
+from reranker.scorers.base import Needs, ReadsAnyPrompt, Scores, ScoringError
 
 SELF_CERTAINTY_TOKENS = 20
 """k: the most that OpenAI's API, and vLLM by default, return for a token."""
 
 
-class LogprobScorer:
+class LogprobScorer(ReadsAnyPrompt):
     """Rewards a candidate with its mean log-probability under the policy; nats per token, at most 0."""
 
     needs = Needs(likelihood=True)
@@ -52,7 +52,7 @@ class LogprobScorer:
         """Does nothing."""
 
 
-class SelfCertaintyScorer:
+class SelfCertaintyScorer(ReadsAnyPrompt):
     """Rewards a candidate with how certain the policy was of its tokens; nats per token, at least 0."""
 
     needs = Needs(top_logprobs=SELF_CERTAINTY_TOKENS)

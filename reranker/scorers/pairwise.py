@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from reranker.candidate import Candidate, Prompt
-from reranker.scorers.base import Needs, Scores, ScoringError
+from reranker.scorers.base import Needs, ReadsAnyPrompt, Scores, ScoringError
 
 UNDECIDED = 0.5
 
@@ -62,7 +62,7 @@ class _Match:
     failure: ScoringError | None
 
 
-class PairwiseScorer:
+class PairwiseScorer(ReadsAnyPrompt):
     """Rewards candidates by how far they advance in a tournament; from 0 to ⌈log₂ N⌉."""
 
     needs = Needs(all_candidates=True)
@@ -94,8 +94,9 @@ class PairwiseScorer:
                 rewards_N[survivor] += 1
             matches += played
         if matches and not judged:
-            reason = next((match.failure for match in matches if match.failure), "no comparison gave a verdict")
-            raise ScoringError(f"{self.name}: {reason}")
+            failures = (match.failure for match in matches if match.failure)
+            failure = next(failures, ScoringError("no comparison gave a verdict"))
+            raise type(failure)(f"{self.name}: {failure}")
         return Scores(
             rewards_N=tuple(
                 reward if index in judged or not matches else math.nan for index, reward in enumerate(rewards_N)

@@ -9,10 +9,11 @@ The last part of the URL selects the endpoint; the default is /classify. The nam
 All candidates of a call are sent in one HTTP request. Nothing is retried, because the pipeline handles deadlines.
 
 /classify and /pooling receive token ids from the renderer that training uses too (`reranker.models.rendering`): the
-model's own chat template, exactly one BOS, a prompt that is too long cut from the left, and the candidate never cut.
-The tokenizer is the `root` that the server reports for its model, or the name after a # in the URL:
+model's own style, exactly one BOS, a prompt that is too long cut from the left, and the candidate never cut. The
+tokenizer is the `root` that the server reports for its model, or the name after a # in the URL:
 `vllm:http://gpu:8000/classify#org/reward-model`. If the server's `root` cannot be loaded here, text is sent instead
-(`reranker.scorers.prompt_text`) and a warning is logged, because a chat model was not trained on such text.
+(`reranker.prompt_text`) and a warning is logged, because a chat model was not trained on such text. An encoder that
+reads segment ids needs /score, because a list of token ids carries none.
 """
 
 import asyncio
@@ -24,14 +25,19 @@ from typing import Any, Self
 import httpx
 
 from reranker.candidate import Candidate, Prompt
-from reranker.models.rendering import Renderer
-from reranker.scorers.base import Needs, Scores, ScoringError
-from reranker.scorers.prompt_text import finished_text, prompt_text
+from reranker.models.rendering import Renderer, reads_segments, style_of
+from reranker.prompt_text import finished_text, prompt_text
+from reranker.scorers.base import Needs, Scores, ScoringError, UnscorableError
 from reranker.scorers.rendering_thread import RenderingThread, with_missing
 from reranker.scorers.spec import EndpointSpec, Route, ScorerSpecError
 
 TIMEOUT = httpx.Timeout(120, connect=5)
 """Seconds. A running server accepts connections at once; a full batch of long texts may wait behind others."""
+
+REFUSALS = (400, 413, 422)
+"""Statuses with which a server refuses the texts themselves."""
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a reply of another form can raise."""
 
 log = logging.getLogger("nbest")
 
@@ -51,7 +57,7 @@ class PoolingEndpointScorer:
         self._endpoint = endpoint
         self._client = client
         self._model = model
-        self._rendering = RenderingThread(renderer.render) if renderer else None
+        self._rendering = RenderingThread(name, renderer) if renderer else None
 
     @classmethod
     async def connect(
@@ -78,11 +84,17 @@ class PoolingEndpointScorer:
             raise
         return cls(name, endpoint, client, model=card["id"], renderer=renderer)
 
+    async def check(self, prompt: Prompt) -> None:
+        """Raises `UnscorableError` if the model's chat template, where it is known here, refuses the prompt."""
+        if self._rendering is not None:
+            await self._rendering.check(prompt)
+
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         """Returns one reward per candidate; NaN for a candidate that does not fit the model's context.
 
         Raises:
-            ScoringError: the server refused or failed (the message quotes it), or no candidate fits.
+            ScoringError: the server failed; the message quotes it.
+            UnscorableError: the server refused the texts, or no candidate fits.
         """
         texts = [candidate.text for candidate in candidates]
         if self._endpoint.route == "score":
@@ -107,18 +119,26 @@ class PoolingEndpointScorer:
         except httpx.HTTPError as error:
             raise ScoringError(f"{self.name}: {self._endpoint.server} does not answer: {_text(error)}") from error
         if not reply.is_success:
-            raise ScoringError(f"{self.name}: {self._endpoint.server} replied: {_error_text(reply)}")
+            kind = UnscorableError if reply.status_code in REFUSALS else ScoringError
+            raise kind(f"{self.name}: {self._endpoint.server} replied: {_error_text(reply)}")
         try:
             fields = reply.json()
             reward_of = REWARD_OF[self._endpoint.route]
-            rewards = {int(item["index"]): reward_of(item) for item in fields["data"]}
+            rewards = {item["index"]: reward_of(item) for item in fields["data"]}
             rewards_N = tuple(rewards[index] for index in range(count))
-            return Scores(rewards_N, scored_tokens=int((fields.get("usage") or {}).get("prompt_tokens", 0)))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            return Scores(rewards_N, scored_tokens=_prompt_tokens(fields))
+        except UNREADABLE as error:
             raise ScoringError(
                 f"{self.name}: {self._endpoint.server}/{self._endpoint.route} did not return {count} numbers: "
                 f"{_text(error)}"
             ) from error
+
+
+def _prompt_tokens(fields: Mapping[str, Any]) -> int:
+    """The prompt tokens in the reply's usage; 0 where it counts none."""
+    usage = fields.get("usage")
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return tokens if isinstance(tokens, int) else 0
 
 
 def _single_number(value: Any) -> float:
@@ -156,7 +176,7 @@ async def _model_card(client: httpx.AsyncClient, server: str) -> dict[str, Any]:
             raise ValueError(_error_text(reply))
         card: dict[str, Any] = reply.json()["data"][0]
         return {"id": str(card["id"]), "root": card.get("root"), "max_model_len": card.get("max_model_len")}
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (httpx.HTTPError, *UNREADABLE) as error:
         raise ScorerSpecError(
             f"{server}/v1/models does not name the served reward model: {_text(error)}; start that server first, or "
             "correct the address"
@@ -164,16 +184,25 @@ async def _model_card(client: httpx.AsyncClient, server: str) -> dict[str, Any]:
 
 
 def _renderer(endpoint: EndpointSpec, card: Mapping[str, Any], trust_remote_code: bool) -> Renderer | None:
-    from transformers import AutoTokenizer
+    """The renderer of the served model; None, with a warning, if the server reports a tokenizer that is not here.
+
+    Raises:
+        ScorerSpecError: the tokenizer in the URL cannot be loaded, or /score is needed.
+    """
+    from transformers import AutoConfig, AutoTokenizer
 
     from reranker.models.bundled import resolve
 
     source = endpoint.tokenizer or card["root"] or card["id"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(source), trust_remote_code=trust_remote_code)
-        return Renderer(
+        directory = resolve(source)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = None  # with a chat template nothing else has to be known
+        if not tokenizer.chat_template:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        renderer = Renderer(
             tokenizer,
-            "chat" if tokenizer.chat_template else "document",
+            endpoint.style or style_of(tokenizer, config, source),
             max_length=min(tokenizer.model_max_length, card["max_model_len"] or tokenizer.model_max_length),
         )
     except (OSError, ValueError) as error:
@@ -186,6 +215,12 @@ def _renderer(endpoint: EndpointSpec, card: Mapping[str, Any], trust_remote_code
             endpoint.server,
         )
         return None
+    if renderer.style == "pair" and reads_segments(config):
+        raise ScorerSpecError(
+            f"{source} reads prompt and candidate as a pair with segment ids, which only the server can add; use "
+            f"vllm:{endpoint.server}/score"
+        )
+    return renderer
 
 
 def _text(error: Exception) -> str:
@@ -197,6 +232,6 @@ def _error_text(reply: httpx.Response) -> str:
     try:
         fields = reply.json()
         message = fields["error"]["message"] if "error" in fields else fields["detail"]
-    except (ValueError, KeyError, TypeError):
+    except UNREADABLE:
         message = reply.text[:200]
     return f"{message} (status {reply.status_code})"

@@ -85,7 +85,7 @@ async def _make(
 ) -> Scorer:
     """Makes one scorer; `scorers` holds those it may have as members."""
     match scorer_spec:
-        case spec.RewardModelSpec(source):
+        case spec.RewardModelSpec(source, style):
             from reranker.scorers.reward_model import RewardModelScorer
 
             return await RewardModelScorer.create(
@@ -95,6 +95,7 @@ async def _make(
                 dtype=context.reward_dtype,
                 trust_remote_code=context.trust_remote_code,
                 shared_trunk=context.shared_trunk,
+                style=style,
                 max_batch_tokens=context.max_batch_tokens,
                 max_wait_ms=context.max_wait_ms,
                 on_batch=context.on_batch,

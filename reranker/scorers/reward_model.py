@@ -9,6 +9,7 @@ from reranker.candidate import Candidate, Prompt
 from reranker.models.batching import PACKED, PADDED, Batcher
 from reranker.models.device import Device, Precision
 from reranker.models.rendering import Rendered
+from reranker.models.rendering_style import RenderingStyle
 from reranker.models.reward_model import ComputedReward, RewardModel
 from reranker.models.shared_trunk import SharedTrunk
 from reranker.scorers.base import Needs, Scores, ScoringError
@@ -37,7 +38,7 @@ class RewardModelScorer:
             max_wait_ms=max_wait_ms,
             on_batch=on_batch,
         )
-        self._rendering = RenderingThread(model.render)
+        self._rendering = RenderingThread(name, model.renderer)
 
     @classmethod
     async def create(
@@ -49,6 +50,7 @@ class RewardModelScorer:
         dtype: Precision,
         trust_remote_code: bool,
         shared_trunk: SharedTrunk | None = None,
+        style: RenderingStyle | None = None,
         **batching: Any,
     ) -> Self:
         """Loads the reward model `spec` (a prepared name, directory or hub id) without blocking the event loop.
@@ -63,14 +65,20 @@ class RewardModelScorer:
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             shared_trunk=shared_trunk,
+            style=style,
         )
         return cls(name, model, **batching)
+
+    async def check(self, prompt: Prompt) -> None:
+        """Raises `UnscorableError` if the model's chat template refuses the prompt."""
+        await self._rendering.check(prompt)
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         """Returns one reward per candidate; NaN for a candidate that does not fit the model's context.
 
         Raises:
-            ScoringError: the model failed, or no candidate fits.
+            ScoringError: the model failed.
+            UnscorableError: no candidate fits.
         """
         rendered_N = await self._rendering.render(prompt, candidates)
         fitting = [

@@ -2,6 +2,7 @@
 
     movie-sentiment · DIR · OWNER/NAME     a reward model: prepared name, directory, hub id
     vllm:URL[/classify|/score|/pooling][#TOKENIZER]
+    style:STYLE:SPEC                       a SPEC of one of the two forms above, and the style in which it reads prompts
     judge:MODEL · pairwise:judge:MODEL     MODEL at the judge's address, or `self` for the served policy
     python:FILE_OR_MODULE:FUNCTION
     logprob · self_certainty
@@ -17,9 +18,11 @@ Modules that handle every form import this one whole (`from reranker.scorers imp
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 from urllib.parse import urldefrag
+
+from reranker.models.rendering_style import STYLES, RenderingStyle
 
 Route = Literal["classify", "score", "pooling"]
 Measure = Literal["logprob", "self_certainty"]
@@ -35,18 +38,26 @@ class ScorerSpecError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RewardModelSpec:
-    """A reward model; `source` is a prepared name, a directory or a hub id."""
+    """A reward model; `source` is a prepared name, a directory or a hub id.
+
+    `style` is how it reads a prompt; None stands for what is known of the model.
+    """
 
     source: str
+    style: RenderingStyle | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointSpec:
-    """A pooling server: its base address, the endpoint, and the tokenizer; None stands for the one it reports."""
+    """A pooling server: its base address, the endpoint, and the tokenizer; None stands for the one it reports.
+
+    `style` is as for `RewardModelSpec`.
+    """
 
     server: str
     route: Route
     tokenizer: str | None
+    style: RenderingStyle | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +151,19 @@ def _endpoint(spec: str, rest: str) -> EndpointSpec:
     return EndpointSpec(server.removesuffix("/v1"), cast(Route, last), tokenizer or None)
 
 
+def _style(spec: str, rest: str) -> RewardModelSpec | EndpointSpec:
+    style, _, source = rest.partition(":")
+    scorer_spec = parse(source) if style in STYLES and source else None
+    if not isinstance(scorer_spec, RewardModelSpec | EndpointSpec):
+        raise ScorerSpecError(
+            f"{spec} should read style:STYLE:SPEC, with a STYLE of {', '.join(STYLES)} and the SPEC of a reward model, "
+            "such as style:pair:org/model"
+        )
+    if isinstance(scorer_spec, EndpointSpec) and scorer_spec.route == "score":
+        raise ScorerSpecError(f"{spec}: the server combines prompt and candidate for /score; leave style:{style}: out")
+    return replace(scorer_spec, style=cast(RenderingStyle, style))
+
+
 def _judge(spec: str, rest: str) -> JudgeSpec:
     if not rest:
         raise ScorerSpecError(f"{spec} needs a model: judge:MODEL, or judge:{OWN_POLICY} for the served policy")
@@ -204,6 +228,7 @@ def _cascade(spec: str, rest: str) -> CascadeSpec:
 
 FORMS: dict[str, Callable[[str, str], ScorerSpec]] = {
     "vllm": _endpoint,
+    "style": _style,
     "judge": _judge,
     "pairwise": _pairwise,
     "python": _function,

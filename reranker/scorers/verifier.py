@@ -2,7 +2,7 @@
 
     def check(prompt: str, completions: list[str]) -> list[float]: ...
 
-`prompt` is the text of the prompt as `reranker.scorers.prompt_text` writes it: a single question, or all turns.
+`prompt` is the text of the prompt as `reranker.prompt_text` writes it: a single question, or all turns.
 
 The function runs in a separate process, so it cannot stop the server, neither by an exception nor by crashing the
 interpreter. A call that takes longer than `timeout_s` is killed, and the process is started again. What the function
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from reranker.candidate import Candidate, Prompt
-from reranker.scorers.base import Needs, Scores, ScoringError
-from reranker.scorers.prompt_text import prompt_text
+from reranker.prompt_text import prompt_text
+from reranker.scorers.base import Needs, ReadsAnyPrompt, Scores, ScoringError
 from reranker.scorers.spec import FunctionSpec, ScorerSpecError
 
 START_TIMEOUT_S = 60.0
@@ -50,7 +50,7 @@ class VerifierError(Exception):
     """The function returned no rewards; the message gives the reason."""
 
 
-class VerifierScorer:
+class VerifierScorer(ReadsAnyPrompt):
     """Rewards candidates with a function that runs in a separate process, for at most `timeout_s` per call."""
 
     needs = Needs()

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -227,6 +228,15 @@ class RemoteScorer:
         self.name = name
         self.needs = needs
         self._handle = handle
+
+    async def check(self, prompt: Prompt) -> None:
+        """Without an answer the prompt counts as readable: what is lost here, scoring will report."""
+        try:
+            refusal = await call_ready_replica(partial(self._handle.check.remote, self.name, prompt), "scorer")
+        except NotReadyError:
+            return
+        if refusal is not None:
+            raise refusal
 
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         try:

@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from reranker.candidate import Candidate, Prompt
-from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
+from reranker.scorers.base import Needs, Scorer, Scores, ScoringError, UnscorableError
 from reranker.scorers.spec import OWN_POLICY
 from server import factory
 from server.app import create_app
@@ -178,6 +178,14 @@ class ScorerReplica:
 
     async def needs(self) -> dict[str, Needs]:
         return {name: scorer.needs for name, scorer in self._scorers.items()}
+
+    async def check(self, name: str, prompt: Prompt) -> UnscorableError | None:
+        """The reason if no candidate of this prompt can be scored."""
+        try:
+            await self._scorers[name].check(prompt)
+        except UnscorableError as error:
+            return error
+        return None
 
     async def score(
         self, name: str, prompt: Prompt, candidates: Sequence[Candidate]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fastapi import Request, Response
 
 from reranker.candidate import Candidate, Prompt
-from reranker.scorers.base import Scorer, Scores, ScoringError
+from reranker.scorers.base import Scorer, Scores, ScoringError, UnscorableError
 from server.config import Settings
 from server.errors import RewardError
 from server.http.access import ACCOUNT
@@ -17,6 +17,7 @@ from server.http.errors import json_response
 from server.http.lifespan import Lifecycle
 from server.observability.metrics import Metrics
 from server.observability.request_context import TokenCost, note_tokens
+from server.pipeline.scoring import as_bad_request
 from server.schemas.requests import ScoreRequest
 from server.schemas.responses import Score, ScoreReply, ScoreUsage
 
@@ -61,6 +62,8 @@ class ScoreEndpoint:
             async with self._admission.admitted(len(candidates), tokens):
                 try:
                     scores = await scorer.score(prompt, candidates)
+                except UnscorableError as error:
+                    raise as_bad_request(error, prompt, "candidates") from error
                 except ScoringError as error:
                     self._metrics.observe_reward_failure("error")
                     raise RewardError(f"The reward model failed: {error}. Try again.") from error

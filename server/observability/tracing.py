@@ -217,6 +217,9 @@ class _TracedScorer:
     def needs(self) -> Needs:
         return self._traced.needs
 
+    async def check(self, prompt: Prompt) -> None:
+        await self._traced.check(prompt)
+
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         call: Attributes = {"nbest.reward_model": self.name, "nbest.score.group_size": len(candidates)}
         spans = [

@@ -9,13 +9,13 @@ from typing import Self
 
 from reranker import selection
 from reranker.candidate import Candidate, FailedCandidate, Selection
-from reranker.scorers.base import Scorer
+from reranker.scorers.base import Scorer, UnscorableError
 from reranker.stopping import Stopping
 from server.errors import BadRequestError, DeadlineError, GenerationError, NbestError, RewardError
 from server.generation.base import Generator
 from server.pipeline import blockwise
 from server.pipeline.sampling import CandidateSampler
-from server.pipeline.scoring import Scoring, as_requested, sampling_for
+from server.pipeline.scoring import Scoring, as_bad_request, as_requested, sampling_for
 from server.pipeline.strategies import READ_TEXTS, WITHOUT_REWARDS, RankedBy, select
 from server.pipeline.types import BestOfNRequest, BestOfNResult, RunObserver, RunObservers, StoppedBy, Timings
 
@@ -61,6 +61,7 @@ class BestOfN:
         if self._observer_of is not None:
             observers.insert(0, self._observer_of(request, queued_s))
         with RunObservers(*observers) as calls:
+            await self._check_prompt(request)
             if request.strategy == "blockwise":
                 result = await blockwise.run(partial(self._run, observer=calls), request, calls, queued_s)
             else:
@@ -136,6 +137,14 @@ class BestOfN:
             ),
         )
 
+    async def _check_prompt(self, request: BestOfNRequest) -> None:
+        """Refuses a prompt that the reward model cannot read, unless the request accepts candidates without rewards."""
+        if request.strategy not in WITHOUT_REWARDS and request.on_reward_failure == "error":
+            try:
+                await self.scorer(request.reward_model).check(request.prompt)
+            except UnscorableError as error:
+                raise as_bad_request(error, request.prompt, "max_tokens") from error
+
     def scorer(self, name: str | None) -> Scorer:
         """The scorer of that name, or the default.
 
@@ -191,6 +200,8 @@ def _select(
         return selection.by_logprob(scored), "logprob"
     if request.on_reward_failure == "first" or stopped_by == "deadline":
         return selection.by_index(scored), "first"
+    if isinstance(scoring.failure, UnscorableError):
+        raise as_bad_request(scoring.failure, request.prompt, "max_tokens")
     reason = scoring.failure or "it returned no number for any candidate"
     raise RewardError(
         f"The reward model failed: {reason}. Try again, or set nbest.on_reward_failure to logprob or first."

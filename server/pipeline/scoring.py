@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import overload
 
 from reranker.candidate import Candidate, FailedCandidate, Prompt, ScoredCandidate
-from reranker.scorers.base import Scorer, ScoringError
+from reranker.scorers.base import Scorer, ScoringError, UnscorableError
 from reranker.scorers.busy_time import OverlapTimer
+from server.errors import BadRequestError
 from server.generation.base import Outcome, SamplingParams
 
 
@@ -111,6 +112,15 @@ class Scoring:
         if self._on_reward is not None and rewards is self._rewards:  # not for growing candidates
             for scored in self.rewarded(candidates):
                 self._on_reward(scored)
+
+
+def as_bad_request(error: UnscorableError, prompt: Prompt, candidates_param: str) -> BadRequestError:
+    """The client's error for what the scorer cannot read; the candidates' lengths depend on the field of that name."""
+    prompt_param = "messages" if prompt.text is None else "prompt"
+    param = prompt_param if error.part == "prompt" else candidates_param
+    return BadRequestError(
+        f"The reward model cannot score this: {error}. Change {param}, or name another reward_model.", param=param
+    )
 
 
 def sampling_for(scorer: Scorer | None, requested: SamplingParams, *, ranks_by_logprob: bool) -> SamplingParams:

@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from reranker.scorers.base import UnscorableCandidatesError, UnscorableError
 from server.observability.metrics import Metrics
 from tests.support.doubles import ScriptedGenerator, ScriptedScorer
 from tests.support.serving import HELLO, address_of, app_over, client_of, client_over, pipeline
@@ -215,6 +216,22 @@ class TestScore:
     async def test_a_candidate_that_cannot_be_scored_is_null(self) -> None:
         body = {"messages": HELLO["messages"], "candidates": ["dull"]}
         assert (await post("/v1/score", body, ScriptedScorer({"dull": math.nan})))["data"][0]["score"] is None
+
+    @pytest.mark.parametrize(
+        ("refusal", "given", "param"),
+        [
+            (UnscorableError("no system role"), {"messages": HELLO["messages"]}, "messages"),
+            (UnscorableError("no tokens"), {"prompt": "x"}, "prompt"),
+            (UnscorableCandidatesError("too long"), {"prompt": "x"}, "candidates"),
+        ],
+    )
+    async def test_what_the_reward_model_cannot_read_is_400_and_names_the_field(
+        self, refusal: UnscorableError, given: dict[str, Any], param: str
+    ) -> None:
+        async with client_over(ScriptedGenerator(FILMS), ScriptedScorer(refusal=refusal)) as client:
+            reply = await client.post("/v1/score", json=given | {"candidates": ["dull"]})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        assert f"The reward model cannot score this: {refusal}. Change {param}, or" in reply.json()["error"]["message"]
 
     async def test_a_reward_model_that_fails_is_503(self) -> None:
         async with client_over(ScriptedGenerator(FILMS), ScriptedScorer(fails=True)) as client:

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from reranker.candidate import Candidate, FailedCandidate, FinishReason, Prompt, TokenLogprob
-from reranker.scorers.base import Needs, Scores, ScoringError
+from reranker.scorers.base import Needs, Scores, ScoringError, UnscorableError
 from server.errors import BadRequestError, EngineDiedError, NbestError, NotReadyError
 from server.generation.base import Outcome, SamplingParams
 
@@ -164,20 +164,37 @@ def _logprobs(words: list[str], num_top: int) -> tuple[TokenLogprob, ...]:
 
 
 class ScriptedScorer:
-    """Rewards a text with `rewards[text]`, or with its length where it is not listed; raises if `fails` is set."""
+    """Rewards a text with `rewards[text]`, or with its length where it is not listed; raises if `fails` is set.
+
+    `refusal` is raised by `check` and by `score`.
+    """
 
     name = "scripted-reward"
     needs = Needs()
 
-    def __init__(self, rewards: Mapping[str, float] | None = None, *, fails: bool = False, delay_s: float = 0) -> None:
+    def __init__(
+        self,
+        rewards: Mapping[str, float] | None = None,
+        *,
+        fails: bool = False,
+        delay_s: float = 0,
+        refusal: UnscorableError | None = None,
+    ) -> None:
         self.rewards = rewards or {}
+        self.refusal = refusal
         self.fails = fails
         self.delay_s = delay_s
         self.groups: list[int] = []
         self.closed = False
 
+    async def check(self, prompt: Prompt) -> None:
+        if self.refusal is not None and self.refusal.part == "prompt":
+            raise self.refusal
+
     async def score(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Scores:
         await asyncio.sleep(self.delay_s)
+        if self.refusal is not None:
+            raise self.refusal
         if self.fails:
             raise ScoringError("the scripted scorer fails")
         self.groups.append(len(candidates))

@@ -20,7 +20,7 @@ import uvicorn
 from ray import serve
 
 from reranker.candidate import Prompt
-from reranker.scorers.base import Scorer, Scores
+from reranker.scorers.base import Scorer, Scores, UnscorableError
 from server.app import create_app
 from server.config import Settings
 from server.distributed import deployments
@@ -164,7 +164,12 @@ class ScriptByPromptGenerator:
 
 
 def scorers() -> dict[str, Scorer]:
-    by_name = {"taste": ScriptedScorer(REWARDS), "broken": ScriptedScorer(fails=True), "crashing": CrashingScorer()}
+    by_name = {
+        "taste": ScriptedScorer(REWARDS),
+        "broken": ScriptedScorer(fails=True),
+        "refusing": ScriptedScorer(refusal=UnscorableError("no system role")),
+        "crashing": CrashingScorer(),
+    }
     for name, scorer in by_name.items():
         scorer.name = name
     return dict(by_name)

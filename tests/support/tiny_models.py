@@ -5,6 +5,7 @@ equal can fail. They are drawn by numpy, because torch's generator gives other n
 instructions.
 """
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,19 +15,21 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as token_decoders
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    LlamaConfig,
+    BertTokenizer,
+    DebertaV2Tokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
 
 from reranker.models.reward_model import RewardConfig, load_classifier
+from training.lora_targets import lora_targets
 
-Architecture = Literal["llama", "qwen2", "bert"]
+Architecture = Literal["llama", "qwen2", "bert", "deberta-v2", "gpt2", "opt", "qwen3_moe"]
+ENCODERS: tuple[Architecture, ...] = ("bert", "deberta-v2")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -71,35 +74,35 @@ def tiny_tokenizer(
 
 
 def tiny_bert_tokenizer() -> PreTrainedTokenizerBase:
-    """A WordPiece tokenizer that encodes a text as [CLS] … [SEP]; it has no chat template."""
+    """A WordPiece tokenizer of pairs, [CLS] … [SEP] … [SEP] with segments 0 and 1; it has no chat template."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
+        vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    special_tokens = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=special_tokens
+    return BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False, model_max_length=CONTEXT_LENGTH)
+
+
+def tiny_deberta_tokenizer() -> PreTrainedTokenizerBase:
+    """A Unigram tokenizer of pairs as `tiny_bert_tokenizer`."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special_tokens = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=special_tokens, unk_token="[UNK]", show_progress=False
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=CONTEXT_LENGTH,
-    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    vocabulary = [tuple(entry) for entry in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    return DebertaV2Tokenizer(vocab=vocabulary, unk_id=special_tokens.index("[UNK]"), model_max_length=CONTEXT_LENGTH)
 
 
 def tiny_config(
     architecture: Architecture, tokenizer: PreTrainedTokenizerBase, *, num_layers: int = 2, **more: Any
 ) -> PretrainedConfig:
-    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "bert": BertConfig}[architecture]
     fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
-        "intermediate_size": 64,
         "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
         "max_position_embeddings": CONTEXT_LENGTH,
@@ -107,21 +110,33 @@ def tiny_config(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    heads = {} if architecture == "bert" else {"num_key_value_heads": 2}
-    return kind(**fields | heads | more)
+    grouped: dict[str, Any] = {"intermediate_size": 64, "num_key_value_heads": 2}
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    own: dict[Architecture, dict[str, Any]] = {
+        "llama": grouped,
+        "qwen2": grouped,
+        "bert": {"intermediate_size": 64},
+        "deberta-v2": {"intermediate_size": 64, "pooler_hidden_size": 32, **relative},
+        "gpt2": {"n_inner": 64},
+        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+        "qwen3_moe": grouped | experts,
+    }
+    return AutoConfig.for_model(architecture, **fields | own[architecture] | more)
 
 
 def save_tiny_policy(
     directory: Path,
     *,
+    architecture: Architecture = "llama",
     tokenizer: PreTrainedTokenizerBase | None = None,
     num_layers: int = 2,
     seed: int = 0,
     **more: Any,
 ) -> Path:
-    """Saves a tiny Llama language model with its tokenizer; `more` are fields of its configuration."""
+    """Saves a tiny language model with its tokenizer; `more` are fields of its configuration."""
     tokenizer = tokenizer or tiny_tokenizer()
-    config = tiny_config("llama", tokenizer, num_layers=num_layers, **{"tie_word_embeddings": True} | more)
+    config = tiny_config(architecture, tokenizer, num_layers=num_layers, **{"tie_word_embeddings": True} | more)
     draw_weights(AutoModelForCausalLM.from_config(config), seed).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -136,7 +151,8 @@ def save_tiny_reward_model(
     seed: int = 0,
 ) -> Path:
     """Saves a tiny sequence classifier with its tokenizer."""
-    tokenizer = tokenizer or (tiny_bert_tokenizer() if architecture == "bert" else tiny_tokenizer())
+    encoders = {"bert": tiny_bert_tokenizer, "deberta-v2": tiny_deberta_tokenizer}
+    tokenizer = tokenizer or encoders.get(architecture, tiny_tokenizer)()
     config = tiny_config(architecture, tokenizer, num_labels=num_labels)
     draw_weights(AutoModelForSequenceClassification.from_config(config), seed).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -156,10 +172,8 @@ def save_tiny_reward_adapter(
     directory: Path, policy: Path, *, num_layers: int | None = None, task_type: str = "SEQ_CLS"
 ) -> Path:
     """Saves a reward adapter for a saved policy with every weight random, as if it had been trained."""
-    model = get_peft_model(
-        load_classifier(str(policy), new_head=True, num_layers=num_layers),
-        LoraConfig(task_type=task_type, target_modules="all-linear", r=2),
-    )
+    classifier = load_classifier(str(policy), new_head=True, num_layers=num_layers)
+    model = get_peft_model(classifier, LoraConfig(task_type=task_type, r=2, **lora_targets(classifier.base_model)))
     draw_weights(model, seed=1).save_pretrained(directory)
     RewardConfig(str(policy), "document", num_layers).save(directory)
     return directory

@@ -26,6 +26,7 @@ from training.atomic_directory import atomic_model_directory
 from training.data.data_source import Source
 from training.data.preferences import DataError, PreferenceRow, hold_out
 from training.errors import TrainingError
+from training.lora_targets import lora_targets
 from training.metrics_log import LOG_EVERY_STEPS, MetricsLog
 from training.policy.config import FineTuning, PolicyTraining, RunOptions
 from training.policy.tokens import TokenisedRow, tokenise
@@ -98,7 +99,7 @@ class TrainablePolicy:
             return None
         return LoraConfig(
             task_type="CAUSAL_LM",
-            target_modules="all-linear",
+            **lora_targets(self.model.base_model),
             r=self.settings.lora_rank,
             lora_alpha=2 * self.settings.lora_rank,
             lora_dropout=0.0,

@@ -6,11 +6,10 @@ from typing import Annotated, Literal, cast
 import typer
 
 from reranker.models.device import Precision
+from reranker.models.rendering_style import RenderingStyle
 from training.policy.config import LearningRates
 
 RewardMethod = Literal["lora", "head", "full"]
-Style = Literal["chat", "document"]
-"""As `reranker.models.rendering.RenderingStyle`, whose module imports torch."""
 
 DEFAULT_RATES = LearningRates(adapter=3e-4, full=1e-5)
 
@@ -33,7 +32,11 @@ class RewardTraining:
         RewardMethod, typer.Option(help="lora: train adapters and the head; head: the head alone; full: all weights.")
     ] = "lora"
     style: Annotated[
-        Style, typer.Option(help="Text that the model reads. chat: by its chat template; document: prompt and answer.")
+        RenderingStyle,
+        typer.Option(
+            help="Text that the model reads. chat: by its chat template; transcript: all turns as plain text; pair: "
+            "prompt and answer as a text pair; document: the answer without its conversation."
+        ),
     ] = "chat"
     num_layers: Annotated[
         int | None, typer.Option("--layers", min=1, help="Number of the lowest layers to use; default: all.")

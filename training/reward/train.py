@@ -21,7 +21,6 @@ resumes from a checkpoint ends with the same weights as an uninterrupted run.
 
 import hashlib
 import math
-import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -51,13 +50,11 @@ from training.data.preferences import (
     read_rows,
     render_rows,
 )
+from training.lora_targets import lora_targets
 from training.metrics_log import LOG_EVERY_STEPS, MetricsLog
 from training.reward.config import RewardTraining
 from training.reward.evaluate import score_all
 from training.reward.pair_accuracy import PairAccuracy, pair_accuracy
-
-NORMALISATION_TEXTS = 1024
-"""Training texts whose rewards give mean and standard deviation: the mean is then known to 3% of a deviation."""
 
 
 def bradley_terry_loss(
@@ -154,8 +151,10 @@ def train_reward(
     if not progress:
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    config = _measured_config(model, examples, pad_id, settings)
-    _save(model, renderer.tokenizer if settings.method == "full" else None, config, out / settings.weights_name)
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
+        raise RewardModelError("training diverged: the weights are not finite; train with a lower learning rate")
+    config = RewardConfig(settings.base_model, settings.style, settings.num_layers)
+    _save(model, renderer.tokenizer, config, out / settings.weights_name)
     shutil.rmtree(out / "checkpoints")
     return last_validation
 
@@ -250,22 +249,20 @@ def _trainable(classifier: Any, settings: RewardTraining) -> Any:
         torch.nn.init.zeros_(head.bias)
     if settings.method == "full":
         return classifier
-    layers = next(part for part in classifier.base_model.children() if isinstance(part, torch.nn.ModuleList))
-    linear = {name.rpartition(".")[2] for name, part in layers.named_modules() if isinstance(part, torch.nn.Linear)}
-    adapted = range(max(0, len(layers) - (settings.lora_layers or len(layers))), len(layers))
-    model = get_peft_model(
+    targets: dict[str, Any] = {"target_modules": DUMMY_TARGET_MODULES}
+    if settings.method == "lora":
+        num_layers = classifier.config.num_hidden_layers
+        adapted = range(max(0, num_layers - (settings.lora_layers or num_layers)), num_layers)
+        targets = lora_targets(classifier.base_model) | {"layers_to_transform": list(adapted)}
+    return get_peft_model(
         classifier,
         LoraConfig(
             task_type="SEQ_CLS",  # trains the head and saves it with the adapters
-            target_modules=sorted(linear) if settings.method == "lora" else DUMMY_TARGET_MODULES,
-            layers_to_transform=list(adapted) if settings.method == "lora" else None,
             r=settings.lora_rank,
             lora_alpha=2 * settings.lora_rank,
+            **targets,
         ),
     )
-    # The name of the base model, not the directory that it resolves to here: the adapter is loaded on other machines.
-    model.peft_config["default"].base_model_name_or_path = settings.base_model
-    return model
 
 
 def _forward(model: Any, inputs: dict[str, torch.Tensor], settings: RewardTraining) -> torch.Tensor:
@@ -273,22 +270,6 @@ def _forward(model: Any, inputs: dict[str, torch.Tensor], settings: RewardTraini
     with torch.autocast(device, torch.bfloat16, enabled=takes_bfloat16(settings.dtype, device)):
         classifier = model if settings.method == "full" else model.get_base_model()
         return forward_rewards(classifier, inputs["input_ids"], inputs["attention_mask"])
-
-
-def _measured_config(model: Any, examples: list[Example], pad_id: int, settings: RewardTraining) -> RewardConfig:
-    """The configuration of the reward model, with mean and deviation of its rewards over a sample of training texts."""
-    trained = [rendered for example in examples for rendered in example.rendered]
-    sample = random.Random(settings.seed).sample(trained, min(len(trained), NORMALISATION_TEXTS))
-    rewards_N = torch.tensor(_scores(model, sample, pad_id, settings))
-    if not rewards_N.isfinite().all():
-        raise RewardModelError("training diverged: the rewards are not finite; train with a lower learning rate")
-    return RewardConfig(
-        settings.base_model,
-        settings.style,
-        settings.num_layers,
-        reward_mean=float(rewards_N.mean()),
-        reward_std=float(rewards_N.std()),
-    )
 
 
 @torch.inference_mode()
@@ -307,10 +288,15 @@ def _scores(model: Any, rendered_N: list[Rendered], pad_id: int, settings: Rewar
     return rewards_N
 
 
-def _save(model: Any, tokenizer: Any | None, config: RewardConfig, directory: Path) -> None:
+def _save(model: Any, tokenizer: Any, config: RewardConfig, directory: Path) -> None:
     """Writes the weights whole or not at all, and the tokenizer if they are a model of their own."""
     with atomic_model_directory(directory) as unfinished:
-        model.save_pretrained(unfinished)
-        if tokenizer is not None:
+        if isinstance(model, PeftModel):
+            # The name of the base model, not the directory that it resolves to here: the adapter is loaded on other
+            # machines. The embeddings are never trained; without this setting PEFT asks the hub about them.
+            model.peft_config["default"].base_model_name_or_path = config.base_model
+            model.save_pretrained(unfinished, save_embedding_layers=False)
+        else:
+            model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
         config.save(unfinished)

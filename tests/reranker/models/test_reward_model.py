@@ -7,7 +7,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    T5Config,
+    XLNetConfig,
+)
 
 from reranker.candidate import Message, Prompt
 from reranker.models.bundled import PRETRAINED_REWARDS
@@ -15,16 +25,18 @@ from reranker.models.device import Precision
 from reranker.models.reward_model import ADAPTER_FILE, RewardConfig, RewardModel, RewardModelError, load_classifier
 from tests.support.tiny_models import (
     Architecture,
+    draw_weights,
     save_tiny_policy,
     save_tiny_reward_adapter,
     save_tiny_reward_model,
+    tiny_bert_tokenizer,
     tiny_tokenizer,
 )
 
 TEXT = Prompt(text="The film was")
 CHAT = Prompt(messages=(Message("user", "What is the capital of France?"),))
 CPU = torch.device("cpu")
-ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "bert")
+ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "bert", "deberta-v2")
 
 
 def load(directory: Path, dtype: Precision = "float32", **options: Any) -> RewardModel:
@@ -142,6 +154,65 @@ def test_several_labels_are_refused(tmp_path: Path) -> None:
 def test_a_policy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RewardModelError, match=r"is a LlamaForCausalLM .* nbest train reward"):
         load(save_tiny_policy(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        pytest.param(
+            T5Config(architectures=["T5ForSequenceClassification"], num_labels=1),
+            "is a T5ForSequenceClassification, an encoder-decoder, and a reward model is an encoder or a decoder",
+            id="an encoder-decoder",
+        ),
+        pytest.param(
+            LlamaConfig(
+                architectures=["LlamaForRewardModelWithGating"],
+                auto_map={"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"},
+            ),
+            r"is a LlamaForRewardModelWithGating and not a sequence classifier .*python:FILE\.py:FUNCTION",
+            id="ArmoRM: several heads and code of its own",
+        ),
+        pytest.param(
+            Qwen2Config(architectures=["Qwen2ForProcessRewardModel"]),
+            r"a process reward model: it scores the steps of an answer.*python:FILE\.py:FUNCTION",
+            id="a process reward model",
+        ),
+        pytest.param(
+            Qwen2Config(architectures=["Qwen2ForTokenClassification"], num_labels=2),
+            "a process reward model: it scores the steps",
+            id="a process reward model by TRL",
+        ),
+        pytest.param(BertConfig(architectures=["BertModel"]), "is a BertModel and not a sequence", id="an encoder"),
+        pytest.param(
+            GraniteConfig(architectures=["GraniteForCausalLM"]),
+            "transformers has no sequence classifier of the type granite",
+            id="an architecture without a classifier",
+        ),
+    ],
+)
+def test_what_is_no_reward_model_is_refused_with_what_to_do(
+    config: PretrainedConfig, message: str, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(RewardModelError, match=message) as refusal:
+        load(tmp_path)
+    assert len(str(refusal.value)) < 400
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_empty_directory_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RewardModelError, match=r"contains no model: it has no config\.json; give the directory"):
+        load(tmp_path)
+
+
+def test_a_model_that_padding_changes_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_bert_tokenizer()
+    config = XLNetConfig(vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=4, d_inner=64, num_labels=1)
+    draw_weights(AutoModelForSequenceClassification.from_config(config), seed=0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(RewardModelError, match=r"scores a text .* alone and .* in a batch"):
+        load(tmp_path, style="pair")
 
 
 def test_a_missing_head_is_refused(tmp_path: Path) -> None:

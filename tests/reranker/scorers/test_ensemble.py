@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from reranker.candidate import Candidate, Prompt
-from reranker.scorers.base import Needs, Scorer, Scores, ScoringError
+from reranker.scorers.base import Needs, Scorer, Scores, ScoringError, UnscorableError
 from reranker.scorers.ensemble import EnsembleScorer, standardised
 from server.generation.base import SamplingParams
 from server.pipeline.best_of_n import BestOfN
@@ -106,6 +106,14 @@ class TestMissing:
         broken = ScriptedScorer(fails=True)
         with pytest.raises(ScoringError, match="both: its member scripted-reward failed: the scripted scorer fails"):
             await combined("mean", scripted("1", 1, 2, 3), broken)
+
+    async def test_a_prompt_that_one_member_cannot_read_is_refused_by_the_ensemble(self) -> None:
+        refusing = ScriptedScorer(refusal=UnscorableError("no system role"))
+        ensemble = EnsembleScorer("both", [scripted("1", 1, 2, 3), refusing], "mean")
+        with pytest.raises(UnscorableError, match="no system role"):
+            await ensemble.check(PROMPT)
+        with pytest.raises(UnscorableError, match="both: its member scripted-reward failed: no system role"):
+            await combined("mean", scripted("1", 1, 2, 3), refusing)
 
     async def test_a_bug_in_a_member_is_raised(self) -> None:
         class Broken(ScriptedScorer):

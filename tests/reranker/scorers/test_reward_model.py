@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,8 +6,9 @@ import pytest
 
 from reranker.candidate import Candidate, Message, Prompt
 from reranker.models.reward_model import RewardModel
+from reranker.scorers.base import UnscorableCandidatesError, UnscorableError
 from reranker.scorers.reward_model import RewardModelScorer
-from tests.support.tiny_models import CONTEXT_LENGTH, Architecture, save_tiny_reward_model
+from tests.support.tiny_models import CHATML, CONTEXT_LENGTH, Architecture, save_tiny_reward_model, tiny_tokenizer
 
 QUESTION = Prompt(messages=(Message("user", "What is the capital of France?"),))
 
@@ -66,6 +68,33 @@ async def test_a_continuation_of_a_beginning_costs_only_the_rest(model: RewardMo
     )  # 4 for the tokens that closed the beginning
     await scoring.close()
     await fresh.close()
+
+
+class TestUnscorable:
+    async def test_a_prompt_that_the_chat_template_refuses_is_known_before_there_are_candidates(
+        self, tmp_path: Path
+    ) -> None:
+        template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+        directory = save_tiny_reward_model(tmp_path, tokenizer=tiny_tokenizer(chat_template=template))
+        scoring = scorer(RewardModel.load(str(directory), device="cpu", dtype="float32"))
+        await scoring.check(QUESTION)
+        refused = Prompt(messages=(Message("system", "Be brief."), *QUESTION.messages))
+        for call in (scoring.check(refused), scoring.score(refused, candidates("Paris."))):
+            with pytest.raises(UnscorableError, match=r"tiny: its chat template refused .* no system role"):
+                await call
+        await scoring.close()
+
+    async def test_candidates_that_are_too_long_are_another_error_than_a_prompt_that_cannot_be_read(
+        self, model: RewardModel
+    ) -> None:
+        scoring = scorer(model)
+        too_long = "x" * (CONTEXT_LENGTH + 1)
+        with pytest.raises(UnscorableCandidatesError, match=r"the candidate alone is 1\d\d tokens and the"):
+            await scoring.score(QUESTION, candidates(too_long))
+        missing, known = (await scoring.score(QUESTION, candidates(too_long, "Paris."))).rewards_N
+        await scoring.close()
+        assert math.isnan(missing)
+        assert math.isfinite(known)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert"])

@@ -153,6 +153,12 @@ def test_a_reward_failure_falls_back_as_requested_and_is_labelled(server: Server
     assert (text_of(reply), reply.json()["nbest"]["ranked_by"]) == (text, policy)
 
 
+def test_a_prompt_that_the_reward_model_cannot_read_is_a_400_before_anything_is_drawn(server: Server) -> None:
+    reply = server.chat("unreadable", nbest={"reward_model": "refusing"})  # there is no such script to draw from
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages")
+    assert "no system role" in reply.json()["error"]["message"]
+
+
 def test_given_candidates_are_scored(server: Server) -> None:
     body = {"prompt": "x", "candidates": ["dull", "great fun"]}
     reply = httpx.post(f"{server.url}/v1/score", json=body, timeout=TIMEOUT_S)
@@ -161,7 +167,7 @@ def test_given_candidates_are_scored(server: Server) -> None:
 
 def test_the_models_endpoint_lists_policy_and_reward_models(server: Server) -> None:
     (model,) = httpx.get(f"{server.url}/v1/models", timeout=TIMEOUT_S).json()["data"]
-    assert (model["id"], model["reward_models"]) == ("scripted", ["taste", "broken", "crashing"])
+    assert (model["id"], model["reward_models"]) == ("scripted", ["taste", "broken", "refusing", "crashing"])
 
 
 only_on_ray = pytest.mark.parametrize("server", ["on Ray"], indirect=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reranker.candidate import Candidate, FailedCandidate, Prompt
-from reranker.scorers.base import Scores
+from reranker.scorers.base import Scores, UnscorableCandidatesError, UnscorableError
 from server.errors import BadRequestError, DeadlineError, GenerationError, RewardError
 from server.generation.base import Outcome, SamplingParams
 from server.pipeline.best_of_n import BestOfN
@@ -170,6 +170,26 @@ class TestRewardFailure:
     async def test_error_is_the_default(self) -> None:
         with pytest.raises(RewardError, match=r"the scripted scorer fails.*on_reward_failure"):
             await pipeline(ScriptedGenerator(["a"]), ScriptedScorer(fails=True)).run(request())
+
+    @pytest.mark.parametrize("strategy", ["argmax", "weighted_majority", "blockwise"])
+    async def test_a_prompt_that_the_scorer_cannot_read_is_refused_before_anything_is_drawn(
+        self, strategy: Strategy
+    ) -> None:
+        generator, scorer = ScriptedGenerator(["a"]), ScriptedScorer(refusal=UnscorableError("no system role"))
+        with pytest.raises(BadRequestError, match="cannot score this: no system role") as refusal:
+            await pipeline(generator, scorer).run(request(strategy=strategy))
+        assert (refusal.value.param, generator.calls) == ("prompt", [])
+
+    @pytest.mark.parametrize("fields", [{"strategy": "majority"}, {"on_reward_failure": "first"}])
+    async def test_a_request_that_can_do_without_rewards_is_answered(self, fields: dict[str, Any]) -> None:
+        scorer = ScriptedScorer(refusal=UnscorableError("no system role"))
+        assert (await pipeline(ScriptedGenerator(["a"]), scorer).run(request(**fields))).completed == 3
+
+    async def test_candidates_that_are_all_too_long_for_the_scorer_are_no_reason_to_try_again(self) -> None:
+        scorer = ScriptedScorer(refusal=UnscorableCandidatesError("it reads 5 tokens"))
+        with pytest.raises(BadRequestError, match="it reads 5 tokens") as refusal:
+            await pipeline(ScriptedGenerator(["a"]), scorer).run(request())
+        assert refusal.value.param == "max_tokens"
 
     @pytest.mark.parametrize("policy", ["first", "logprob"])
     async def test_ranked_by_names_the_fallback(self, policy: Any) -> None:

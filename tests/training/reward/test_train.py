@@ -2,7 +2,6 @@ import csv
 import json
 import math
 import random
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from reranker.candidate import Prompt
-from reranker.models.reward_model import RewardConfig, RewardModel, RewardModelError, load_classifier
+from reranker.models.reward_model import RewardModel, RewardModelError, load_classifier
 from tests.support.tiny_models import save_tiny_policy, save_tiny_reward_model
 from training.cli import evaluate_app, train_app
 from training.data.preferences import DataError
@@ -66,19 +65,6 @@ def test_training_learns_the_ratings_and_the_saved_model_reproduces_them(method:
     assert not (out / "checkpoints").exists()
     logged = EventAccumulator(str(out / "tensorboard")).Reload().Scalars("loss")
     assert [event.value for event in logged] == pytest.approx(losses)
-
-
-def test_the_mean_and_deviation_of_the_training_rewards_are_saved(tmp_path: Path) -> None:
-    base = save_tiny_policy(tmp_path / "base")
-    lines = ratings(40, 0)
-    data = write(tmp_path / "train.jsonl", lines)
-    train_reward(data, tmp_path / "out", settings(base, epochs=2), holdout=0, progress=False)
-    adapter = tmp_path / "out" / "adapter"
-    model = RewardModel.load(str(adapter), device="cpu", dtype="float32")
-    rewards = model.score([model.render(Prompt(text=""), line["text"]) for line in lines])
-    config = RewardConfig.load(adapter)
-    assert config.reward_mean == pytest.approx(statistics.mean(rewards), abs=1e-3)
-    assert config.reward_std == pytest.approx(statistics.stdev(rewards), rel=1e-3)
 
 
 def test_the_base_model_is_unchanged_and_only_the_adapter_is_written(tmp_path: Path) -> None:

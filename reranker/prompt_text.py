@@ -1,4 +1,4 @@
-"""A prompt as one string, for scorers that read text: verifier functions, judges, servers whose template is unknown.
+"""A prompt as one string, for scorers that read text: functions, judges, encoders, models without a chat template.
 
 A text prompt is unchanged. A conversation of one message, the most common case, becomes the content of that message.
 Any other conversation becomes its turns, each written `role: content`, with a blank line between them.
