@@ -13,6 +13,7 @@ ALONE = ("engine", "ray")
 """Markers of tests that take a machine of their own."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives every test its unit, and moves those of the largest unit to the front: it takes longest."""
     for item in items:

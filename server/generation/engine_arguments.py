@@ -6,6 +6,7 @@ from typing import Any
 
 from reranker.models.device import computes_bfloat16
 from server.generation.lora import MAX_VERSIONS
+from server.generation.structured_output import BACKEND
 
 GIB = 1 << 30
 OWNER_PID_VARIABLE = "ENGINE_OWNER_PID"
@@ -79,6 +80,7 @@ def engine_arguments(
         "enforce_eager": on_cpu,
         "trust_remote_code": options.trust_remote_code,
         "disable_log_stats": True,
+        "structured_outputs_config": {"backend": BACKEND},
         "logprobs_mode": "processed_logprobs" if options.tempered_logprobs else "raw_logprobs",
     }
     if options.max_lora_rank is not None:

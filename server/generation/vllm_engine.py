@@ -61,6 +61,7 @@ from server.generation.free_memory import release_free_memory
 from server.generation.lora import EngineAdapters, EngineRefusedError, LoadedAdapter
 from server.generation.outcome_queue import OutcomeQueue
 from server.generation.prompt_tokens import encode_prompt
+from server.generation.structured_output import SchemaChecker
 from server.generation.weight_store import FullWeights, WeightStore, full_weights
 
 ENGINE_DIED = "The engine has died; try again in a few seconds."
@@ -116,6 +117,7 @@ class VllmGenerator:
         self.model = name
         self.load = load
         self.cancelled_total = 0
+        self.schemas = SchemaChecker()
         self.adapters = adapters
         self._engine = engine
         self._weight_store = weight_store
@@ -250,6 +252,7 @@ class VllmGenerator:
         await self.adapters.close()
         self._engine.shutdown()
         self._encoding.shutdown(wait=False, cancel_futures=True)
+        self.schemas.close()
         await asyncio.to_thread(self._processes.end)
 
     async def encode(self, prompt: Prompt, after: Candidate | None = None) -> list[int]:
@@ -347,6 +350,8 @@ class VllmGeneration:
 
     async def __aenter__(self) -> Self:
         await self._generator.check_ready()
+        if self._sampling.json_schema:
+            await self._generator.schemas.check(self._sampling.json_schema)
         token_ids = await self._generator.encode(self._prompt, self._sampling.after)
         self.prompt_tokens = len(token_ids) - self._sampling.begun_tokens
         prompt = tokens_input(token_ids)

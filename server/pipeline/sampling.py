@@ -6,6 +6,7 @@ in every wave, so a policy that stops after k candidates has drawn the first k o
 A candidate that a policy rejects is cancelled in the engine before anything else is awaited.
 """
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Collection
@@ -16,6 +17,7 @@ from typing import Self
 from reranker.candidate import Candidate, FailedCandidate, Prompt
 from reranker.stopping import SpeculativeRejection, Stopping
 from server.generation.base import Generator, Outcome, SamplingParams
+from server.generation.structured_output import OutputSchema
 from server.pipeline.scoring import Scoring
 
 
@@ -49,6 +51,7 @@ class CandidateSampler:
         self._best_of = best_of
         self._stopping = stopping
         self._scoring = scoring
+        self._schema: OutputSchema | None = None
         self._stream_partial = stream_partial
         self._reads_partial = stream_partial or stopping.cancels_running
         self._is_open = False
@@ -72,6 +75,8 @@ class CandidateSampler:
         return sum(self._unfinished_tokens.values())
 
     async def __aenter__(self) -> Self:
+        if self._sampling.json_schema is not None:
+            self._schema = await asyncio.to_thread(OutputSchema, self._sampling.json_schema)
         await self._draw(await self._next_wave())
         return self
 
@@ -87,6 +92,8 @@ class CandidateSampler:
                 self._count_seconds()
                 if self._first:
                     outcomes = [replace(outcome, index=self._first + outcome.index) for outcome in outcomes]
+                if self._schema is not None:
+                    outcomes = [_validated(outcome, self._schema) for outcome in outcomes]
                 for outcome in outcomes:
                     self._record(outcome)
                     beginnings.add(outcome)
@@ -178,6 +185,14 @@ class _Beginnings:
         growing = await self._scoring.beginnings(beginnings)
         rewards = await self._scoring.settled()
         return self._rejection.rejected(growing, [rewards.get(index, math.nan) for index in completed])
+
+
+def _validated(outcome: Outcome, schema: OutputSchema) -> Outcome:
+    """The outcome; a candidate that stopped with a text that does not satisfy the schema has failed."""
+    if isinstance(outcome, FailedCandidate) or outcome.finish_reason != "stop":
+        return outcome
+    error = schema.error(outcome.text)
+    return outcome if error is None else FailedCandidate(outcome.index, error)
 
 
 def _has_ended(outcome: Outcome) -> bool:

@@ -8,6 +8,7 @@ from reranker.candidate import Message
 from reranker.reward_posterior import UNKNOWN, Prior
 from reranker.stopping import WAVE, AdaptiveN, SpeculativeRejection, Stopping, StragglerCut
 from server.errors import BadRequestError
+from server.generation.structured_output import check_size
 from server.pipeline.blockwise import DEFAULT_BLOCK_TOKENS
 from server.pipeline.strategies import WITHOUT_REWARDS, SelectionOptions, Strategy
 from server.pipeline.types import RewardFailurePolicy
@@ -84,6 +85,7 @@ class ResponseFormat(StrictModel):
                 param="response_format.json_schema",
             )
         if self.json_schema is not None:
+            check_size(self.json_schema.schema_)
             return self.json_schema.schema_
         return {} if self.type == "json_object" else None
 

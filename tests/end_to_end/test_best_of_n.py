@@ -174,23 +174,6 @@ def test_the_winner_of_several_is_streamed_once_chosen(client: openai.OpenAI) ->
     assert chunks[-1].usage.completion_tokens == reply.usage.completion_tokens
 
 
-def test_structured_output_matches_the_schema(client: openai.OpenAI) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"verdict": {"enum": ["good", "bad"]}},
-        "required": ["verdict"],
-        "additionalProperties": False,
-    }
-    reply = client.chat.completions.create(
-        model=MODEL,
-        messages=FILM,
-        max_tokens=30,
-        response_format={"type": "json_schema", "json_schema": {"name": "review", "schema": schema}},
-        extra_body={"best_of": 4},
-    )
-    assert json.loads(reply.choices[0].message.content or "")["verdict"] in {"good", "bad"}
-
-
 def test_stop_and_logprobs_are_honoured(client: openai.OpenAI) -> None:
     reply = complete(client, best_of=2, max_tokens=40, stop=["."], logprobs=2)
     assert all("." not in candidate["text"] for candidate in reply.nbest["candidates"])

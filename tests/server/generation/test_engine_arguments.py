@@ -94,3 +94,7 @@ def test_the_dtype_is_the_fastest_of_the_device(
 def test_only_a_cpu_turns_compilation_off() -> None:
     assert default_environment("cpu") == default_environment("cuda") | {"TORCH_COMPILE_DISABLE": "1"}
     assert "TORCH_COMPILE_DISABLE" not in default_environment("cuda")
+
+
+def test_structured_output_has_one_backend_from_the_start() -> None:
+    assert arguments()["structured_outputs_config"] == {"backend": "guidance"}

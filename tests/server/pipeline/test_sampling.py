@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from reranker.candidate import Candidate, Prompt
+from reranker.candidate import Candidate, FailedCandidate, Prompt
 from reranker.reward_posterior import Prior
 from reranker.scorers.base import Needs, Scores
 from reranker.stopping import AdaptiveN, SpeculativeRejection, Stopping, StragglerCut
@@ -213,3 +213,28 @@ class TestStragglerCut:
         stopping = Stopping("straggler_cut", stragglers=StragglerCut(share=0.75))
         result = await run(generator, ScriptedScorer(fails=True), stopping, best_of=4, strategy="majority")
         assert (result.selection.winner.candidate.text, result.stopped_by) == ("yes", "straggler_cut")
+
+
+class TestJsonSchema:
+    SAMPLING = SamplingParams(json_schema={"type": "object", "required": ["x"]})
+
+    async def test_a_candidate_that_stopped_and_does_not_satisfy_the_schema_has_failed(self) -> None:
+        generator, observer = ScriptedGenerator(['{"x":1}', '{"y":1}', "Sure!"]), RecordingObserver()
+        request = BestOfNRequest(Prompt(text="How was it?"), self.SAMPLING, 3)
+        result = await BestOfN(generator, {"length": ScriptedScorer({"Sure!": 99.0})}).run(request, observer)
+        assert result.selection.winner.candidate.text == '{"x":1}'
+        assert (result.completed, result.failed) == (1, 2)
+        reasons = {
+            outcome.index: outcome.reason for outcome in observer.outcomes if isinstance(outcome, FailedCandidate)
+        }
+        assert reasons == {
+            1: 'the text does not satisfy the JSON schema: "x" is a required property',
+            2: "the text is not JSON",
+        }
+
+    async def test_an_invalid_schema_is_refused_before_anything_is_sampled(self) -> None:
+        generator = ScriptedGenerator(["{}"])
+        request = BestOfNRequest(Prompt(text="How was it?"), SamplingParams(json_schema={"type": "no such type"}), 3)
+        with pytest.raises(BadRequestError, match="The JSON schema is invalid"):
+            await BestOfN(generator, {"length": ScriptedScorer()}).run(request)
+        assert generator.calls == []
