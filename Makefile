@@ -8,7 +8,7 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) $(NEW_ENOUGH) && echo $(name))))
 PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-deps
 # How the tests are divided: tests/conftest.py
-TWO_PROCESSES = --quiet --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+TWO_PROCESSES = --quiet --numprocesses 2 --dist loadscope --no-loadscope-reorder
 TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 
 .PHONY: help setup models serve test test-fast check docs site bench lock clean
