@@ -9,6 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from reranker.scorers.base import Scorer
+from reranker.scorers.judge import JudgeModel
+from reranker.scorers.judge_endpoint import JudgeEndpoint
 from reranker.scorers.registry import ScorerContext, make_scorers
 from reranker.scorers.spec import OWN_POLICY, RewardModelSpec, parse_all
 from server.config import Settings
@@ -107,16 +109,14 @@ def _import_library(module: str) -> None:
 
 def _judge(
     settings: Settings, model: str, own_policy: Generator | Awaitable[Generator], stack: AsyncExitStack
-) -> JudgeClient:
+) -> JudgeModel:
     """The client of a judge model: of the served policy, or of a model at `judge_base_url`."""
     if model == OWN_POLICY:
         return JudgeClient(own_policy)
-    from server.generation.openai_upstream import OpenAIGenerator
-
     key = settings.judge_api_key.get_secret_value() if settings.judge_api_key else None
-    upstream = OpenAIGenerator.connect(str(settings.judge_base_url), key, model=model, upstream_model=model)
-    stack.push_async_callback(upstream.close)
-    return JudgeClient(upstream)
+    endpoint = JudgeEndpoint.connect(str(settings.judge_base_url), key, model=model)
+    stack.push_async_callback(endpoint.close)
+    return endpoint
 
 
 async def _generator(

@@ -27,17 +27,10 @@ import httpx
 from reranker.candidate import Candidate, Prompt
 from reranker.models.rendering import Renderer, reads_segments, style_of
 from reranker.prompt_text import finished_text, prompt_text
-from reranker.scorers.base import Needs, Scores, ScoringError, UnscorableError
+from reranker.scorers.base import Needs, Scores, ScoringError
+from reranker.scorers.json_http import TIMEOUT, UNREADABLE, post, refusal, text_of, tokens_used
 from reranker.scorers.rendering_thread import RenderingThread, with_missing
 from reranker.scorers.spec import EndpointSpec, Route, ScorerSpecError
-
-TIMEOUT = httpx.Timeout(120, connect=5)
-"""Seconds. A running server accepts connections at once; a full batch of long texts may wait behind others."""
-
-REFUSALS = (400, 413, 422)
-"""Statuses with which a server refuses the texts themselves."""
-UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What reading a reply of another form can raise."""
 
 log = logging.getLogger("nbest")
 
@@ -114,31 +107,18 @@ class PoolingEndpointScorer:
 
     async def _request(self, texts: Mapping[str, Any], count: int) -> Scores:
         body = {"model": self._model, "use_activation": False, **texts}
+        url = f"{self._endpoint.server}/{self._endpoint.route}"
         try:
-            reply = await self._client.post(f"{self._endpoint.server}/{self._endpoint.route}", json=body)
-        except httpx.HTTPError as error:
-            raise ScoringError(f"{self.name}: {self._endpoint.server} does not answer: {_text(error)}") from error
-        if not reply.is_success:
-            kind = UnscorableError if reply.status_code in REFUSALS else ScoringError
-            raise kind(f"{self.name}: {self._endpoint.server} replied: {_error_text(reply)}")
+            fields = await post(self._client, url, body)
+        except ScoringError as error:
+            raise type(error)(f"{self.name}: {error}") from error
         try:
-            fields = reply.json()
             reward_of = REWARD_OF[self._endpoint.route]
             rewards = {item["index"]: reward_of(item) for item in fields["data"]}
             rewards_N = tuple(rewards[index] for index in range(count))
-            return Scores(rewards_N, scored_tokens=_prompt_tokens(fields))
         except UNREADABLE as error:
-            raise ScoringError(
-                f"{self.name}: {self._endpoint.server}/{self._endpoint.route} did not return {count} numbers: "
-                f"{_text(error)}"
-            ) from error
-
-
-def _prompt_tokens(fields: Mapping[str, Any]) -> int:
-    """The prompt tokens in the reply's usage; 0 where it counts none."""
-    usage = fields.get("usage")
-    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    return tokens if isinstance(tokens, int) else 0
+            raise ScoringError(f"{self.name}: {url} did not return {count} numbers: {text_of(error)}") from error
+        return Scores(rewards_N, scored_tokens=tokens_used(fields, "prompt_tokens"))
 
 
 def _single_number(value: Any) -> float:
@@ -173,12 +153,17 @@ async def _model_card(client: httpx.AsyncClient, server: str) -> dict[str, Any]:
     try:
         reply = await client.get(f"{server}/v1/models")
         if not reply.is_success:
-            raise ValueError(_error_text(reply))
+            raise ValueError(refusal(reply))
         card: dict[str, Any] = reply.json()["data"][0]
-        return {"id": str(card["id"]), "root": card.get("root"), "max_model_len": card.get("max_model_len")}
+        root, max_model_len = card.get("root"), card.get("max_model_len")
+        return {
+            "id": str(card["id"]),
+            "root": root if isinstance(root, str) else None,
+            "max_model_len": max_model_len if type(max_model_len) is int and max_model_len > 0 else None,
+        }
     except (httpx.HTTPError, *UNREADABLE) as error:
         raise ScorerSpecError(
-            f"{server}/v1/models does not name the served reward model: {_text(error)}; start that server first, or "
+            f"{server}/v1/models does not name the served reward model: {text_of(error)}; start that server first, or "
             "correct the address"
         ) from error
 
@@ -221,17 +206,3 @@ def _renderer(endpoint: EndpointSpec, card: Mapping[str, Any], trust_remote_code
             f"vllm:{endpoint.server}/score"
         )
     return renderer
-
-
-def _text(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
-def _error_text(reply: httpx.Response) -> str:
-    """The message in OpenAI's or FastAPI's error envelope, or the start of the body if it has neither form."""
-    try:
-        fields = reply.json()
-        message = fields["error"]["message"] if "error" in fields else fields["detail"]
-    except UNREADABLE:
-        message = reply.text[:200]
-    return f"{message} (status {reply.status_code})"

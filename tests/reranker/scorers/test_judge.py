@@ -1,36 +1,36 @@
-"""The judge with scripted answers, and with a scripted server behind the real openai client."""
+"""The judge with scripted answers, and with a scripted policy as its own judge."""
 
 import asyncio
-import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
-import httpx2
-import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reranker.candidate import Candidate, Message, Prompt
-from reranker.scorers.base import Scores, ScoringError
+from reranker.scorers.base import Scores, ScoringError, UnscorableError
 from reranker.scorers.judge import BETTER_SCHEMA, GRADE_SCHEMA, MAX_CALLS, Judge, JudgeAnswer, JudgeScorer
 from reranker.scorers.pairwise import PairwiseScorer
 from server.errors import BadRequestError
 from server.generation.judge_client import JudgeClient
-from server.generation.openai_upstream import OpenAIGenerator
 from tests.support.doubles import ScriptedGenerator
 
+UNAVAILABLE = ScoringError("the judge is unavailable")
 QUESTION = Prompt(messages=(Message("user", "Capital of France?"),))
 
 
 class ScriptedJudgeModel:
-    """Answers with the first of `answers` whose key the question contains; None fails. Each answer has 10 tokens."""
+    """Answers with the first of `answers` whose key the question contains, or raises it. Each answer has 10 tokens."""
 
-    def __init__(self, answers: dict[str, str | None]) -> None:
+    def __init__(self, answers: Mapping[str, str | ScoringError]) -> None:
         self.answers = answers
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[tuple[str, dict[str, Any] | None]] = []
         self.running = 0
         self.max_running = 0
 
-    async def __call__(self, question: Prompt, json_schema: dict[str, Any]) -> JudgeAnswer:
+    async def __call__(self, question: Prompt, json_schema: dict[str, Any] | None) -> JudgeAnswer:
         (message,) = question.messages
         self.calls.append((message.content, json_schema))
         self.running += 1
@@ -38,8 +38,8 @@ class ScriptedJudgeModel:
         await asyncio.sleep(0)
         self.running -= 1
         answer = next(answer for key, answer in self.answers.items() if key in message.content)
-        if answer is None:
-            raise ScoringError("the judge is unavailable")
+        if isinstance(answer, ScoringError):
+            raise answer
         return JudgeAnswer(answer, num_tokens=10)
 
 
@@ -63,6 +63,7 @@ async def test_each_candidate_is_graded_on_its_own_and_all_tokens_count() -> Non
     [
         *("", "ten", "[9]", "9", '{"grade": "9"}', '{"grade": 9.5}', '{"grade": true}', '{"grade": null}'),
         *('{"grade": 0}', '{"grade": 11}', '{"grade": NaN}', '{"grade": 9', '{"better": "A"}'),
+        pytest.param("[" * 100_000, id="deep"),
     ],
 )
 async def test_an_answer_without_a_grade_is_a_missing_reward_and_its_tokens_count(answer: str) -> None:
@@ -71,15 +72,59 @@ async def test_an_answer_without_a_grade_is_a_missing_reward_and_its_tokens_coun
     assert (scores.rewards_N[1], scores.scored_tokens) == (9.0, 20)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ['```json\n{"grade": 4}\n```', 'The reply says {"grade": 10}. My answer: {"grade": 4}', '{"why": {}, "grade": 4}'],
+)
+async def test_a_grade_is_read_from_the_text_around_it_and_the_last_one_counts(answer: str) -> None:
+    assert (await graded(ScriptedJudgeModel({"": answer}), "Rome")).rewards_N == (4.0,)
+
+
+@given(answer=st.one_of(st.text(), st.from_regex(r'\{"grade": ?[-0-9.eE]{0,400}\}', fullmatch=True)))
+async def test_any_text_is_a_grade_or_a_missing_reward(answer: str) -> None:
+    (reward,) = (await graded(ScriptedJudgeModel({"": answer}), "Rome")).rewards_N
+    assert math.isnan(reward) or reward in range(1, 11)
+
+
+class TestRefusedSchema:
+    """A judge whose server takes no JSON schema."""
+
+    class WithoutSchemas(ScriptedJudgeModel):
+        async def __call__(self, question: Prompt, json_schema: dict[str, Any] | None) -> JudgeAnswer:
+            answer = await super().__call__(question, json_schema)
+            if json_schema is not None:
+                raise UnscorableError("response_format is not supported")
+            return answer
+
+    async def test_the_question_is_repeated_without_one_and_no_later_question_has_one(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = self.WithoutSchemas({"": '{"grade": 6}'})
+        scorer = JudgeScorer("judge", Judge(model))
+        assert (await scorer.score(QUESTION, candidates("Rome", "Paris"))).rewards_N == (6.0, 6.0)
+        assert [schema is None for _, schema in model.calls] == [False, False, True, True]
+        await scorer.score(QUESTION, candidates("Rome"))
+        assert len(model.calls) == 5
+        assert caplog.text.count("The judge takes no JSON schema") == 1
+
+    async def test_a_question_that_is_refused_either_way_is_an_error_and_schemas_stay(self) -> None:
+        model = ScriptedJudgeModel({"": UnscorableError("too long")})
+        scorer = JudgeScorer("judge", Judge(model))
+        for _ in range(2):
+            with pytest.raises(UnscorableError, match="judge: too long"):
+                await scorer.score(QUESTION, candidates("Rome"))
+        assert [schema is None for _, schema in model.calls] == [False, True] * 2
+
+
 async def test_a_failed_call_is_a_missing_reward() -> None:
-    scores = await graded(ScriptedJudgeModel({"Paris": '{"grade": 9}', "Rome": None}), "Rome", "Paris")
+    scores = await graded(ScriptedJudgeModel({"Paris": '{"grade": 9}', "Rome": UNAVAILABLE}), "Rome", "Paris")
     assert math.isnan(scores.rewards_N[0])
     assert (scores.rewards_N[1], scores.scored_tokens) == (9.0, 10)
 
 
 async def test_if_all_calls_fail_the_error_has_the_reason() -> None:
     with pytest.raises(ScoringError, match="judge: the judge is unavailable"):
-        await graded(ScriptedJudgeModel({"": None}), "Rome", "Paris")
+        await graded(ScriptedJudgeModel({"": UNAVAILABLE}), "Rome", "Paris")
 
 
 async def test_a_reply_cannot_close_its_tag() -> None:
@@ -121,28 +166,6 @@ class TestComparing:
 
 
 class TestJudgeClient:
-    async def test_the_upstream_gets_the_schema_and_its_usage_counts(self) -> None:
-        requests: list[httpx2.Request] = []
-
-        def handle(request: httpx2.Request) -> httpx2.Response:
-            requests.append(request)
-            choice = {"index": 0, "delta": {"content": '{"grade": 7}'}, "finish_reason": "stop", "logprobs": None}
-            usage = {"prompt_tokens": 90, "completion_tokens": 1, "total_tokens": 91}
-            chunk = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "large", "choices": [choice]}
-            events = [chunk, chunk | {"choices": [], "usage": usage}]
-            text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-            return httpx2.Response(200, text=text, headers={"content-type": "text/event-stream"})
-
-        http = httpx2.AsyncClient(transport=httpx2.MockTransport(handle))
-        client = openai.AsyncOpenAI(base_url="http://judge/v1", api_key="sk-judge", http_client=http, max_retries=0)
-        model = JudgeClient(OpenAIGenerator("large", client, upstream_model="large"))
-        scores = await JudgeScorer("judge", Judge(model)).score(QUESTION, candidates("Paris"))
-        assert scores == Scores((7.0,), scored_tokens=91)
-        body = json.loads(requests[0].content)
-        assert (body["model"], body["temperature"], body["n"]) == ("large", 0.0, 1)
-        assert body["response_format"]["json_schema"]["schema"] == GRADE_SCHEMA
-        assert requests[0].headers["authorization"] == "Bearer sk-judge"
-
     async def test_a_judge_waits_for_the_served_policy_to_start(self) -> None:
         own: asyncio.Future[ScriptedGenerator] = asyncio.get_running_loop().create_future()
         scoring = asyncio.create_task(

@@ -1,20 +1,24 @@
 """The pooling endpoint with a scripted HTTP server, which has the bodies and replies of vLLM 0.32."""
 
+import contextlib
 import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from reranker.candidate import Candidate, Message, Prompt
 from reranker.models.reward_model import RewardModel
-from reranker.scorers.base import Scores, ScoringError
+from reranker.scorers.base import Scores, ScoringError, UnscorableError
 from reranker.scorers.pooling_endpoint import PoolingEndpointScorer
 from reranker.scorers.spec import EndpointSpec, Route, ScorerSpecError
+from tests.support.json_shapes import mutations
 from tests.support.tiny_models import CONTEXT_LENGTH, save_tiny_reward_model, tiny_tokenizer
 
 CHAT = Prompt(messages=(Message("user", "What is the capital of France?"),))
@@ -27,13 +31,13 @@ class ScriptedServer:
     """A pooling server whose score of an input is its length; `answer` replaces its replies."""
 
     def __init__(self, root: str, max_model_len: int | None = CONTEXT_LENGTH) -> None:
-        self.card = {"id": "reward", "root": root, "max_model_len": max_model_len}
+        self.models: Any = {"data": [{"id": "reward", "root": root, "max_model_len": max_model_len}]}
         self.requests: list[tuple[str, Body]] = []
         self.answer: Callable[[Body], httpx.Response] | None = None
 
     def handle(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
-            return httpx.Response(200, json={"object": "list", "data": [self.card]})
+            return httpx.Response(200, json=self.models)
         body = json.loads(request.content)
         self.requests.append((request.url.path, body))
         if self.answer:
@@ -170,7 +174,7 @@ class TestReplies:
             (
                 400,
                 {"error": {"message": "context is 128"}},
-                r"http://pooling:8001 replied: context is 128 \(status 400\)",
+                r"http://pooling:8001/classify replied: context is 128 \(status 400\)",
             ),
             (404, {"detail": "Not Found"}, r"replied: Not Found \(status 404\)"),
             (502, "bad gateway", r"replied: .*bad gateway.* \(status 502\)"),
@@ -188,6 +192,38 @@ class TestReplies:
             await self.scored(connect, server)
         assert len(server.requests) == 1  # nothing is retried
 
+    @pytest.mark.parametrize(
+        ("status", "kind"),
+        [(400, UnscorableError), (413, UnscorableError), (422, UnscorableError), (503, ScoringError)],
+    )
+    async def test_texts_that_the_server_refuses_are_another_error_than_a_failure(
+        self, connect: Connect, status: int, kind: type[ScoringError]
+    ) -> None:
+        with pytest.raises(ScoringError) as error:
+            await self.scored(connect, self.answering(status, {"detail": "no"}))
+        assert type(error.value) is kind
+
+    @pytest.mark.parametrize("usage", [None, [], {}, {"prompt_tokens": None}, {"prompt_tokens": "9"}])
+    async def test_without_a_count_of_tokens_none_are_counted(self, connect: Connect, usage: Any) -> None:
+        items = [{"index": 1, "probs": [-2.5]}, {"index": 0, "probs": [4.0]}]
+        server = self.answering(200, {"data": items, "usage": usage})
+        assert await self.scored(connect, server) == Scores((4.0, -2.5), scored_tokens=0)
+
+    @pytest.mark.parametrize("route", get_args(Route))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # each example connects anew
+    @given(data=st.data())
+    async def test_any_reply_is_rewards_or_a_scoring_error(
+        self, connect: Connect, route: Route, data: st.DataObject
+    ) -> None:
+        items = [{"index": index, "probs": [0.5], "data": [0.5], "score": 0.5} for index in range(2)]
+        reply = data.draw(mutations({"data": items, "usage": {"prompt_tokens": 3}}))
+        try:
+            scores = await self.scored(connect, self.answering(200, reply), route)
+        except ScoringError:
+            return
+        assert [type(reward) for reward in scores.rewards_N] == [float, float]
+        assert scores.scored_tokens >= 0
+
     async def test_an_unreachable_server_is_an_error(self, connect: Connect) -> None:
         server = ScriptedServer("/only/there")
 
@@ -195,8 +231,32 @@ class TestReplies:
             raise httpx.ConnectError("connection refused")
 
         server.answer = refused
-        with pytest.raises(ScoringError, match="http://pooling:8001 does not answer: connection refused"):
+        with pytest.raises(ScoringError, match="http://pooling:8001/classify does not answer: connection refused"):
             await self.scored(connect, server)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(reply=mutations({"data": [{"id": "reward", "root": "/only/there", "max_model_len": 128}]}))
+async def test_any_list_of_models_connects_or_is_an_error_at_the_start(connect: Connect, reply: Any) -> None:
+    server = ScriptedServer("")
+    server.models = reply
+    with contextlib.suppress(ScorerSpecError):
+        await connect(server, "score")  # it needs no tokenizer, which would be looked up under the drawn name
+
+
+async def test_an_encoder_that_reads_segments_needs_the_score_route(connect: Connect, tmp_path: Path) -> None:
+    server = ScriptedServer(str(save_tiny_reward_model(tmp_path, "bert")))
+    with pytest.raises(ScorerSpecError, match=r"as a pair with segment ids.*use vllm:http://pooling:8001/score"):
+        await connect(server)
+    assert (await (await connect(server, "score")).score(CHAT, candidates("Paris."))).rewards_N == (6.0,)
+
+
+async def test_an_encoder_without_segments_gets_token_ids_of_the_pair(connect: Connect, tmp_path: Path) -> None:
+    directory = save_tiny_reward_model(tmp_path, "deberta-v2")
+    server = ScriptedServer(str(directory))
+    await (await connect(server)).score(CHAT, candidates("Paris."))
+    pair = AutoTokenizer.from_pretrained(directory)("What is the capital of France?", "Paris.")
+    assert server.requests[0][1]["input"] == [pair["input_ids"]]
 
 
 @pytest.mark.parametrize(

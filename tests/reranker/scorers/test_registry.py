@@ -110,7 +110,7 @@ def test_every_form_is_documented(form: str) -> None:
 
 @asynccontextmanager
 async def made(specs: Mapping[str, str], answer: str = '{"grade": 5}') -> AsyncIterator[dict[str, Scorer]]:
-    async def ask(question: Prompt, json_schema: dict[str, Any]) -> JudgeAnswer:
+    async def ask(question: Prompt, json_schema: dict[str, Any] | None) -> JudgeAnswer:
         return JudgeAnswer(answer, num_tokens=10)
 
     async with AsyncExitStack() as stack:
