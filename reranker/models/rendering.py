@@ -125,8 +125,8 @@ class Renderer:
         """The tokens of one candidate.
 
         Raises:
-            RenderingError: there is no token to score, or the tokenizer has no chat template for a conversation, or one
-                that refuses it.
+            RenderingError: there is no token to score, a text is not valid Unicode, or the tokenizer has no chat template
+                for a conversation, or one that refuses it.
             TooLongError: the candidate does not fit.
         """
         before, between, after = self._frame.before, self._frame.between, self._frame.after
@@ -201,8 +201,11 @@ class Renderer:
     def _tokenize(self, text: str) -> tuple[int, ...]:
         if not text:
             return ()
-        # Not verbose: the tokenizer would warn of texts over the context, which are cut or refused here.
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        try:
+            # Not verbose: the tokenizer would warn of texts over the context, which are cut or refused here.
+            return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        except TypeError as error:
+            raise RenderingError("a text is not valid Unicode: it contains a lone surrogate") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,6 +173,12 @@ def test_a_conversation_without_a_chat_template_is_an_error() -> None:
     chat.check(TEXT)
 
 
+@pytest.mark.parametrize(("prompt", "candidate"), [(TEXT, "\ud800"), (Prompt(text="\ud800"), "great")])
+def test_a_lone_surrogate_is_an_error(prompt: Prompt, candidate: str) -> None:
+    with pytest.raises(RenderingError, match="not valid Unicode: it contains a lone surrogate"):
+        renderer("chat").render(prompt, candidate)
+
+
 def test_a_text_over_the_tokenizers_length_causes_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     chat = renderer("chat")
     logging.getLogger("transformers").addHandler(caplog.handler)
