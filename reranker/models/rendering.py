@@ -125,8 +125,8 @@ class Renderer:
         """The tokens of one candidate.
 
         Raises:
-            RenderingError: there is no token to score, a text is not valid Unicode, or the tokenizer has no chat template
-                for a conversation, or one that refuses it.
+            RenderingError: there is no token to score, a text is not valid Unicode, or the tokenizer has no chat
+                template for a conversation, or one that refuses it.
             TooLongError: the candidate does not fit.
         """
         before, between, after = self._frame.before, self._frame.between, self._frame.after
