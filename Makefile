@@ -7,8 +7,6 @@ READY := $(VENV)/.installed
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) $(NEW_ENOUGH) && echo $(name))))
 PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-deps
-# How the tests are divided: tests/conftest.py
-TWO_PROCESSES = --quiet --numprocesses 2 --dist loadscope --no-loadscope-reorder
 TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 
 .PHONY: help setup models serve test test-fast check docs site bench lock clean
@@ -37,11 +35,12 @@ models: $(READY)
 serve: setup  ## serve on 127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/nbest serve
 
-test: setup  ## run every test, in two processes
-	@$(BIN)/python -m pytest $(TWO_PROCESSES)
+test: setup  ## run every test: first two files at a time, then what needs the machine for itself
+	@$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile -m "not alone"
+	@$(BIN)/python -m pytest --quiet -m alone
 
-test-fast: setup  ## run the tests without real engines, Ray clusters and browsers, and without the slowest of the others
-	@$(BIN)/python -m pytest $(TWO_PROCESSES) -m "not engine and not ray and not browser and not slow"
+test-fast: setup  ## run the pure and component tests: no engines, Ray clusters or browsers, and not the slowest of the others
+	@$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile -m "not alone and not browser and not slow"
 
 check: $(READY)  ## style, types, import fences, words, generated pages, links of the documentation
 	@$(BIN)/ruff check .

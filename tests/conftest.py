@@ -1,33 +1,18 @@
-"""How the suite is spread over two processes: `make test` runs pytest with -n 2.
+"""Which tests need the machine for themselves.
 
-A file is a unit of work. Tests that start real engines or Ray clusters are one unit together, which begins first: each
-takes both cores and gigabytes of memory, so two of them never run at the same time, and what a session shares is
-started once.
+`make test` runs the suite in two parts. Most tests run in two processes, a file at a time in each. Tests that start real
+engines, their workers or Ray clusters come after them, in one process: the threads of an engine wait for each other after
+each matrix product, so a second process on the same two cores slows an engine down tenfold, and timeouts are reached.
 """
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
-TESTS = Path(__file__).parent
-ENGINES_AND_CLUSTERS = ("end_to_end/", "server/distributed/", "training/rl/test_on_ray.py")
-"""Paths below tests/, or beginnings of them."""
+ALONE = ("engine", "ray")
+"""Markers of tests that are not run beside others; such tests get the marker `alone`."""
 
 
-class UnitScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist is untyped here
-    """Sends each unit to one process as a whole."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0].removeprefix(f"{TESTS.name}/")
-        return "engines and clusters" if file.startswith(ENGINES_AND_CLUSTERS) else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> UnitScheduling:
-    return UnitScheduling(config, log)
-
-
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves the largest unit to the front: it takes longest."""
-    items.sort(key=lambda item: not str(item.path.relative_to(TESTS)).startswith(ENGINES_AND_CLUSTERS))
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ALONE):
+            item.add_marker("alone")

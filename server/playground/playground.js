@@ -224,4 +224,6 @@ byId("copy").addEventListener("click", async () => {
 });
 
 request.restoreStoredFields();
+// Not by the autofocus attribute: the browser complains about it where the user has already focused another field.
+if (document.activeElement === document.body) byId("prompt").focus();
 loadServed();

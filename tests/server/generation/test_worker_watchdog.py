@@ -7,7 +7,11 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from server.generation.engine_arguments import OWNER_PID_VARIABLE, WATCHED_WORKER_EXTENSION
+
+pytestmark = pytest.mark.engine
 
 SPAWN = multiprocessing.get_context("spawn")
 
