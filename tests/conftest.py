@@ -1,8 +1,8 @@
 """Which tests need the machine for themselves.
 
 `make test` runs the suite in two parts. Most tests run in two processes, a file at a time in each. Tests that start
-real engines, their workers or Ray clusters come after them, in one process: the threads of an engine wait for each other
-after each matrix product, so a second process on the same two cores slows an engine down many times over.
+real engines, their workers or Ray clusters come after them, in one process. The threads of an engine wait for each
+other after each matrix product: a second process on the same two cores makes an engine many times slower.
 """
 
 import pytest
