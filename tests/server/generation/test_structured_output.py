@@ -10,7 +10,7 @@ from server.errors import BadRequestError
 from server.generation import structured_output
 from server.generation.structured_output import MAX_BYTES, MAX_DEPTH, OutputSchema, SchemaChecker, check_size
 
-POINT = {
+POINT: dict[str, Any] = {
     "type": "object",
     "properties": {"x": {"type": "integer"}},
     "required": ["x"],
@@ -83,7 +83,7 @@ async def test_a_schema_that_cannot_be_enforced_is_refused_by_its_keyword(schema
 
 async def test_the_result_does_not_depend_on_earlier_schemas() -> None:
     """vLLM's `auto` keeps the backend of the first schema for all later ones."""
-    unenforceable = {"not": {"type": "string"}}
+    unenforceable: dict[str, Any] = {"not": {"type": "string"}}
     for schemas in ([POINT, unenforceable], [unenforceable, POINT]):
         checker, refused = SchemaChecker(), []
         for schema in schemas:
