@@ -7,6 +7,11 @@ READY := $(VENV)/.installed
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) $(NEW_ENOUGH) && echo $(name))))
 PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-deps
+# Tests that start real engines, their workers or Ray clusters. They run in one process, after the others: the threads of an
+# engine wait for each other after each matrix product, and a second process on the same cores makes it many times slower.
+ALONE = tests/end_to_end tests/server/distributed tests/training/rl/test_on_ray.py \
+	tests/server/generation/test_worker_watchdog.py tests/server/generation/test_free_memory.py
+TWO_AT_A_TIME = $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile $(ALONE:%=--ignore=%)
 TORCH = $(shell grep '^torch==' requirements/cpu.txt)
 
 .PHONY: help setup models serve test test-fast check docs site bench lock clean
@@ -36,11 +41,11 @@ serve: setup  ## serve on 127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/nbest serve
 
 test: setup  ## run every test: first two files at a time, then what needs the machine for itself
-	@$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile -m "not alone"
-	@$(BIN)/python -m pytest --quiet -m alone
+	@$(TWO_AT_A_TIME)
+	@$(BIN)/python -m pytest --quiet $(ALONE)
 
 test-fast: setup  ## run the pure and component tests: no engines, Ray clusters or browsers, and not the slowest of the others
-	@$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile -m "not alone and not browser and not slow"
+	@$(TWO_AT_A_TIME) -m "not browser and not slow"
 
 check: $(READY)  ## style, types, import fences, words, generated pages, links of the documentation
 	@$(BIN)/ruff check .
