@@ -1,19 +1,23 @@
 """The answer in a candidate's text, normalised so that equal answers are equal strings.
 
-    text -> extract (regular expression, JSON pointer, or the whole text) -> canonical -> the string that gets the vote
+    text -> extract (regular expression, JSON pointer, or whole text) -> normal form -> the string that gets the vote
 
 Both the text and the pattern are untrusted. Patterns run on RE2, whose time is linear in the text and whose memory is
-bounded, so no pattern can hang; in exchange RE2 has no lookaround and no backreferences. Numbers and formulas are
-compared by their exact value (`expressions`), everything else by its letters.
+bounded, so no pattern can hang; in exchange RE2 has no lookaround and no backreferences. `reranker.answer_forms` says
+which answers are equal.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import re2
+
+if TYPE_CHECKING:
+    from reranker.answer_forms import NormalForm
 
 MAX_PATTERN_BYTES = 2**20
 """Most memory of RE2's compiled program; an ordinary pattern takes a few hundred bytes."""
@@ -78,19 +82,30 @@ def whole_text(text: str) -> str:
     return text
 
 
-def canonical(answer: str) -> str | None:
-    """The normal form of an answer: the exact value of a number or formula, otherwise its words.
+def canonical_answers(answers: Mapping[int, str]) -> dict[int, str]:
+    """The normal form of each answer that has content, by its key; equal answers have equal forms.
 
-    Dollar signs, LaTeX's brackets around text and formulas, outer brackets, a final full stop and the case of words do
-    not count. Two answers with the same normal form are equal. None stands for an answer without content.
+    A unit may be left out: a number counts as the quantity of that number among the other answers (5 as 5 cm, 50 as
+    50%), unless these have several quantities of that number.
     """
-    bare = re.sub(r"\\?\$|\\[()\[\]]", " ", answer)
-    bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf) ?\{([^{}]*)\}", r"\1", bare)
-    bare = re.sub(r"\\boxed ?\{([^{}]*)\}", r"\1", bare)  # after \text, because \boxed may enclose it
-    bare = bare.strip().removesuffix(".").strip()
-    from reranker.expressions import value_of  # imported here: SymPy takes half a second, and only voting needs it
+    from reranker.answer_forms import normal_form  # imported here: SymPy takes half a second, and only voting needs it
 
-    return value_of(bare) or " ".join(bare.casefold().strip("()").split()) or None
+    forms = {key: form for key, answer in answers.items() if (form := normal_form(answer)) is not None}
+    quantities = defaultdict[str, set[str]](set)
+    for form in forms.values():
+        if form.number is not None:
+            quantities[form.number].add(form.form)
+
+    def vote(form: "NormalForm") -> str:
+        of_number = quantities.get(form.form, ()) if form.number is None else ()
+        return next(iter(of_number)) if len(of_number) == 1 else form.form
+
+    return {key: vote(form) for key, form in forms.items()}
+
+
+def canonical(answer: str) -> str | None:
+    """The normal form of a single answer; None for an answer without content."""
+    return canonical_answers({0: answer}).get(0)
 
 
 def _child(value: Any, step: str) -> Any:

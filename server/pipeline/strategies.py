@@ -10,7 +10,7 @@ from random import Random
 from typing import Literal
 
 from reranker import selection
-from reranker.answers import AnswerError, Extract, by_json_pointer, by_regex, canonical, whole_text
+from reranker.answers import AnswerError, Extract, by_json_pointer, by_regex, canonical_answers, whole_text
 from reranker.candidate import ScoredCandidate, Selection
 from server.errors import BadRequestError
 
@@ -84,5 +84,4 @@ def _answers(scored: Sequence[ScoredCandidate], options: SelectionOptions) -> di
     """The canonical answer of each candidate that has an answer, by index."""
     extract = options.extract()
     extracted = {sample.candidate.index: extract(sample.candidate.text) for sample in scored}
-    normal = {index: canonical(answer) for index, answer in extracted.items() if answer is not None}
-    return {index: answer for index, answer in normal.items() if answer is not None}
+    return canonical_answers({index: answer for index, answer in extracted.items() if answer is not None})
