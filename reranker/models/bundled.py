@@ -26,6 +26,8 @@ from reranker.progress_bar import ProgressBar
 
 CONVERSION = "r1"
 """Part of the cache path. It changes when the conversion's output changes, so that old results are not reused."""
+MODEL_FILES = ("config.json", "adapter_config.json", "params.json", "tokenizer_config.json")
+"""A directory with one of these contains a model, an adapter or a tokenizer."""
 
 
 class PreparationError(Exception):
@@ -91,9 +93,14 @@ def resolve(name_or_path: str) -> str:
     """The directory of a prepared name, which is prepared if necessary; any other value is returned unchanged.
 
     Raises:
-        PreparationError: the name is that of a packaged model, and its package is not installed.
+        PreparationError: the name is that of a packaged model, and its package is not installed; or it is a directory
+            without a model.
     """
     if Path(name_or_path).is_dir():
+        if not any((Path(name_or_path) / name).is_file() for name in MODEL_FILES):
+            raise PreparationError(
+                f"{name_or_path} contains no model: it has no config.json; give the directory of a model"
+            )
         return name_or_path
     if name_or_path in PACKAGED_MODELS:
         return str(prepare(name_or_path))

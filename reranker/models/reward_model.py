@@ -383,8 +383,6 @@ def _check_directory(spec: str) -> None:
     """Rejects a name that is clearly wrong before it is looked up on the hub."""
     path = Path(spec)
     if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise RewardModelError(f"{spec} contains no model: it has no config.json; give the directory of a model")
         if not any(path.glob("*.safetensors")):
             raise RewardModelError(
                 f"{spec} contains no .safetensors file, and pickled weights are never loaded because they can run "

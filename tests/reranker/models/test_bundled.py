@@ -61,6 +61,7 @@ def test_tied_embeddings_are_stored_once() -> None:
 
 
 def test_other_names_are_returned_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
     assert resolve(str(tmp_path)) == str(tmp_path)
     assert resolve("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert resolve("movie-sentiment") == str(PRETRAINED_REWARDS["movie-sentiment"])
@@ -130,3 +131,11 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(empty_cache: Path, monk
     assert not prepared_models()[0].is_prepared
     monkeypatch.setattr(bundled, "_convert", whole)
     assert [path.name for path in prepare(NAME, progress=False).iterdir()] == ["model.safetensors"]
+
+
+def test_a_directory_without_a_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        PreparationError, match=r"contains no model: it has no config\.json; give the directory"
+    ) as refusal:
+        resolve(str(tmp_path))
+    assert "\n" not in str(refusal.value)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import GraniteConfig, PretrainedConfig, T5Config
 from typer.testing import CliRunner
 
 from reranker.candidate import Prompt
 from reranker.models.reward_model import RewardModel, RewardModelError, load_classifier
-from tests.support.tiny_models import save_tiny_policy, save_tiny_reward_model
+from tests.support.tiny_models import Architecture, save_tiny_policy, save_tiny_reward_model
 from training.cli import evaluate_app, train_app
 from training.data.preferences import DataError
 from training.reward.config import RewardMethod, RewardTraining
@@ -65,6 +66,36 @@ def test_training_learns_the_ratings_and_the_saved_model_reproduces_them(method:
     assert not (out / "checkpoints").exists()
     logged = EventAccumulator(str(out / "tensorboard")).Reload().Scalars("loss")
     assert [event.value for event in logged] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "qwen3_moe"])
+def test_every_kind_of_decoder_can_be_trained_and_loaded(architecture: Architecture, tmp_path: Path) -> None:
+    base = save_tiny_policy(tmp_path / "base", architecture=architecture)
+    lines = ratings(16, 0)
+    data = write(tmp_path / "train.jsonl", lines)
+    train_reward(data, tmp_path / "out", settings(base, epochs=1, num_layers=1), holdout=0, progress=False)
+    model = RewardModel.load(str(tmp_path / "out" / "adapter"), device="cpu", dtype="float32")
+    texts = [model.render(Prompt(text=""), line["text"]) for line in lines]
+    rewards = model.score(texts)
+    assert max(rewards) - min(rewards) > 0.01
+    assert rewards == pytest.approx([model.score([text])[0] for text in texts], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GraniteConfig(architectures=["GraniteForCausalLM"]), "no sequence classifier of the type granite"),
+        (T5Config(architectures=["T5ForConditionalGeneration"]), "an encoder-decoder"),
+    ],
+)
+def test_a_base_that_cannot_carry_a_reward_head_is_refused_in_one_sentence(
+    config: PretrainedConfig, reason: str, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path / "base")
+    data = write(tmp_path / "train.jsonl", ratings(8, 0))
+    with pytest.raises(RewardModelError, match=reason) as refusal:
+        train_reward(data, tmp_path / "out", settings(tmp_path / "base"), holdout=0, progress=False)
+    assert "\n" not in str(refusal.value)
 
 
 def test_the_base_model_is_unchanged_and_only_the_adapter_is_written(tmp_path: Path) -> None:
