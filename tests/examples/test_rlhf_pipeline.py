@@ -26,6 +26,8 @@ from training.data.preferences import read_rows
 from training.errors import TrainingError
 from training.policy.subcommands import locked_commands
 
+pytestmark = pytest.mark.slow
+
 README = Path(comparison.__file__).with_name("README.md").read_text()
 PROMPTS = ("This film", "The plot", "The music")
 

@@ -12,6 +12,8 @@ from training.checkpoints import CheckpointError, start
 from training.reward.config import RewardMethod, RewardTraining
 from training.reward.train import RewardTrainer, train_reward
 
+pytestmark = pytest.mark.slow
+
 
 class PowerCutError(Exception):
     """Stands for anything that kills a run."""

@@ -28,6 +28,8 @@ from training.policy.finetune import TrainablePolicy, write_adapter
 from training.policy.sft import train_sft
 from training.policy.tokens import tokenise
 
+pytestmark = pytest.mark.slow
+
 QUIET = RunOptions(progress=False)
 CHAT = [{"role": "user", "content": "How was the film?"}]
 

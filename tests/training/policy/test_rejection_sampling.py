@@ -20,6 +20,8 @@ from training.policy.config import RejectionSamplingTraining
 from training.policy.rejection_sampling import improve, table_lines
 from training.policy.subcommands import Command, locked_commands
 
+pytestmark = pytest.mark.slow
+
 RESULTS = (
     "prompts/train.jsonl",
     "round-0/evaluation/summary.json",

@@ -22,6 +22,8 @@ from training.reward.config import RewardMethod, RewardTraining
 from training.reward.evaluate import evaluate_reward
 from training.reward.train import _trainable, train_reward
 
+pytestmark = pytest.mark.slow
+
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -24,6 +24,8 @@ from training.rl.backend import Backend
 from training.rl.config import PPOTraining, ReinforceTraining
 from training.rl.train import train_rl
 
+pytestmark = pytest.mark.slow
+
 REWARD = "reward=python:rewards.py:reward"
 """Never called, since a test double of the scorer returns the rewards. The rewards of a function are not scaled."""
 

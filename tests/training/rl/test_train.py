@@ -42,6 +42,8 @@ from training.rl.train import train_rl
 from training.rl.update import update
 from training.rl.weight_sync import SyncError
 
+pytestmark = pytest.mark.slow
+
 QUIET = RunOptions(progress=False)
 TEXTS = ("The film was a delight", "What is the capital of", "The ending made no sense at all")
 FUNCTION = "reward=python:reward.py:reward"

@@ -20,6 +20,8 @@ from training.errors import TrainingError
 from training.policy.config import RunOptions
 from training.rl.train import train_rl
 
+pytestmark = pytest.mark.slow
+
 OPENINGS = [f"The film number {number} was" for number in range(12)]
 WEIGHTS = "adapter_model.safetensors"
 
