@@ -14,7 +14,7 @@ join it depends on how the model computes a batch:
              of the same prompt, then other prompts with all of their candidates, in order of arrival
     PADDED   all sequences padded to the longest: those nearest in length, so that little padding is computed
 
-Sequences with the same tokens are computed once, and all their callers get the result.
+Equal sequences are computed once, and all their callers get the result.
 
 A policy consists of two pure functions over lengths. `Batcher` is the loop that applies a policy; it does not depend
 on the model or on the type of its results.
@@ -30,7 +30,7 @@ MAX_PADDING_SHARE = 0.1
 """Most padding tokens in a batch per real token; a sequence that would exceed it waits for another batch."""
 
 
-class Sized(Protocol):
+class Sized(Hashable, Protocol):
     """A sequence of tokens to compute; `prefix_ids` are the first ones, which other sequences may share."""
 
     @property
@@ -166,7 +166,7 @@ class Batcher(Generic[Item, Result]):
         self._max_batch_tokens = max_batch_tokens
         self._max_wait_s = max_wait_ms / 1000
         self._on_batch = on_batch
-        self._waiting: dict[tuple[int, ...], _Waiting[Item, Result]] = {}  # by tokens, in order of arrival
+        self._waiting: dict[Item, _Waiting[Item, Result]] = {}  # in order of arrival
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
         self._loop_task: asyncio.Task[None] | None = None
@@ -181,13 +181,13 @@ class Batcher(Generic[Item, Result]):
 
     def _enqueue(self, item: Item) -> asyncio.Future[Result]:
         loop = asyncio.get_running_loop()
-        waiting = self._waiting.get(item.token_ids)
+        waiting = self._waiting.get(item)
         if waiting is None:
             prefix_ids = item.prefix_ids
             own = len(item.token_ids) - len(prefix_ids)
             # A hash identifies the prompt. In a collision a batch would only exceed its budget a little.
             length = Length(own, len(prefix_ids), hash(prefix_ids))
-            waiting = self._waiting[item.token_ids] = _Waiting(item, length, loop.time())
+            waiting = self._waiting[item] = _Waiting(item, length, loop.time())
         result: asyncio.Future[Result] = loop.create_future()
         waiting.results.append(result)
         return result
@@ -221,7 +221,7 @@ class Batcher(Generic[Item, Result]):
         """Waits until a batch closes, removes it from the waiting sequences, and calls `on_batch`."""
         loop = asyncio.get_running_loop()
         while True:
-            self._waiting = {ids: waiting for ids, waiting in self._waiting.items() if waiting.is_needed}
+            self._waiting = {item: waiting for item, waiting in self._waiting.items() if waiting.is_needed}
             self._arrival.clear()
             queue = list(self._waiting.values())
             lengths = [waiting.length for waiting in queue]
@@ -235,7 +235,7 @@ class Batcher(Generic[Item, Result]):
                 pass
         batch = [queue[position] for position in self._policy.choose(lengths, self._max_batch_tokens)]
         for waiting in batch:
-            del self._waiting[waiting.item.token_ids]
+            del self._waiting[waiting.item]
         if self._on_batch:
             self._on_batch(len(batch), self._policy.size([waiting.length for waiting in batch]))
         return batch

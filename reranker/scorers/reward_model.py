@@ -90,8 +90,8 @@ class RewardModelScorer:
             results = await self._batcher.submit(fitting)
         except RuntimeError as error:  # torch raises it, for example when memory is exhausted
             raise ScoringError(f"{self.name} failed: {error}") from error
-        computed_tokens = {  # by tokens, because equal sequences are computed once
-            rendered.token_ids: result.computed_tokens for rendered, result in zip(fitting, results, strict=True)
+        computed_tokens = {  # by sequence, because equal ones are computed once
+            rendered: result.computed_tokens for rendered, result in zip(fitting, results, strict=True)
         }
         return Scores(
             with_missing((result.reward for result in results), rendered_N),

@@ -1,3 +1,4 @@
+import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,19 @@ async def test_a_continuation_of_a_beginning_costs_only_the_rest(model: RewardMo
     )  # 4 for the tokens that closed the beginning
     await scoring.close()
     await fresh.close()
+
+
+async def test_pairs_of_the_same_tokens_that_end_their_prompt_elsewhere_are_scored_apart(tmp_path: Path) -> None:
+    model = RewardModel.load(str(save_tiny_reward_model(tmp_path, "bert")), device="cpu", dtype="float32", style="pair")
+    splits = [(Prompt(text="The film"), "was [SEP] great"), (Prompt(text="The film [SEP] was"), "great")]
+    first, second = (model.render(prompt, text) for prompt, text in splits)
+    assert first.token_ids == second.token_ids
+    scoring = scorer(model)
+    together = await asyncio.gather(*(scoring.score(prompt, candidates(text)) for prompt, text in splits))
+    await scoring.close()
+    rewards = [scores.rewards_N[0] for scores in together]
+    assert rewards == pytest.approx([model.score([pair])[0] for pair in (first, second)], abs=1e-4)
+    assert abs(rewards[0] - rewards[1]) > 0.01
 
 
 class TestUnscorable:
