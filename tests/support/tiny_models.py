@@ -5,7 +5,6 @@ equal can fail. They are drawn by numpy, because torch's generator gives other n
 instructions.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,27 +73,39 @@ def tiny_tokenizer(
 
 
 def tiny_bert_tokenizer() -> PreTrainedTokenizerBase:
-    """A WordPiece tokenizer of pairs, [CLS] … [SEP] … [SEP] with segments 0 and 1; it has no chat template."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False, model_max_length=CONTEXT_LENGTH)
+    """A WordPiece tokenizer of pairs, [CLS] … [SEP] … [SEP] with segments 0 and 1; it has no chat template.
+
+    Its vocabulary is not trained, because the trainer's depends on the run.
+    """
+    words, characters = _words_and_characters()
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *characters,
+        *(f"##{piece}" for piece in characters),
+        *words,
+    ]
+    vocabulary = {piece: token_id for token_id, piece in enumerate(dict.fromkeys(pieces))}
+    return BertTokenizer(vocab=vocabulary, do_lower_case=False, model_max_length=CONTEXT_LENGTH)
 
 
 def tiny_deberta_tokenizer() -> PreTrainedTokenizerBase:
     """A Unigram tokenizer of pairs as `tiny_bert_tokenizer`."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    words, characters = _words_and_characters()
     special_tokens = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=special_tokens, unk_token="[UNK]", show_progress=False
+    scores = dict.fromkeys(special_tokens, 0.0) | dict.fromkeys(["▁", *characters], -6.0)
+    scores |= {f"▁{word}": -3.0 for word in words}
+    return DebertaV2Tokenizer(
+        vocab=list(scores.items()), unk_id=special_tokens.index("[UNK]"), model_max_length=CONTEXT_LENGTH
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    vocabulary = [tuple(entry) for entry in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    return DebertaV2Tokenizer(vocab=vocabulary, unk_id=special_tokens.index("[UNK]"), model_max_length=CONTEXT_LENGTH)
+
+
+def _words_and_characters() -> tuple[list[str], list[str]]:
+    """Those of the corpus, in a fixed order."""
+    return sorted({word for text in CORPUS for word in text.split()}), sorted(set("".join(CORPUS)) - {" "})
 
 
 def tiny_config(
