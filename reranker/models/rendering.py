@@ -188,15 +188,15 @@ class Renderer:
             return finished_text(prompt, reply)
         if not self.tokenizer.chat_template:
             raise RenderingError(
-                "its tokenizer has no chat template, so it cannot read a conversation in the style chat; choose the "
-                "style transcript, pair or document"
+                "the reward model's tokenizer has no chat template, so it cannot read a conversation in the style chat; "
+                "choose the style transcript, pair or document"
             )
         turns = [*prompt.messages, Message("assistant", reply)]
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             return str(self.tokenizer.apply_chat_template(conversation, tokenize=False))
         except Exception as error:
-            raise RenderingError(f"its chat template refused the conversation: {error}") from error
+            raise RenderingError(f"the reward model's chat template refused the conversation: {error}") from error
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         if not text:

@@ -94,7 +94,9 @@ class TestUnscorable:
         await scoring.check(QUESTION)
         refused = Prompt(messages=(Message("system", "Be brief."), *QUESTION.messages))
         for call in (scoring.check(refused), scoring.score(refused, candidates("Paris."))):
-            with pytest.raises(UnscorableError, match=r"tiny: its chat template refused .* no system role"):
+            with pytest.raises(
+                UnscorableError, match=r"tiny: the reward model's chat template refused .* no system role"
+            ):
                 await call
         await scoring.close()
 
