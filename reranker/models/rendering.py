@@ -188,8 +188,8 @@ class Renderer:
             return finished_text(prompt, reply)
         if not self.tokenizer.chat_template:
             raise RenderingError(
-                "the reward model's tokenizer has no chat template, so it cannot read a conversation in the style chat; "
-                "choose the style transcript, pair or document"
+                "the reward model's tokenizer has no chat template, so it cannot read a conversation in the style "
+                "chat; choose the style transcript, pair or document"
             )
         turns = [*prompt.messages, Message("assistant", reply)]
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]

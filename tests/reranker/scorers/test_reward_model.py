@@ -94,9 +94,7 @@ class TestUnscorable:
         await scoring.check(QUESTION)
         refused = Prompt(messages=(Message("system", "Be brief."), *QUESTION.messages))
         for call in (scoring.check(refused), scoring.score(refused, candidates("Paris."))):
-            with pytest.raises(
-                UnscorableError, match=r"tiny: the reward model's chat template refused .* no system role"
-            ):
+            with pytest.raises(UnscorableError, match=r"tiny: the reward model's .* refused .* no system role"):
                 await call
         await scoring.close()
 
