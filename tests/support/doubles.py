@@ -163,6 +163,18 @@ def _logprobs(words: list[str], num_top: int) -> tuple[TokenLogprob, ...]:
     )
 
 
+class ObjectGenerator(ScriptedGenerator):
+    """Writes {} where a JSON schema is given, which satisfies the generated schemas; a real engine enforces them."""
+
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
+    ) -> ScriptedGeneration:
+        generator = (
+            ScriptedGenerator([text and "{}" for text in self.texts]) if sampling.json_schema is not None else self
+        )
+        return ScriptedGeneration(generator, sampling, n, stream_partial)
+
+
 class ScriptedScorer:
     """Rewards a text with `rewards[text]`, or with its length where it is not listed; raises if `fails` is set.
 

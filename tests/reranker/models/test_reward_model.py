@@ -49,7 +49,7 @@ def test_a_candidate_has_the_same_score_alone_and_in_a_batch(architecture: Archi
     texts = [" great", " a delight from start to finish and the cast was great", "", " dull <|im_end|> dull", " a"]
     rendered = [model.render(TEXT, text) for text in texts]
     alone = [model.score([sequence])[0] for sequence in rendered]
-    assert min(abs(left - right) for left, right in itertools.combinations(alone, 2)) > 1e-3, "all scores are equal"
+    assert min(abs(left - right) for left, right in itertools.combinations(alone, 2)) > 0.01, "all scores are equal"
     assert model.score(rendered) == pytest.approx(alone, abs=1e-4)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.doubles import ScriptedGenerator
+from tests.support.doubles import ObjectGenerator
 from tests.support.serving import app_over, client_of, pipeline
 
 BASES: dict[str, dict[str, Any]] = {
@@ -95,9 +95,7 @@ anything = st.tuples(st.sampled_from(sorted(BASES)), values.map(lambda value: js
 @pytest.fixture(scope="module")
 def post() -> Iterator[Any]:
     """Sends a body; all tests of the module share one server."""
-    app = app_over(
-        pipeline(ScriptedGenerator(['{"so": "very good"}', '{"n": 42}'])), max_best_of=4, max_body_bytes=100_000
-    )
+    app = app_over(pipeline(ObjectGenerator(["so very good", "42"])), max_best_of=4, max_body_bytes=100_000)
     with asyncio.Runner() as runner:
         client_context = client_of(app)
         client = runner.run(client_context.__aenter__())
@@ -115,10 +113,6 @@ def test_any_body_is_answered_or_refused_in_the_envelope(post: Any, request: tup
     reply = post(*request)
     if reply.status_code == 504:  # the right reply to a deadline of a nanosecond
         assert reply.json()["error"]["code"] == "deadline_exceeded"
-        return
-    if reply.status_code == 503:  # a schema that the scripted texts do not satisfy; a real engine enforces it
-        assert reply.json()["error"]["code"] == "generation_failed"
-        assert "JSON" in reply.json()["error"]["message"]
         return
     assert reply.status_code < 500, reply.text
     if reply.status_code != 200:

@@ -16,22 +16,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from reranker.candidate import Prompt
-from server.generation.base import SamplingParams
 from server.http import api_keys
-from tests.support.doubles import ScriptedGeneration, ScriptedGenerator
+from tests.support.doubles import ObjectGenerator, ScriptedGenerator
 from tests.support.serving import app_over, pipeline
-
-
-class ObjectGenerator(ScriptedGenerator):
-    """Writes {} where a JSON schema is given, which satisfies the generated schemas; a real engine enforces them."""
-
-    def generate(
-        self, prompt: Prompt, sampling: SamplingParams, n: int, *, stream_partial: bool = False
-    ) -> ScriptedGeneration:
-        generator = ScriptedGenerator(["{}", None]) if sampling.json_schema is not None else self
-        return ScriptedGeneration(generator, sampling, n, stream_partial)
-
 
 APP = app_over(pipeline(ObjectGenerator(["so very good", None])), default_best_of=2, max_best_of=4)
 KEYS_FILE = Path(tempfile.mkdtemp()) / "keys.toml"
